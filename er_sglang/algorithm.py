@@ -1,0 +1,62 @@
+"""SELF_QUANT as SGLang's registry knows it: predicates, server arguments and the relay between steps."""
+
+from __future__ import annotations
+
+from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
+from sglang.srt.speculative.spec_registry import CustomSpecAlgo
+from sglang.srt.speculative.spec_registry import get_spec
+
+from er_sglang.config import load_config
+from er_sglang.host import ALGORITHM
+from er_sglang.refusals import check_model, check_server_args
+
+
+class SelfQuantAlgorithm(CustomSpecAlgo):
+    """Answers to the questions SGLang asks of an algorithm.
+
+    ``is_standalone`` is true: it selects the branches for a plain language model as drafter (no hidden states).
+    No KV cache is set aside for a draft, since no draft model path is given. The last three methods are called by
+    0.5.15.post1 but missing from ``CustomSpecAlgo`` (see ``SpeculativeAlgorithm`` for their originals).
+    """
+
+    def is_standalone(self) -> bool:
+        return True
+
+    def has_draft_kv(self) -> bool:
+        return False
+
+    def handle_server_args(self, server_args) -> None:
+        check_model(server_args.get_model_config().hf_config)
+        config = load_config(server_args.speculative_adaptive_config, server_args.speculative_num_steps)
+        server_args.speculative_num_steps = config.gamma_max
+        server_args.speculative_num_draft_tokens = config.gamma_max + 1
+        server_args.speculative_eagle_topk = 1
+        server_args.enable_mixed_chunk = False
+
+    def need_topk(self) -> bool:
+        return False
+
+    def carries_draft_hidden_states(self) -> bool:
+        return False
+
+    def create_future_map(self, device, req_to_token_pool, needs_cpu_seq_lens=True):
+        from er_sglang.relay import SelfQuantFutureMap
+
+        return SelfQuantFutureMap(device, self, req_to_token_pool, needs_cpu_seq_lens)
+
+
+def _create_worker_class(server_args) -> type:
+    from er_sglang.worker import SelfQuantWorker
+
+    return SelfQuantWorker
+
+
+def register() -> None:
+    """Make SELF_QUANT known to SGLang; does nothing if it is."""
+    if get_spec(ALGORITHM) is None:
+        SpeculativeAlgorithm.register(
+            ALGORITHM,
+            supports_overlap=True,
+            validate_server_args=check_server_args,
+            spec_class=SelfQuantAlgorithm,
+        )(_create_worker_class)

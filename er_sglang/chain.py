@@ -1,0 +1,208 @@
+"""The draft of a cycle: gamma plain decodes of the drafter in a row, each sampling the next one's input.
+
+Step i is an ordinary DECODE at length L + i + 1 through its own ordinary attention backend, so any backend that
+decodes can draft. The whole chain, sampling included, is one CUDA graph per (batch size, gamma). What it writes into
+the KV cache, positions L to L + gamma - 1, is overwritten by the verify forward before anything else reads it.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+
+import torch
+from sglang.srt.distributed import get_tensor_model_parallel_rank
+from sglang.srt.distributed.parallel_state import graph_capture
+from sglang.srt.model_executor.forward_batch_info import CaptureHiddenMode, ForwardBatch, ForwardMode
+from sglang.srt.model_executor.forward_context import ForwardContext, forward_context
+from sglang.srt.model_executor.model_runner import ModelRunner
+from sglang.srt.model_executor.runner import ShapeKey, model_capture_mode
+from sglang.srt.model_executor.runner.base_cuda_graph_runner import freeze_gc
+from sglang.srt.model_executor.runner_backend.utils import resolve_decode_backend
+from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
+from torch import nn
+from tqdm import tqdm
+
+from er_sglang.sampling import Draft, RandomState, Sampler, SamplingParams
+from er_sglang.step import Step
+
+logger = logging.getLogger(__name__)
+
+
+class DraftChain:
+    """Drafts up to ``gamma_max`` tokens for up to ``max_batch`` requests.
+
+    Buffers are step-major, so that each step's slice is contiguous: row i of ``tokens``, ``slots``, ``positions``
+    and ``seq_lens`` belongs to step i. float32 logits of all steps stay until the verdict:
+    gamma_max * max_batch * vocabulary * 4 bytes.
+    """
+
+    def __init__(
+        self,
+        target: ModelRunner,
+        drafter: nn.Module,
+        sampler: Sampler,
+        random: RandomState,
+        gammas: tuple[int, ...],
+        graph_batches: list[int],
+        max_batch: int,
+    ) -> None:
+        """graph_batches: ascending batch sizes to capture; empty runs the same code eagerly (CPU, or no graphs)."""
+        self._drafter = drafter
+        self._sampler = sampler
+        self._random = random
+        self._graph_batches = graph_batches
+        self.model_runner = view = _decode_view(target)
+        self.device_module = torch.get_device_module(view.device)
+        gamma_max = max(gammas)
+        self._backends = [view._get_attention_backend() for _ in range(gamma_max)]
+
+        def buffer(*shape: int, dtype=torch.int64, fill: float = 0) -> torch.Tensor:
+            return torch.full(shape, fill, dtype=dtype, device=view.device)
+
+        self._req_pool_indices = buffer(max_batch)
+        self._tokens = buffer(gamma_max + 1, max_batch)
+        self._slots = buffer(gamma_max, max_batch)
+        self._positions = buffer(gamma_max, max_batch)
+        self._seq_lens = buffer(gamma_max, max_batch, fill=1)
+        self._steps = torch.arange(gamma_max, device=view.device).view(-1, 1)
+        self._logits = buffer(gamma_max, max_batch, view.model_config.vocab_size, dtype=torch.float32)
+        self._floor = buffer(gamma_max, max_batch, dtype=torch.float32)
+        self._lse = buffer(gamma_max, max_batch, dtype=torch.float32)
+        self._params = SamplingParams(
+            temperature_B=buffer(max_batch, dtype=torch.float32, fill=1),
+            top_k_B=buffer(max_batch, dtype=torch.int32, fill=1),
+            top_p_B=buffer(max_batch, dtype=torch.float32, fill=1),
+            min_p_B=buffer(max_batch, dtype=torch.float32),
+        )
+        if graph_batches:
+            self._capture(gammas)
+
+    def prepare(self, step: Step, gamma: int) -> list[ForwardBatch]:
+        """Load a step's inputs and plan its gamma decodes; the last read of the shared request table."""
+        raw = step.batch_size
+        size = next((b for b in self._graph_batches if b >= raw), raw)
+        if size > raw:  # Padding rows decode token 0 at position 0 into slot 0, which SGLang keeps for padding.
+            for rows in (self._req_pool_indices, self._slots, self._positions, self._tokens):
+                rows[..., raw:size] = 0
+            self._seq_lens[:, raw:size] = 1
+            self._params.top_k_B[raw:size] = 1
+        self._req_pool_indices[:raw] = step.req_pool_indices_B
+        self._tokens[0, :raw] = step.last_B
+        self._slots[:gamma, :raw] = step.slots_NB[:gamma]
+        torch.add(step.seq_lens_B, self._steps, out=self._positions[:, :raw])
+        torch.add(self._positions[:, :raw], 1, out=self._seq_lens[:, :raw])
+        self._params.temperature_B[:raw] = step.params.temperature_B
+        self._params.top_k_B[:raw] = step.params.top_k_B
+        self._params.top_p_B[:raw] = step.params.top_p_B
+        self._params.min_p_B[:raw] = step.params.min_p_B
+
+        seq_lens_cpu = torch.ones(size, dtype=torch.int64)
+        forward_batches = self._forward_batches(size, gamma)
+        for i, (backend, forward_batch) in enumerate(zip(self._backends, forward_batches)):
+            seq_lens_cpu[:raw] = step.seq_lens_cpu_B + (i + 1)
+            forward_batch.seq_lens_cpu = seq_lens_cpu.clone()
+            forward_batch.seq_lens_sum = int(seq_lens_cpu.sum())
+            if self._graph_batches and size in self._graph_batches:
+                backend.init_forward_metadata_out_graph(forward_batch)
+            else:
+                backend.init_forward_metadata(forward_batch)
+            forward_batch.mark_forward_metadata_ready()
+        return forward_batches
+
+    def draft(self, forward_batches: list[ForwardBatch], batch_size: int) -> Draft:
+        """Run the prepared chain for the first ``batch_size`` rows."""
+        gamma, size = len(forward_batches), forward_batches[0].batch_size
+        if size in self._graph_batches:
+            self._graphs.replay(_key(size, gamma), forward_batches[0])
+        else:
+            self._run(forward_batches)
+        return Draft(
+            tokens_NB=self._tokens[: gamma + 1, :batch_size],
+            logits_GBV=self._logits[:gamma, :batch_size],
+            floor_GB=self._floor[:gamma, :batch_size],
+            lse_GB=self._lse[:gamma, :batch_size],
+        )
+
+    def _forward_batches(self, size: int, gamma: int) -> list[ForwardBatch]:
+        return [
+            ForwardBatch(
+                forward_mode=ForwardMode.DECODE,
+                batch_size=size,
+                input_ids=self._tokens[i, :size],
+                req_pool_indices=self._req_pool_indices[:size],
+                seq_lens=self._seq_lens[i, :size],
+                seq_lens_cpu=torch.ones(size, dtype=torch.int64),
+                orig_seq_lens=self._seq_lens[i, :size],
+                out_cache_loc=self._slots[i, :size],
+                seq_lens_sum=size,
+                positions=self._positions[i, :size],
+                next_token_logits_buffer=self._logits[i, :size],
+                spec_algorithm=self.model_runner.spec_algorithm,
+                capture_hidden_mode=CaptureHiddenMode.NULL,
+            )
+            for i in range(gamma)
+        ]
+
+    def _run(self, forward_batches: list[ForwardBatch]) -> None:
+        size = forward_batches[0].batch_size
+        params = SamplingParams(
+            self._params.temperature_B[:size],
+            self._params.top_k_B[:size],
+            self._params.top_p_B[:size],
+            self._params.min_p_B[:size],
+        )
+        self._random.advance()
+        for i, (backend, forward_batch) in enumerate(zip(self._backends, forward_batches)):
+            with forward_context(ForwardContext(attn_backend=backend)):
+                backend.init_forward_metadata_in_graph(forward_batch)
+                self._drafter(forward_batch.input_ids, forward_batch.positions, forward_batch)
+            self._sampler.draw(
+                self._logits[i, :size],
+                params,
+                self._random,
+                i,
+                self._tokens[i + 1, :size],
+                self._floor[i, :size],
+                self._lse[i, :size],
+            )
+
+    def _capture(self, gammas: tuple[int, ...]) -> None:
+        """One graph per (batch size, gamma); the largest first, so that the smaller reuse its memory."""
+        self._graphs = resolve_decode_backend(self)
+        for backend in self._backends:
+            backend.init_cuda_graph_state(max(self._graph_batches), max(self._graph_batches))
+        sizes = tqdm(
+            self._graph_batches[::-1], desc="Capturing draft chains", disable=get_tensor_model_parallel_rank() != 0
+        )
+        with (
+            model_capture_mode(),
+            freeze_gc(self.model_runner.server_args.enable_cudagraph_gc),
+            graph_capture() as capture,
+            self._graphs.capture_session(capture.stream),
+        ):
+            for size in sizes:
+                chain = self._forward_batches(size, max(gammas))
+                for backend, forward_batch in zip(self._backends, chain):
+                    # Bound once per size: the graphs of all gammas read the same metadata buffers.
+                    backend.init_forward_metadata_out_graph(forward_batch, in_capture=True)
+                    forward_batch.mark_forward_metadata_ready()
+                for gamma in gammas:
+                    self._graphs.capture_one(_key(size, gamma), lambda: self._run(chain[:gamma]))
+
+
+def _key(size: int, gamma: int) -> ShapeKey:
+    return ShapeKey(size=size, variant_label=str(gamma))
+
+
+def _decode_view(target: ModelRunner) -> ModelRunner:
+    """The target as a server without speculation would have it: its backends allocate for plain decode alone."""
+    view = copy.copy(target)
+    view.server_args = copy.copy(target.server_args)
+    view.server_args.speculative_algorithm = None
+    view.server_args.speculative_num_steps = None
+    view.server_args.speculative_num_draft_tokens = None
+    view.server_args.speculative_eagle_topk = None
+    view.spec_algorithm = SpeculativeAlgorithm.NONE
+    view.init_attention_backend()
+    return view

@@ -1,0 +1,24 @@
+"""The ``er-sglang`` command."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from er_sglang import __version__
+
+
+def main(argv: list[str] | None = None) -> int:
+    from er_sglang import autoload, patching
+
+    parser = argparse.ArgumentParser(prog="er-sglang", description="Self-quantized speculative decoding for SGLang.")
+    parser.add_argument("--version", action="version", version=__version__)
+    subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
+    for module in (patching, autoload):
+        module.add_command(subparsers)
+    args = parser.parse_args(argv)
+    return args.run(args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,142 @@
+"""Hooks into SGLang's functions, by its own hook registry. Each does nothing unless SELF_QUANT is served."""
+
+from __future__ import annotations
+
+import pkgutil
+
+import torch
+from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+from sglang.srt.server_args import get_global_server_args
+
+from er_sglang.host import ALGORITHM, UnsupportedHost
+
+_UPDATER = "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager."
+_SCHEDULER = "sglang.srt.managers.scheduler.Scheduler."
+
+
+def _worker(worker):
+    """The SELF_QUANT worker, None if another algorithm or none is served."""
+    from er_sglang.worker import SelfQuantWorker
+
+    return worker if isinstance(worker, SelfQuantWorker) else None
+
+
+def _receive_update(transport: str):
+    def hook(original, updater, recv_req):
+        if (worker := _worker(updater.draft_worker)) is None:
+            return original(updater, recv_req)
+        with worker.freshness.receiving(transport) as report:
+            result = original(updater, recv_req)
+            report(result.success, result.message)
+        return result
+
+    return hook
+
+
+def _release_memory(original, updater, recv_req):
+    result = original(updater, recv_req)
+    if (worker := _worker(updater.draft_worker)) and "weights" in updater.offload_tags:
+        worker.freshness.released()
+    return result
+
+
+def _resume_memory(original, updater, recv_req):
+    result = original(updater, recv_req)
+    if (worker := _worker(updater.draft_worker)) and "weights" not in updater.offload_tags:
+        worker.freshness.resumed()
+    return result
+
+
+def _continue_generation(result, scheduler, recv_req) -> None:
+    if worker := _worker(scheduler.draft_worker):
+        worker.freshness.ensure()
+
+
+def _internal_state(result, scheduler, recv_req):
+    if worker := _worker(scheduler.draft_worker):
+        result.internal_state["self_quant"] = worker.snapshot()
+    return result
+
+
+def _on_cpu() -> bool:
+    args = get_global_server_args()
+    return args.speculative_algorithm == ALGORITHM and args.device == "cpu"
+
+
+def _skip_kv_copy_on_cpu(original, pool):
+    # A Triton kernel that compacts rejected branches of a draft tree; a chain has none.
+    if not _on_cpu():
+        original(pool)
+
+
+def _assign_slots_on_cpu(original, req_pool_indices, req_to_token, start_offset, end_offset, out_cache_loc, batch_size):
+    """``assign_req_to_token_pool`` is a Triton kernel; this is what it does."""
+    if not _on_cpu():
+        return original(req_pool_indices, req_to_token, start_offset, end_offset, out_cache_loc, batch_size)
+    lengths = (end_offset - start_offset).tolist()
+    for row, start, slots in zip(req_pool_indices, start_offset.tolist(), out_cache_loc.split(lengths)):
+        req_to_token[row, start : start + len(slots)] = slots.to(req_to_token.dtype)
+
+
+def _alloc_extend_on_cpu(original, allocator, prefix_lens, prefix_lens_cpu, seq_lens, seq_lens_cpu, last_loc, extend_num_tokens, num_new_pages=None):  # fmt: skip
+    """``alloc_extend`` launches a Triton kernel; SGLang has the same in torch, but not wired to the CPU."""
+    from sglang.srt.mem_cache.allocator.paged import alloc_extend_naive, get_num_new_pages
+
+    if not _on_cpu():
+        return original(
+            allocator, prefix_lens, prefix_lens_cpu, seq_lens, seq_lens_cpu, last_loc, extend_num_tokens, num_new_pages
+        )
+    if num_new_pages is None:
+        num_new_pages = get_num_new_pages(
+            seq_lens=seq_lens_cpu, page_size=allocator.page_size, prefix_lens=prefix_lens_cpu
+        )
+    if allocator.need_sort and num_new_pages > len(allocator.free_pages):
+        allocator.merge_and_sort_free()
+    if num_new_pages > len(allocator.free_pages):
+        return None
+    slots = torch.empty((extend_num_tokens,), dtype=torch.int64, device=allocator.device)
+    alloc_extend_naive(
+        prefix_lens.long(), seq_lens.long(), last_loc.long(), allocator.free_pages, slots, allocator.page_size, allocator.device
+    )  # fmt: skip
+    allocator.free_pages = allocator.free_pages[num_new_pages:]
+    return slots
+
+
+HOOKS = {
+    **{
+        f"{_UPDATER}update_weights_from_{transport}": (HookType.AROUND, _receive_update(transport))
+        for transport in ("disk", "distributed", "tensor", "ipc")
+    },
+    f"{_UPDATER}release_memory_occupation": (HookType.AROUND, _release_memory),
+    f"{_UPDATER}resume_memory_occupation": (HookType.AROUND, _resume_memory),
+    f"{_SCHEDULER}continue_generation": (HookType.AFTER, _continue_generation),
+    f"{_SCHEDULER}get_internal_state": (HookType.AFTER, _internal_state),
+    "sglang.srt.mem_cache.memory_pool.MHATokenToKVPool._init_kv_copy_and_warmup": (
+        HookType.AROUND,
+        _skip_kv_copy_on_cpu,
+    ),
+    "sglang.srt.speculative.triton_ops.cache_locs.assign_req_to_token_pool_func": (
+        HookType.AROUND,
+        _assign_slots_on_cpu,
+    ),
+    "sglang.srt.mem_cache.allocator.paged.PagedTokenToKVPoolAllocator.alloc_extend": (
+        HookType.AROUND,
+        _alloc_extend_on_cpu,
+    ),
+}
+
+
+def install() -> None:
+    """Register every hook; SGLang applies them after all plugins have loaded."""
+    for target, (kind, hook) in HOOKS.items():
+        HookRegistry.register(target, hook, kind)
+
+
+def check_bound() -> None:
+    """Raise UnsupportedHost unless every hook is in place; SGLang only logs one that it could not apply."""
+    unbound = [target for target in HOOKS if not hasattr(pkgutil.resolve_name(target), "__wrapped__")]
+    if unbound:
+        raise UnsupportedHost(
+            f"SGLang did not apply the hooks on {', '.join(unbound)}; its log says why. "
+            "Call sglang.srt.plugins.load_plugins() before the scheduler starts."
+        )

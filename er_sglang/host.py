@@ -1,0 +1,137 @@
+"""What we know of SGLang: supported versions, the seams we use with their signatures, and the check of both.
+
+The check reads SGLang's sources without importing them, so it costs milliseconds in every process that loads
+plugins. It runs before anything is registered: on a host that does not match, SELF_QUANT stays unknown.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.metadata
+import importlib.util
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+ALGORITHM = "SELF_QUANT"
+SUPPORTED_VERSIONS = ("0.5.15.post1",)
+
+# The drafter's shadow copy and the plain-decode sequence of the chain were checked with these model classes.
+SUPPORTED_ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+
+
+class UnsupportedHost(RuntimeError):
+    """This SGLang is not the one we know; the message says what differs and what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Seam:
+    """A function of SGLang that we call, override or hook, and its leading parameter names."""
+
+    module: str
+    name: str
+    parameters: tuple[str, ...]
+
+
+def _seam(path: str, parameters: str) -> Seam:
+    module, name = path.split(":")
+    return Seam(f"sglang.srt.{module}", name, tuple(parameters.split()))
+
+
+SEAMS = (
+    # attach
+    _seam("plugins:load_plugins", ""),
+    _seam("plugins.hook_registry:HookRegistry.register", "cls target hook hook_type source"),
+    _seam("speculative.spec_info:SpeculativeAlgorithm.register", "cls name supports_overlap validate_server_args spec_class"),
+    _seam("speculative.spec_registry:CustomSpecAlgo.__init__", "self name factory supports_overlap validate_server_args"),
+    _seam("speculative.spec_registry:CustomSpecAlgo.handle_server_args", "self server_args"),
+    # the step
+    _seam("managers.scheduler:Scheduler.maybe_init_draft_worker", "self"),
+    _seam("managers.scheduler:Scheduler._relay_forward_payload", "self future_indices batch_result"),
+    _seam("speculative.base_spec_worker:BaseSpecWorker.on_verify_complete_cpu", "self num_correct_drafts_per_req batch_size"),
+    _seam("managers.overlap_utils:FutureMap.__init__", "self device spec_algo req_to_token_pool needs_cpu_seq_lens"),
+    _seam("managers.overlap_utils:FutureMap._resolve_spec_extras", "self batch"),
+    _seam("speculative.eagle_utils:eagle_prepare_for_decode", "batch"),
+    _seam("managers.tp_worker:TpModelWorker.forward_batch_generation", "self batch forward_batch"),
+    _seam("model_executor.model_runner:ModelRunner.forward", "self forward_batch"),
+    _seam("model_executor.model_runner:ModelRunner.sample", "self logits_output forward_batch"),
+    _seam("model_executor.model_runner:ModelRunner._get_attention_backend", "self init_new_workspace"),
+    _seam("layers.linear:LinearBase.__init__", "self input_size output_size"),
+    _seam("layers.utils.logprob:compute_spec_v2_logprobs", "batch logits_output predict accept_index"),
+    # graphs
+    _seam(
+        "model_executor.runner.decode_cuda_graph_runner:DecodeCudaGraphRunner.__init__",
+        "self model_runner attn_backend speculative_num_steps speculative_num_draft_tokens",
+    ),
+    _seam("model_executor.runner_backend.utils:resolve_decode_backend", "cuda_graph_runner"),
+    _seam(
+        "model_executor.runner_backend.full_cuda_graph_backend:FullCudaGraphBackend.capture_one",
+        "self shape_key forward_fn",
+    ),
+    _seam("model_executor.graph_shared_output:GraphSharedOutput.create_for_model_runner", "cls model_runner"),
+    # hooks
+    _seam("managers.scheduler:Scheduler.get_internal_state", "self recv_req"),
+    _seam("managers.scheduler:Scheduler.continue_generation", "self recv_req"),
+    *(
+        _seam(f"managers.scheduler_components.weight_updater:SchedulerWeightUpdaterManager.{name}", "self recv_req")
+        for name in (
+            "update_weights_from_disk",
+            "update_weights_from_distributed",
+            "update_weights_from_tensor",
+            "update_weights_from_ipc",
+            "release_memory_occupation",
+            "resume_memory_occupation",
+        )
+    ),
+    _seam("mem_cache.memory_pool:MHATokenToKVPool._init_kv_copy_and_warmup", "self"),
+    _seam(
+        "speculative.triton_ops.cache_locs:assign_req_to_token_pool_func",
+        "req_pool_indices req_to_token start_offset end_offset out_cache_loc batch_size",
+    ),
+    _seam(
+        "mem_cache.allocator.paged:PagedTokenToKVPoolAllocator.alloc_extend",
+        "self prefix_lens prefix_lens_cpu seq_lens seq_lens_cpu last_loc extend_num_tokens num_new_pages",
+    ),
+)
+
+
+def check_host() -> None:
+    """Raise UnsupportedHost unless this SGLang is a supported release and has every seam as we know it."""
+    try:
+        version = importlib.metadata.version("sglang")
+    except importlib.metadata.PackageNotFoundError as error:
+        raise UnsupportedHost("SGLang is not installed: pip install 'er_sglang[sglang]'.") from error
+    if version not in SUPPORTED_VERSIONS:
+        raise UnsupportedHost(
+            f"SGLang {version} is not supported; install one of {', '.join(SUPPORTED_VERSIONS)} "
+            f"(pip install sglang=={SUPPORTED_VERSIONS[0]})."
+        )
+    if problems := [problem for seam in SEAMS if (problem := _compare(seam))]:
+        raise UnsupportedHost(
+            f"SGLang {version} was changed where SELF_QUANT attaches: {'; '.join(problems)}. "
+            "Use the released sources (slime's own patches are fine) or a matching er_sglang."
+        )
+
+
+def _compare(seam: Seam) -> str | None:
+    """What is wrong with a seam, None if nothing."""
+    node: ast.AST | None = _parse(seam.module)
+    if node is None:
+        return f"module {seam.module} is missing"
+    for part in seam.name.split("."):
+        node = next((child for child in node.body if getattr(child, "name", None) == part), None)
+        if node is None:
+            return f"{seam.module}.{seam.name} is missing"
+    arguments = node.args.posonlyargs + node.args.args + node.args.kwonlyargs
+    found = tuple(argument.arg for argument in arguments)
+    if found[: len(seam.parameters)] != seam.parameters:
+        return f"{seam.module}.{seam.name} takes ({', '.join(found)}), expected ({', '.join(seam.parameters)}, ...)"
+    return None
+
+
+@lru_cache
+def _parse(module: str) -> ast.Module | None:
+    root = importlib.util.find_spec("sglang")
+    base = Path(root.submodule_search_locations[0], *module.split(".")[1:])
+    file = next((f for f in (base.with_suffix(".py"), base / "__init__.py") if f.is_file()), None)
+    return ast.parse(file.read_text()) if file else None

@@ -1,0 +1,72 @@
+"""What SELF_QUANT cannot honour, found at start-up, each with a sentence that says what to do.
+
+Reads plain attributes of ``ServerArgs`` and of the model's Hugging Face config; knows neither torch nor SGLang.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from er_sglang.config import ConfigError
+from er_sglang.host import ALGORITHM, SUPPORTED_ARCHITECTURES
+
+# (ServerArgs field, values that are fine, what to do about any other)
+_FIELDS = (
+    ("speculative_draft_model_path", (None,), "drop --speculative-draft-model-path: the policy drafts for itself"),
+    ("speculative_draft_load_format", (None,), "drop --speculative-draft-load-format: there is no draft checkpoint"),
+    ("speculative_eagle_topk", (None, 1), "drop --speculative-eagle-topk: drafts are chains"),
+    ("speculative_token_map", (None,), "drop --speculative-token-map: the drafter has the policy's vocabulary"),
+    ("speculative_adaptive", (False,), "drop --speculative-adaptive: gamma is decided by our own policy"),
+    ("speculative_accept_threshold_single", (1.0,), "leave --speculative-accept-threshold-single at 1: acceptance is exact"),
+    ("speculative_accept_threshold_acc", (1.0,), "leave --speculative-accept-threshold-acc at 1: acceptance is exact"),
+    ("speculative_draft_attention_backend", (None,), "drop --speculative-draft-attention-backend: drafts read the policy's KV cache"),
+    ("speculative_draft_window_size", (None,), "drop --speculative-draft-window-size: not supported"),
+    ("speculative_draft_model_quantization", (None,), 'drop --speculative-draft-model-quantization: set "drafter": {"weights": ...} in the config'),
+    ("quantization", (None,), "serve the policy in bf16 or fp16: a quantized policy leaves nothing to gain or cannot be re-quantized"),
+    ("enable_lora", (None, False), "merge the LoRA adapter into the weights: the drafter is built from merged weights"),
+    ("lora_paths", (None, []), "merge the LoRA adapter into the weights: the drafter is built from merged weights"),
+    ("pp_size", (1,), "use --tp instead of --pp-size"),
+    ("dcp_size", (None, 1), "leave --dcp-size at 1"),
+    ("enable_dp_attention", (False,), "drop --enable-dp-attention"),
+    ("disaggregation_mode", ("null",), "serve prefill and decode together: PD disaggregation is not supported"),
+    ("enable_two_batch_overlap", (False,), "drop --enable-two-batch-overlap"),
+    ("enable_pdmux", (False,), "drop --enable-pdmux"),
+    ("enable_hisparse", (False,), "drop --enable-hisparse"),
+    ("enable_torch_compile", (False,), "drop --enable-torch-compile"),
+    ("dllm_algorithm", (None,), "drop --dllm-algorithm"),
+    ("enable_deterministic_inference", (False,), "drop --enable-deterministic-inference: per-request seeds are not reproduced while drafting"),
+    ("rl_on_policy_target", (None,), "drop --rl-on-policy-target: it needs deterministic inference"),
+)  # fmt: skip
+
+
+def check_server_args(args: Any) -> None:
+    """Raise ConfigError naming every setting of ``args`` that SELF_QUANT cannot honour."""
+    problems = [
+        f"{field} is {value!r}: {remedy}"
+        for field, fine, remedy in _FIELDS
+        if hasattr(args, field) and (value := getattr(args, field)) not in fine
+    ]
+    steps, width = args.speculative_num_steps, args.speculative_num_draft_tokens
+    if width is not None and width != (steps or 0) + 1:
+        problems.append(
+            f"speculative_num_draft_tokens is {width}: drop it, or set it to --speculative-num-steps + 1 "
+            "(a chain of gamma drafts is verified with its first input)"
+        )
+    if problems:
+        raise ConfigError(f"{ALGORITHM} cannot serve with these settings. " + ". ".join(problems) + ".")
+
+
+def check_model(hf_config: Any) -> None:
+    """Raise ConfigError for a model class, or a quantized checkpoint, that SELF_QUANT does not support."""
+    architectures = list(hf_config.architectures or [])
+    if not set(architectures) & set(SUPPORTED_ARCHITECTURES):
+        raise ConfigError(
+            f"{ALGORITHM} does not support {', '.join(architectures) or 'this model'}; "
+            f"it supports {', '.join(SUPPORTED_ARCHITECTURES)}. Serve this model without --speculative-algorithm."
+        )
+    if (quantization := getattr(hf_config, "quantization_config", None)) is not None:
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+        raise ConfigError(
+            f"The checkpoint is already quantized ({method}). {ALGORITHM} drafts with a quantized copy of a bf16 or "
+            "fp16 policy: serve the unquantized checkpoint."
+        )

@@ -1,0 +1,98 @@
+"""The sampler in plain torch: what the fused one is tested against, and what CPU serving runs."""
+
+from __future__ import annotations
+
+import torch
+
+from er_sglang.sampling.base import STREAM_ACCEPT, STREAM_RESIDUAL, Draft, RandomState, Sampler, SamplingParams, Verdict
+from er_sglang.sampling.philox import exponential, philox, uniform
+
+
+def scale(logits_BV: torch.Tensor, params: SamplingParams) -> torch.Tensor:
+    """Logits over temperature, float32 [B, V]."""
+    return logits_BV.float() / params.temperature_B.view(-1, 1)
+
+
+def summarize(x_BV: torch.Tensor, params: SamplingParams) -> tuple[torch.Tensor, torch.Tensor]:
+    """(floor_B, lse_B) of scaled logits: the smallest kept value and the log of the kept mass."""
+    sorted_BV, _ = x_BV.sort(dim=-1, descending=True)
+    prob_BV = sorted_BV.softmax(-1)
+    mass_before_BV = prob_BV.cumsum(-1) - prob_BV
+    # The first of equal values speaks for all of them: what lies strictly above it lies strictly above each.
+    first_BV = torch.searchsorted(-sorted_BV, -sorted_BV, right=False)
+    kept_BV = (
+        (first_BV < params.top_k_B.view(-1, 1))
+        & (mass_before_BV.gather(1, first_BV) <= params.top_p_B.view(-1, 1))
+        & (sorted_BV >= sorted_BV[:, :1] + params.min_p_B.view(-1, 1).log())
+    )
+    floor_B = sorted_BV.masked_fill(~kept_BV, torch.inf).amin(-1)
+    return floor_B, sorted_BV.masked_fill(~kept_BV, -torch.inf).logsumexp(-1)
+
+
+def distribution(x_BV: torch.Tensor, floor_B: torch.Tensor, lse_B: torch.Tensor, greedy_B: torch.Tensor) -> torch.Tensor:
+    """Probabilities [B, V] of the sampling distribution of scaled logits."""
+    p_BV = torch.where(x_BV >= floor_B.view(-1, 1), (x_BV - lse_B.view(-1, 1)).exp(), 0.0)
+    one_hot_BV = torch.nn.functional.one_hot(x_BV.argmax(-1), x_BV.shape[-1]).to(p_BV.dtype)
+    return torch.where(greedy_B.view(-1, 1), one_hot_BV, p_BV)
+
+
+def race(weight_BV: torch.Tensor, random: RandomState, stream: int) -> torch.Tensor:
+    """A token of each row with probability proportional to its weight: the first arrival of Poisson processes."""
+    rows = torch.arange(weight_BV.shape[0], device=weight_BV.device).view(-1, 1)
+    tokens = torch.arange(weight_BV.shape[1], device=weight_BV.device).view(1, -1)
+    arrival_BV = exponential(philox(random.state, tokens, rows, stream))
+    return (weight_BV.log() - arrival_BV.log()).argmax(-1)
+
+
+def residual(p_BV: torch.Tensor, q_BV: torch.Tensor) -> torch.Tensor:
+    """Weights of the token after a rejection, max(p - q, 0)."""
+    weight_BV = (p_BV - q_BV).clamp_min(0)
+    # p = q cannot be rejected, so an empty residual is rounding: draw from p.
+    return torch.where(weight_BV.sum(-1, keepdim=True) > 0, weight_BV, p_BV)
+
+
+class ReferenceSampler(Sampler):
+    def draw(self, logits_BV, params, random, step, token_B, floor_B, lse_B) -> None:
+        x_BV = scale(logits_BV, params)
+        floor, lse = summarize(x_BV, params)
+        floor_B.copy_(floor)
+        lse_B.copy_(lse)
+        token_B.copy_(race(distribution(x_BV, floor, lse, params.top_k_B <= 1), random, step))
+
+    def judge(self, logits_BNV: torch.Tensor, draft: Draft, params: SamplingParams, random: RandomState) -> Verdict:
+        batch, width, _ = logits_BNV.shape
+        greedy_B = params.top_k_B <= 1
+        rows_B = torch.arange(batch, device=logits_BNV.device)
+        alive_B = torch.ones(batch, dtype=torch.bool, device=logits_BNV.device)
+        accepted_B = torch.zeros(batch, dtype=torch.int64, device=logits_BNV.device)
+        weight_BV = torch.zeros((), device=logits_BNV.device)
+        for position in range(width):
+            x_BV = scale(logits_BNV[:, position], params)
+            p_BV = distribution(x_BV, *summarize(x_BV, params), greedy_B)
+            if position == draft.gamma:
+                weight_BV = torch.where(alive_B.view(-1, 1), p_BV, weight_BV)
+                break
+            q_BV = distribution(
+                scale(draft.logits_GBV[position], params), draft.floor_GB[position], draft.lse_GB[position], greedy_B
+            )
+            token_B = draft.tokens_NB[position + 1]
+            u_B = uniform(philox(random.state, torch.full_like(rows_B, position), rows_B, STREAM_ACCEPT))
+            if self.simulated_acceptance is None:
+                accept_B = u_B * q_BV[rows_B, token_B] < p_BV[rows_B, token_B]
+            else:
+                accept_B = u_B < self.simulated_acceptance
+            weight_BV = torch.where(alive_B.view(-1, 1), residual(p_BV, q_BV), weight_BV)
+            alive_B = alive_B & accept_B
+            accepted_B += alive_B
+        last_B = race(weight_BV, random, STREAM_RESIDUAL)
+        return compose(draft.tokens_NB, accepted_B, last_B)
+
+
+def compose(tokens_NB: torch.Tensor, accepted_B: torch.Tensor, last_B: torch.Tensor) -> Verdict:
+    """The emitted tokens: the accepted drafts, then the token drawn after them."""
+    width = tokens_NB.shape[0]
+    position_N = torch.arange(width, device=accepted_B.device)
+    drafted_BN = torch.cat([tokens_NB[1:], tokens_NB[:1]]).t()
+    emitted_BN = torch.where(position_N < accepted_B.view(-1, 1), drafted_BN, 0)
+    emitted_BN.scatter_(1, accepted_B.view(-1, 1), last_B.view(-1, 1))
+    return Verdict(emitted_BN, (accepted_B + 1).to(torch.int32), last_B)

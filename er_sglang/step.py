@@ -1,0 +1,56 @@
+"""What one decode step reads of a batch, gathered once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from er_sglang.sampling import SamplingParams
+
+
+@dataclass(slots=True)
+class Step:
+    """Inputs of a step for B requests; L is a request's committed length, the KV entries it has.
+
+    req_pool_indices_B: int64, rows of ``req_to_token``.
+    seq_lens_B: int64, L on the device.
+    seq_lens_cpu_B: int64 on the host; L, or an upper bound of it where the attention backend needs no more.
+    last_B: int64, the last emitted token; its KV entry belongs at position L and is not written yet.
+    slots_NB: int64 [gamma_max + 1, B], KV slots of positions L, L + 1, ..., reserved by the scheduler.
+    params: sampling settings.
+    """
+
+    req_pool_indices_B: torch.Tensor
+    seq_lens_B: torch.Tensor
+    seq_lens_cpu_B: torch.Tensor
+    last_B: torch.Tensor
+    slots_NB: torch.Tensor
+    params: SamplingParams
+
+    @property
+    def batch_size(self) -> int:
+        return self.seq_lens_B.shape[0]
+
+    @classmethod
+    def of_batch(cls, batch, req_to_token: torch.Tensor, width: int, host_slack_tokens: int) -> Step:
+        """Read a ``ScheduleBatch``; ``width`` slots per request.
+
+        Where the scheduler keeps no host copy of the lengths, they are bounded by what it has committed plus
+        ``host_slack_tokens``, the most that the step still in flight can emit.
+        """
+        seq_lens_B = batch.seq_lens
+        if batch.seq_lens_cpu is not None:
+            seq_lens_cpu_B = batch.seq_lens_cpu
+        else:
+            seq_lens_cpu_B = torch.tensor([req.kv_committed_len for req in batch.reqs]) + host_slack_tokens
+        positions_NB = seq_lens_B + torch.arange(width, device=seq_lens_B.device).view(-1, 1)
+        info = batch.sampling_info
+        return cls(
+            req_pool_indices_B=batch.req_pool_indices,
+            seq_lens_B=seq_lens_B,
+            seq_lens_cpu_B=seq_lens_cpu_B,
+            last_B=batch.spec_info.bonus_tokens.to(torch.int64),
+            slots_NB=req_to_token[batch.req_pool_indices, positions_NB].to(torch.int64),
+            params=SamplingParams(info.temperatures.view(-1), info.top_ks, info.top_ps, info.min_ps),
+        )
