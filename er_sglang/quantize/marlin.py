@@ -1,0 +1,97 @@
+"""int4 on CUDA: SGLang's Marlin GEMM over weights that our fused kernel packs.
+
+`apply` calls the JIT module itself: SGLang's wrapper allocates its reduction buffer and four empty tensors per call.
+Symmetric weights use Marlin's uint4b8 kernels, asymmetric ones uint4 with zero points; one JIT module per
+activation dtype holds both, for groups of 32, 64 and 128.
+
+When several thread blocks share an output tile, Marlin adds their parts one after another under a lock, in float32
+(`use_fp32_reduce`). Its alternative, atomic adds in the output's dtype, applies only to N <= 2048 and depends on
+the order of arrival; we do without it, so that a replayed graph and an eager call agree bit for bit.
+"""
+
+import torch
+from sgl_kernel.scalar_type import scalar_types
+from sglang.jit_kernel.gptq_marlin import _jit_gptq_marlin_module
+
+from er_sglang.quantize import marlin_layout, rtn
+from er_sglang.quantize.base import Format, Packed
+from er_sglang.quantize.kernels import refresh_int4_marlin_
+
+GROUP_SIZES = (32, 64, 128)
+DTYPES = (torch.bfloat16, torch.float16)
+# Largest output tile of a thread block, in rows (tokens) and columns.
+_MAX_TILE_M = 64
+_MAX_TILE_N = 256
+
+
+class MarlinInt4(Format):
+    """Codes int32 [K/16, 2N], scales [G, N] in the weight's dtype, zeros int32 [G, N/8]: see `marlin_layout`."""
+
+    def __init__(self, *, group_size: int, symmetric: bool, device: torch.device) -> None:
+        if group_size not in GROUP_SIZES:
+            raise ValueError(f"group_size {group_size} is not supported on CUDA: use 128 (or 64 or 32)")
+        self.group_size = group_size
+        self.symmetric = symmetric
+        self._type_id = (scalar_types.uint4b8 if symmetric else scalar_types.uint4).id
+        self._gemm = {}  # by activation dtype, loaded by allocate()
+        sm_count = torch.cuda.get_device_properties(device).multi_processor_count
+        self._locks = torch.zeros(sm_count, dtype=torch.int32, device=device)
+        self._partial_sums = torch.empty(sm_count * _MAX_TILE_M * _MAX_TILE_N, dtype=torch.float32, device=device)
+        self._none = torch.empty(0, dtype=torch.int32, device=device)
+
+    def unsupported(self, n: int, k: int, dtype: torch.dtype) -> str | None:
+        if dtype not in DTYPES:
+            return f"its dtype is {dtype}, Marlin computes in bfloat16 or float16"
+        if n % marlin_layout.TILE_N:
+            return f"its {n} output features are not a multiple of {marlin_layout.TILE_N}"
+        if k % 128:
+            return f"its {k} input features are not a multiple of 128"
+        if k == self.group_size:
+            return f"its {k} input features are a single group, Marlin needs two or more"
+        return None
+
+    def allocate(self, n: int, k: int, dtype: torch.dtype, device: torch.device) -> Packed:
+        self._gemm[dtype] = _jit_gptq_marlin_module(dtype).gptq_marlin_gemm
+        groups = k // self.group_size
+        return Packed(
+            n=n,
+            k=k,
+            dtype=dtype,
+            codes=torch.empty(k // 16, 2 * n, dtype=torch.int32, device=device),
+            scales=torch.empty(groups, n, dtype=dtype, device=device),
+            zeros=None if self.symmetric else torch.empty(groups, n // 8, dtype=torch.int32, device=device),
+        )
+
+    def refresh_(self, packed: Packed, weight_NK: torch.Tensor) -> None:
+        refresh_int4_marlin_(weight_NK, packed.codes, packed.scales, packed.zeros, group_size=self.group_size)
+
+    def apply(self, packed: Packed, x_MK: torch.Tensor, bias_N: torch.Tensor | None) -> torch.Tensor:
+        y_MN = x_MK.new_empty(x_MK.shape[0], packed.n)
+        self._gemm[packed.dtype](
+            x_MK,
+            packed.codes,
+            packed.scales,
+            self._none,  # global scale, of fp4
+            self._none if self.symmetric else packed.zeros,
+            self._none,  # activation order: group index
+            self._none,  # activation order: permutation
+            y_MN,
+            self._partial_sums,
+            self._none,  # activation order: permuted activations
+            self._locks,
+            self._type_id,
+            True,  # is_k_full
+            False,  # use_atomic_add
+            True,  # use_fp32_reduce
+            False,  # is_zp_float
+        )
+        return y_MN if bias_N is None else y_MN.add_(bias_N)
+
+    def dequantize(self, packed: Packed) -> torch.Tensor:
+        zeros_NG = None if self.symmetric else marlin_layout.unpack_zeros(packed.zeros)
+        codes_NK = marlin_layout.unpack_codes(packed.codes)
+        return rtn.dequantize_int4(codes_NK, marlin_layout.unpack_scales(packed.scales), zeros_NG)
+
+    def reset_workspace(self) -> None:
+        """Zero the locks: Marlin expects and leaves them zero, memory that was released and resumed is arbitrary."""
+        self._locks.zero_()
