@@ -1,0 +1,239 @@
+"""What every sampler must do, on fixed logits: one set of tests for the reference and the fused implementation.
+
+Statistical checks are chi-square tests with a false-alarm rate of 1e-4 each and fixed seeds: what they print is
+reproducible. Each is shown to fail for a wrong rule.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from scipy.stats import chi2
+
+from er_sglang.sampling import Draft, RandomState, Sampler, SamplingParams
+from er_sglang.sampling.reference import distribution, scale, summarize
+
+FALSE_ALARM_RATE = 1e-4
+VOCAB = 40
+REQUESTS = 20_000
+
+FILTERS = {
+    "plain": {},
+    "cold": {"temperature": 0.5},
+    "hot": {"temperature": 1.7},
+    "top_k": {"top_k": 7},
+    "top_p": {"top_p": 0.7},
+    "min_p": {"min_p": 0.2},
+    "all": {"temperature": 0.8, "top_k": 20, "top_p": 0.9, "min_p": 0.05},
+}
+
+
+def make_params(rows: int, device, temperature=1.0, top_k=1 << 30, top_p=1.0, min_p=0.0) -> SamplingParams:
+    def fill(value, dtype):
+        return torch.full((rows,), value, dtype=dtype, device=device)
+
+    return SamplingParams(
+        fill(temperature, torch.float32), fill(top_k, torch.int32), fill(top_p, torch.float32), fill(min_p, torch.float32)
+    )
+
+
+def make_logits(seed: int, *shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * 2
+
+
+def exact(logits_V: torch.Tensor, **filters) -> torch.Tensor:
+    """The sampling distribution by its definition: sort, filter, normalize; float64."""
+    params = {"temperature": 1.0, "top_k": 1 << 30, "top_p": 1.0, "min_p": 0.0, **filters}
+    p_V = (logits_V.double() / params["temperature"]).softmax(0)
+    above = p_V.unsqueeze(0) > p_V.unsqueeze(1)  # [token, other]
+    keep = (
+        (above.sum(1) < params["top_k"])
+        & ((above * p_V).sum(1) <= params["top_p"])
+        & (p_V >= params["min_p"] * p_V.max())
+    )
+    return torch.where(keep, p_V, 0) / p_V[keep].sum()
+
+
+def p_value(tokens: torch.Tensor, p_V: torch.Tensor) -> float:
+    """Chi-square test of draws against probabilities; bins expected below 5 are pooled. 0 outside the support."""
+    counts = torch.bincount(tokens.cpu(), minlength=len(p_V)).double()
+    if counts[p_V == 0].any():
+        return 0.0
+    expected = p_V * counts.sum()
+    small = expected < 5
+    counts = torch.cat([counts[~small], counts[small].sum().view(1)])
+    expected = torch.cat([expected[~small], expected[small].sum().view(1)])
+    statistic = ((counts - expected) ** 2 / expected.clamp_min(1e-300))[expected > 0].sum()
+    freedom = int((expected > 0).sum()) - 1
+    return float(chi2.sf(float(statistic), freedom)) if freedom else 1.0
+
+
+def run_cycle(sampler: Sampler, device, q_GV, p_NV, filters, seed=1, spoil=lambda draft: draft):
+    """Draft and judge one cycle for REQUESTS equal requests; returns (draft, verdict, params)."""
+    gamma = q_GV.shape[0]
+    params = make_params(REQUESTS, device, **filters)
+    random = RandomState.create(seed, torch.device(device))
+    random.advance()
+    draft = Draft(
+        tokens_NB=torch.zeros((gamma + 1, REQUESTS), dtype=torch.int64, device=device),
+        logits_GBV=q_GV.to(device).unsqueeze(1).repeat(1, REQUESTS, 1),
+        floor_GB=torch.empty((gamma, REQUESTS), device=device),
+        lse_GB=torch.empty((gamma, REQUESTS), device=device),
+    )
+    for step in range(gamma):
+        sampler.draw(
+            draft.logits_GBV[step], params, random, step, draft.tokens_NB[step + 1], draft.floor_GB[step], draft.lse_GB[step]
+        )
+    logits_BNV = p_NV.to(device).unsqueeze(0).repeat(REQUESTS, 1, 1)
+    return draft, sampler.judge(logits_BNV, spoil(draft), params, random), params
+
+
+def chain_p_value(sampler, device, filters, spoil=lambda draft: draft) -> float:
+    """Smallest p-value over the positions of a chain of 3, Bonferroni-corrected; 0 if a position was never reached."""
+    q_GV, p_NV = make_logits(1, 3, VOCAB), make_logits(1, 4, VOCAB) + 0.5 * make_logits(2, 4, VOCAB)
+    _, verdict, _ = run_cycle(sampler, device, q_GV, p_NV, filters, spoil=spoil)
+    values = []
+    for position in range(4):
+        reached = verdict.accept_lens_B > position
+        if not reached.any():
+            return 0.0
+        values.append(p_value(verdict.emitted_BN[reached, position], exact(p_NV[position], **filters)))
+    return min(1.0, 4 * min(values))
+
+
+class SamplerCases:
+    """Subclass with fixtures ``sampler`` and ``device``."""
+
+    @pytest.mark.parametrize("filters", FILTERS.values(), ids=FILTERS)
+    def test_drafts_follow_the_drafters_distribution(self, sampler, device, filters):
+        q_GV = make_logits(3, 2, VOCAB)
+        draft, _, _ = run_cycle(sampler, device, q_GV, make_logits(4, 3, VOCAB), filters)
+        for step in range(2):
+            assert p_value(draft.tokens_NB[step + 1], exact(q_GV[step], **filters)) > FALSE_ALARM_RATE / 2
+
+    @pytest.mark.parametrize("filters", FILTERS.values(), ids=FILTERS)
+    def test_emitted_tokens_follow_the_policys_distribution(self, sampler, device, filters):
+        assert chain_p_value(sampler, device, filters) > FALSE_ALARM_RATE
+
+    def test_fails_when_everything_is_accepted(self, sampler, device):
+        assert chain_p_value(type(sampler)(simulated_acceptance=1.0), device, {}) < FALSE_ALARM_RATE
+
+    def test_fails_when_the_residual_is_not_subtracted(self, sampler, device):
+        # An independent first rejection leaves q out of the residual: accept by the rule, then draw from p.
+        class PlainResidual(type(sampler)):
+            def judge(self, logits_BNV, draft, params, random):
+                verdict = super().judge(logits_BNV, draft, params, random)
+                random.advance()
+                token, floor, lse = (torch.empty(REQUESTS, dtype=t, device=device) for t in (torch.int64, torch.float32, torch.float32))
+                last = (verdict.accept_lens_B - 1).long()
+                rows = logits_BNV[torch.arange(REQUESTS, device=device), last]
+                self.draw(rows, params, random, 0, token, floor, lse)
+                verdict.emitted_BN.scatter_(1, last.view(-1, 1), token.view(-1, 1))
+                return verdict
+
+        assert chain_p_value(PlainResidual(), device, {}) < FALSE_ALARM_RATE
+
+    def test_fails_when_q_is_of_another_step(self, sampler, device):
+        def spoil(draft):
+            return Draft(draft.tokens_NB, draft.logits_GBV.roll(1, 0), draft.floor_GB.roll(1, 0), draft.lse_GB.roll(1, 0))
+
+        assert chain_p_value(sampler, device, {}, spoil) < FALSE_ALARM_RATE
+
+    def test_acceptance_is_the_overlap_of_the_distributions(self, sampler, device):
+        q_GV = make_logits(1, 1, VOCAB)
+        p_NV = make_logits(1, 2, VOCAB) + 0.5 * make_logits(2, 2, VOCAB)
+        _, verdict, _ = run_cycle(sampler, device, q_GV, p_NV, {})
+        overlap = torch.minimum(exact(q_GV[0]), exact(p_NV[0])).sum().item()
+        rate = (verdict.accept_lens_B - 1).double().mean().item()
+        assert abs(rate - overlap) < 4 * (overlap * (1 - overlap) / REQUESTS) ** 0.5  # false alarm 6e-5
+
+    def test_equal_distributions_accept_everything(self, sampler, device):
+        logits = make_logits(5, 3, VOCAB)
+        _, verdict, _ = run_cycle(sampler, device, logits[:2], logits, {"top_p": 0.9})
+        assert (verdict.accept_lens_B == 3).all()
+
+    def test_greedy_requests_accept_while_the_argmax_agrees(self, sampler, device):
+        q_GV, p_NV = make_logits(6, 3, VOCAB), make_logits(6, 4, VOCAB)
+        p_NV[2] = -p_NV[2]  # the third draft is wrong
+        draft, verdict, _ = run_cycle(sampler, device, q_GV, p_NV, {"top_k": 1})
+        best = p_NV.argmax(-1)
+        assert (draft.tokens_NB[1:].cpu() == q_GV.argmax(-1).view(-1, 1)).all()
+        assert (verdict.accept_lens_B == 3).all()
+        assert (verdict.emitted_BN.cpu() == torch.tensor([best[0], best[1], best[2], 0])).all()
+        assert (verdict.last_B.cpu() == best[2]).all()
+
+    def test_greedy_ties_go_to_the_first_token(self, sampler, device):
+        p_NV = torch.zeros(2, VOCAB)
+        draft, verdict, _ = run_cycle(sampler, device, torch.zeros(1, VOCAB), p_NV, {"top_k": 1})
+        assert (draft.tokens_NB[1] == 0).all() and (verdict.emitted_BN == 0).all()
+
+    def test_ties_at_the_floor_are_kept(self, sampler, device):
+        logits = torch.zeros(1, VOCAB)
+        logits[0, :3] = 2.0
+        draft, _, _ = run_cycle(sampler, device, logits, torch.zeros(2, VOCAB), {"top_k": 2})
+        assert set(draft.tokens_NB[1].tolist()) == {0, 1, 2}
+
+    def test_masked_tokens_are_never_emitted(self, sampler, device):
+        p_NV = make_logits(7, 2, VOCAB)
+        p_NV[:, ::2] = -torch.inf
+        _, verdict, _ = run_cycle(sampler, device, make_logits(8, 1, VOCAB), p_NV, {})
+        assert (verdict.last_B % 2 == 1).all()
+        assert p_value(verdict.emitted_BN[:, 0], exact(p_NV[0])) > FALSE_ALARM_RATE
+
+    def test_cycles_and_steps_draw_independent_numbers(self, sampler, device):
+        params = make_params(REQUESTS, device)
+        logits = torch.zeros((REQUESTS, VOCAB), device=device)
+        random = RandomState.create(3, torch.device(device))
+        out = [torch.empty(REQUESTS, dtype=torch.int64, device=device) for _ in range(3)]
+        floor, lse = torch.empty(REQUESTS, device=device), torch.empty(REQUESTS, device=device)
+        sampler.draw(logits, params, random, 0, out[0], floor, lse)
+        sampler.draw(logits, params, random, 1, out[1], floor, lse)
+        random.advance()
+        sampler.draw(logits, params, random, 0, out[2], floor, lse)
+        pairs = ((out[0], out[1]), (out[0], out[2]), (out[0][:-1], out[0][1:]))
+        for a, b in pairs:
+            uniform = torch.full((VOCAB * VOCAB,), 1 / VOCAB**2, dtype=torch.float64)
+            assert p_value(a * VOCAB + b, uniform) > FALSE_ALARM_RATE / len(pairs)
+
+    def test_wide_rows_agree_with_the_reference(self, sampler, device):
+        """Several blocks per row, a row length that is no multiple of a block, mixed settings."""
+        from er_sglang.sampling.reference import ReferenceSampler
+
+        vocab, rows = 10_007, 8
+        params = make_params(rows, "cpu")
+        params.temperature_B[:] = torch.tensor([1, 1, 1, 1, 0.7, 1.3, 1, 1.0])
+        params.top_k_B[:] = torch.tensor([1 << 30, 1, 50, 1 << 30, 1 << 30, 900, 1, 1 << 30])
+        params.top_p_B[:] = torch.tensor([1, 1, 1, 0.8, 0.95, 0.5, 1, 1.0])
+        params.min_p_B[:] = torch.tensor([0, 0, 0, 0, 0, 0.01, 0, 0.1])
+        q_GBV, p_BNV = make_logits(9, 2, rows, vocab), make_logits(10, rows, 3, vocab)
+        p_BNV[:, :2] = q_GBV.transpose(0, 1) + 0.3 * p_BNV[:, :2]
+        results = []
+        for which, where in ((ReferenceSampler(), "cpu"), (sampler, device)):
+            random = RandomState.create(11, torch.device(where))
+            moved = SamplingParams(*(getattr(params, name).to(where) for name in params.__slots__))
+            draft = Draft(
+                torch.zeros((3, rows), dtype=torch.int64, device=where),
+                q_GBV.to(where),
+                torch.empty((2, rows), device=where),
+                torch.empty((2, rows), device=where),
+            )
+            for step in range(2):
+                which.draw(
+                    draft.logits_GBV[step], moved, random, step, draft.tokens_NB[step + 1], draft.floor_GB[step], draft.lse_GB[step]
+                )
+            verdict = which.judge(p_BNV.to(where), draft, moved, random)
+            results.append([t.cpu() for t in (draft.tokens_NB, verdict.emitted_BN, verdict.accept_lens_B, verdict.last_B)])
+            sampled = moved.top_k_B.cpu() > 1
+            results[-1].append(draft.lse_GB.cpu()[:, sampled])
+        for mine, theirs in zip(results[1][:-1], results[0][:-1]):
+            assert torch.equal(mine, theirs)
+        torch.testing.assert_close(results[1][-1], results[0][-1], rtol=1e-5, atol=1e-5)
+
+
+def test_reference_distribution_is_the_definition() -> None:
+    for name, filters in FILTERS.items():
+        logits = make_logits(12, 1, VOCAB)
+        params = make_params(1, "cpu", **filters)
+        x_BV = scale(logits, params)
+        p_BV = distribution(x_BV, *summarize(x_BV, params), params.top_k_B <= 1)
+        torch.testing.assert_close(p_BV[0].double(), exact(logits[0], **filters), rtol=1e-5, atol=1e-7, msg=name)
