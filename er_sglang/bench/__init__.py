@@ -1,0 +1,1 @@
+"""Quick start and benchmarks: small policies, a server to drive, load, and reports."""

@@ -1,0 +1,87 @@
+"""Send requests to a server's /generate, and sample SELF_QUANT's state meanwhile."""
+
+import asyncio
+import json
+import time
+from collections.abc import Sequence
+
+import aiohttp
+from tqdm import tqdm
+
+from er_sglang.bench.load import Completion, LoadResult, Request, Sample
+
+SAMPLE_EVERY_S = 0.25
+
+
+def run_load(
+    base_url: str,
+    requests: Sequence[Request],
+    *,
+    concurrency: int,
+    sample_self_quant: bool = False,
+    description: str = "requests",
+) -> LoadResult:
+    """Send `requests`, at most `concurrency` at a time, and wait for all of them.
+
+    `sample_self_quant` asks a SELF_QUANT server for its state every SAMPLE_EVERY_S (and raises KeyError
+    with any other server). Raises RuntimeError with the server's words if a request fails.
+    """
+    return asyncio.run(_run_load(base_url, requests, concurrency, sample_self_quant, description))
+
+
+async def _run_load(base_url, requests, concurrency, sample_self_quant, description) -> LoadResult:
+    slots = asyncio.Semaphore(concurrency)
+    samples: list[Sample] = []
+    origin_s = time.perf_counter()
+    session = aiohttp.ClientSession(
+        base_url, timeout=aiohttp.ClientTimeout(total=None), connector=aiohttp.TCPConnector(limit=0), read_bufsize=2**20
+    )
+    async with session:
+        with tqdm(total=len(requests), desc=description, mininterval=1.0, leave=False) as bar:
+
+            async def send(request: Request) -> Completion:
+                async with slots:
+                    completion = await _stream(session, request, origin_s)
+                bar.update()
+                return completion
+
+            work = asyncio.gather(*(send(request) for request in requests))
+            if sample_self_quant:
+                while not work.done():
+                    samples.append(await _sample(session, origin_s))
+                    await asyncio.wait([work], timeout=SAMPLE_EVERY_S)
+            completions = await work
+    return LoadResult(completions=tuple(completions), samples=tuple(samples))
+
+
+async def _stream(session: aiohttp.ClientSession, request: Request, origin_s: float) -> Completion:
+    start_s = time.perf_counter() - origin_s
+    times_s, tokens, chunk = [], [], {}
+    async with session.post("/generate", json=request.payload()) as response:
+        if response.status != 200:
+            raise RuntimeError(f"/generate answered {response.status}: {await response.text()}")
+        async for line in response.content:
+            if not line.startswith(b"data: ") or line.startswith(b"data: [DONE]"):
+                continue
+            chunk = json.loads(line.removeprefix(b"data: "))
+            if "error" in chunk:
+                raise RuntimeError(f"/generate failed: {chunk['error']}")
+            times_s.append(time.perf_counter() - origin_s)
+            tokens.append(chunk["meta_info"]["completion_tokens"])
+    finish_reason = chunk["meta_info"]["finish_reason"]
+    if finish_reason["type"] == "abort":
+        raise RuntimeError(f"/generate was aborted: {finish_reason}")
+    return Completion(
+        start_s=start_s,
+        end_s=times_s[-1],
+        times_s=tuple(times_s),
+        tokens=tuple(tokens),
+        text=chunk.get("text", ""),
+        meta_info=chunk["meta_info"],
+    )
+
+
+async def _sample(session: aiohttp.ClientSession, origin_s: float) -> Sample:
+    async with session.get("/server_info") as response:
+        state = (await response.json())["internal_states"][0]["self_quant"]
+    return Sample(time_s=time.perf_counter() - origin_s, state=state)

@@ -1,0 +1,150 @@
+"""What a result needs to be believed: environment, table, plot, raw data."""
+
+import dataclasses
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+from er_sglang.bench.load import LoadResult
+
+PACKAGES = ("er_sglang", "sglang", "sglang-kernel", "torch", "triton", "flashinfer-python", "transformers")
+TIMELINE_BINS = 60
+
+
+def environment() -> dict:
+    """Hardware, versions, command, commit and time of this run."""
+    installed = {distribution.metadata["Name"] for distribution in metadata.distributions()}
+    return {
+        "time_utc": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": shlex.join(sys.orig_argv),
+        "commit": _commit(),
+        "hardware": _hardware(),
+        "versions": {
+            "python": platform.python_version(),
+            "cuda": torch.version.cuda,
+            **{name: metadata.version(name) for name in PACKAGES if name in installed},
+        },
+    }
+
+
+def _hardware() -> dict:
+    cpu = {"cpu": _cpu_name(), "cpu_cores": len(os.sched_getaffinity(0))}
+    if not torch.cuda.is_available():
+        return cpu
+    gpu = torch.cuda.get_device_properties(0)
+    return {**cpu, "gpu": gpu.name, "gpus": torch.cuda.device_count(), "gpu_memory_bytes": gpu.total_memory}
+
+
+def _cpu_name() -> str:
+    models = [line.partition(":")[2].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")]
+    return models[0] if models else platform.machine()
+
+
+def _commit() -> str | None:
+    """The commit of this checkout, with "-dirty" if it has changes; None outside of one."""
+    describe = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(describe, capture_output=True, text=True, check=True).stdout.strip()
+    except (FileNotFoundError, subprocess.CalledProcessError):
+        return None
+
+
+def table(rows: Sequence[Mapping[str, object]]) -> str:
+    """Rows with equal keys as an aligned Markdown table; floats with three significant digits, None as a dash."""
+    header = list(rows[0])
+    cells = [header, *([_cell(row[name]) for name in header] for row in rows)]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(header))]
+    lines = ["| " + " | ".join(text.rjust(width) for text, width in zip(line, widths)) + " |" for line in cells]
+    return "\n".join([lines[0], "|" + "|".join("-" * (width + 1) + ":" for width in widths) + "|", *lines[1:]])
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def write_json(path: Path, content: object) -> None:
+    """Write `content`, in which dataclasses may occur."""
+    path.write_text(json.dumps(content, indent=1, default=dataclasses.asdict) + "\n")
+
+
+def plot_timeline(path: Path, results: Mapping[str, LoadResult], title: str) -> None:
+    """Tokens per second, running batch, gamma and accept length over time, one colour per arm."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 9), layout="constrained")
+    rate, batch, gamma, accept = figure.subplots(4, 1, sharex=True)
+    for arm, result in results.items():
+        bin_s = result.wall_s / TIMELINE_BINS
+        edges_s = [i * bin_s for i in range(TIMELINE_BINS + 1)]
+        received = [result.tokens_at(t) for t in edges_s]
+        line = rate.step(edges_s[1:], [(b - a) / bin_s for a, b in zip(received, received[1:])], where="pre", label=arm)[0]
+        colour = line.get_color()
+        batch.step(edges_s, [result.running_at(t) for t in edges_s], where="post", color=colour)
+        if result.samples:
+            gamma.step([s.time_s for s in result.samples], [s.state["gamma"] for s in result.samples], where="post", color=colour)
+            accept.plot(*accept_length_over_time(result), color=colour)
+    rate.set_ylabel("tokens/s")
+    batch.set_ylabel("requests decoding")
+    gamma.set_ylabel("gamma")
+    accept.set_ylabel("accept length")
+    accept.set_xlabel("seconds")
+    for axis in (rate, batch, gamma, accept):
+        axis.set_ylim(bottom=0)
+        axis.grid(alpha=0.3)
+    rate.legend()
+    figure.suptitle(title)
+    figure.savefig(path, dpi=120)
+
+
+def accept_length_over_time(result: LoadResult) -> tuple[list[float], list[float]]:
+    """Times, and mean emitted tokens per request and drafting cycle between consecutive samples.
+
+    Only between samples that show the same gamma: there, drafted tokens / gamma counts the requests' cycles.
+    """
+    times_s, lengths = [], []
+    for before, after in zip(result.samples, result.samples[1:]):
+        accepted = after.state["accepted_tokens"] - before.state["accepted_tokens"]
+        drafted = after.state["drafted_tokens"] - before.state["drafted_tokens"]
+        gamma = after.state["gamma"]
+        if drafted and gamma == before.state["gamma"]:
+            times_s.append(after.time_s)
+            lengths.append(1 + accepted * gamma / drafted)
+    return times_s, lengths
+
+
+def plot_grid(path: Path, rows: Sequence[Mapping[str, object]], title: str) -> None:
+    """Tokens per second over concurrency, and relative to the first arm, from rows of the benchmark's table."""
+    from matplotlib.figure import Figure
+
+    arms = list(dict.fromkeys(row["arm"] for row in rows))
+    rates = {arm: {row["concurrency"]: row["tokens/s"] for row in rows if row["arm"] == arm} for arm in arms}
+    figure = Figure(figsize=(9, 8), layout="constrained")
+    rate, ratio = figure.subplots(2, 1, sharex=True)
+    for arm in arms:
+        rate.plot(rates[arm].keys(), rates[arm].values(), marker="o", label=arm)
+        shared = [c for c in rates[arm] if c in rates[arms[0]]]
+        ratio.plot(shared, [rates[arm][c] / rates[arms[0]][c] for c in shared], marker="o")
+    rate.set(ylabel="decode tokens/s", xscale="log", yscale="log")
+    ratio.set(ylabel=f"relative to {arms[0]}", xlabel="concurrent requests", ylim=(0, None))
+    concurrencies = sorted({row["concurrency"] for row in rows})
+    ratio.set_xticks(concurrencies, [str(c) for c in concurrencies], minor=False)
+    ratio.minorticks_off()
+    ratio.axhline(1.0, color="grey", linewidth=0.8)
+    for axis in (rate, ratio):
+        axis.grid(alpha=0.3)
+    rate.legend()
+    figure.suptitle(title)
+    figure.savefig(path, dpi=120)

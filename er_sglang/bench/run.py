@@ -1,0 +1,197 @@
+"""`launch/bench`: decode throughput of plain SGLang, STANDALONE and SELF_QUANT over a grid of concurrency."""
+
+import argparse
+import importlib.util
+import json
+import shlex
+import tempfile
+from pathlib import Path
+from statistics import median
+
+import torch
+from tqdm import tqdm
+
+from er_sglang.bench import report
+from er_sglang.bench.arms import Arm
+from er_sglang.bench.client import run_load
+from er_sglang.bench.load import LoadResult, Request, random_prompts
+from er_sglang.bench.serving import Server
+from er_sglang.bench.shapes import SHAPES, write_model
+
+ON_CPU = not torch.cuda.is_available()
+SEED = 0
+STREAM_INTERVAL_TOKENS = 8
+WARM_UP_TOKENS = 16
+
+DESCRIPTION = """\
+Measure decode throughput, arm by arm, on the same model and the same prompts.
+
+Every arm gets its own server. At each concurrency C, C requests of equal context and equal output length
+(--output-tokens, end-of-sequence ignored) are sent at once. Counted are only the tokens between the
+moment the last request has its first token and the moment the first one ends: a full batch, no prefill.
+The prompts are in the radix cache beforehand. The figure is the median of --repeats; the spread is (max - min) / median.
+"""
+
+EPILOG = """\
+arms
+  plain         SGLang without speculation
+  standalone:G  SGLang's STANDALONE with a 4-bit draft of the same shape, G drafted tokens a cycle (CUDA only)
+  self_quant:G  SELF_QUANT, G drafted tokens a cycle
+  self_quant:0  SELF_QUANT that never drafts; should equal plain
+
+acceptance
+  A model given by shape has random weights, so acceptance is stated, not measured: --acceptance A is the
+  probability that a drafted token is accepted, given that those before it were. All arms that draft get the
+  same: SELF_QUANT by ER_SGLANG_SIMULATE_ACCEPTANCE=A, STANDALONE by SGLANG_SIMULATE_ACC_LEN, set to
+  (1 - A^(G+1)) / (1 - A), the same accept length in expectation. All computation is done, its verdict is replaced.
+  A checkpoint given by path (not a shape) is measured with its real acceptance, on random prompts.
+
+examples
+  launch/bench --model 14b
+  launch/bench --model 7b --arms plain self_quant:3 --concurrency 1 8 32 --acceptance 0.85
+  launch/bench --model tiny --arms plain self_quant:3        on a CPU: shows that it works, not how fast
+"""
+
+
+def arm_argument(text: str) -> Arm:
+    try:
+        return Arm.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="launch/bench", description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    default_arms = ["plain", "self_quant:0", "self_quant:3"] if ON_CPU else ["plain", "standalone:3", "self_quant:3", "self_quant:0"]
+    grid = [1, 4] if ON_CPU else [1, 2, 4, 8, 16, 32, 64, 128]
+    parser.add_argument("--model", default="tiny" if ON_CPU else "14b", help=f"a shape ({', '.join(SHAPES)}) or a checkpoint's path; default %(default)s")
+    parser.add_argument("--arms", nargs="+", type=arm_argument, default=[Arm.parse(a) for a in default_arms], metavar="ARM", help=f"see below; default {' '.join(default_arms)}")
+    parser.add_argument("--concurrency", nargs="+", type=int, default=grid, metavar="C", help=f"requests at once; default {' '.join(map(str, grid))}")
+    parser.add_argument("--acceptance", type=float, default=0.9, metavar="A", help="stated acceptance per drafted token, for shapes; default %(default)s")
+    parser.add_argument("--context", type=int, default=64 if ON_CPU else 1024, metavar="TOKENS", help="prompt length; default %(default)s")
+    parser.add_argument("--output-tokens", type=int, default=64 if ON_CPU else 256, metavar="TOKENS", help="response length; default %(default)s")
+    parser.add_argument("--repeats", type=int, default=2, metavar="N", help="measurements per point; default %(default)s")
+    parser.add_argument("--temperature", type=float, default=1.0, help="default %(default)s")
+    parser.add_argument("--self-quant-config", type=json.loads, default={}, metavar="JSON", help='SELF_QUANT settings besides "mode", e.g. \'{"drafter": {"weights": "fp8"}}\'')
+    parser.add_argument("--server-args", type=shlex.split, default=[], metavar="'--FLAG VALUE ...'", help="more flags for every server; write --server-args='--tp 2'")
+    parser.add_argument("--out", type=Path, default=Path("bench-results"), metavar="DIR", help="folder for results.json, table.md, plot.png and logs; default %(default)s")
+    parser.add_argument("--no-plot", action="store_true", help="do without matplotlib")
+    args = parser.parse_args(argv)
+    if not args.no_plot and importlib.util.find_spec("matplotlib") is None:
+        parser.error("the plot needs matplotlib: pip install 'er_sglang[plot]', or give --no-plot")
+    if not 0.0 <= args.acceptance < 1.0:
+        parser.error(f"--acceptance is {args.acceptance}; it must be at least 0 and below 1")
+    if ON_CPU and any(arm.algorithm == "standalone" for arm in args.arms):
+        parser.error("STANDALONE and its 4-bit kernels need CUDA; leave the standalone arm out")
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    args.out.mkdir(parents=True, exist_ok=True)
+    points = []
+    record = {
+        "environment": report.environment(),
+        "settings": {**vars(args), "arms": [str(arm) for arm in args.arms], "out": str(args.out)},
+        "acceptance": f"stated: {args.acceptance}, equal for all arms" if args.model in SHAPES else "real",
+        "points": points,
+    }
+    with tempfile.TemporaryDirectory() as scratch, tqdm(total=len(args.arms) * len(args.concurrency), desc="points") as bar:
+        for arm in args.arms:
+            with start_server(arm, args, Path(scratch)) as server:
+                bar.set_postfix_str(f"{arm}, started in {server.start_s:.0f} s")
+                for point in measure_arm(server, arm, args):
+                    points.append(point)
+                    report.write_json(args.out / "results.json", record)
+                    bar.update()
+    rows = [point["row"] for point in points]
+    text = report.table(rows)
+    title = describe(args, record["environment"])
+    (args.out / "table.md").write_text(f"{title}\n\n`{record['environment']['command']}`\n\n{text}\n")
+    if not args.no_plot:
+        report.plot_grid(args.out / "plot.png", rows, title)
+    print(f"\n{title}\n\n{text}\n\nRaw data, table and plot: {args.out}/")
+    return 0
+
+
+def describe(args: argparse.Namespace, environment: dict) -> str:
+    hardware = environment["hardware"]
+    return (
+        f"{args.model} on {hardware.get('gpu', hardware['cpu'])}, context {args.context}, {args.output_tokens} output tokens, "
+        + (f"stated acceptance {args.acceptance}" if args.model in SHAPES else "real acceptance")
+    )
+
+
+def start_server(arm: Arm, args: argparse.Namespace, scratch: Path) -> Server:
+    """The server of `arm`, not yet entered."""
+    from_shape = args.model in SHAPES
+    model_path = write_model(scratch, args.model) if from_shape else args.model
+    draft_path = write_model(scratch, args.model, quantized=True) if from_shape and arm.algorithm == "standalone" else None
+    if arm.algorithm == "standalone" and not from_shape:
+        raise SystemExit("the standalone arm drafts with a dummy model of the same shape; with a checkpoint, leave it out")
+    most = max(args.concurrency)
+    flags = {
+        "skip-tokenizer-init": True,
+        "random-seed": SEED,
+        "max-running-requests": most,
+        "load-format": "dummy" if from_shape else None,
+        **({} if ON_CPU else {"dtype": "bfloat16", "cuda-graph-bs": sorted(args.concurrency), "cuda-graph-backend-prefill": "disabled"}),
+        **arm.args(draft_path, idle_gamma=max([a.gamma or 0 for a in args.arms]) or 3),
+    }
+    return Server(
+        model_path,
+        flags,
+        extra_words=args.server_args,
+        env=arm.env(args.acceptance if from_shape else None, args.self_quant_config),
+        log_path=args.out / f"server-{str(arm).replace(':', '-')}.log",
+    )
+
+
+def measure_arm(server: Server, arm: Arm, args: argparse.Namespace):
+    """Yield one point per concurrency: its table row, its repeats, and SELF_QUANT's counters over them."""
+    info = server.get_server_info()
+    vocab = SHAPES[args.model]["vocab_size"] if args.model in SHAPES else vocab_size(Path(args.model))
+    prompts = random_prompts(max(args.concurrency), seed=SEED, tokens=args.context, vocab=vocab)
+
+    def load(concurrency: int, tokens: int) -> LoadResult:
+        requests = [
+            Request(prompt=p, max_new_tokens=tokens, ignore_eos=True, temperature=args.temperature, stream_interval=STREAM_INTERVAL_TOKENS)
+            for p in prompts[:concurrency]
+        ]
+        return run_load(server.base_url, requests, concurrency=concurrency, description=f"{arm} at {concurrency}")
+
+    load(max(args.concurrency), WARM_UP_TOKENS)
+    for concurrency in args.concurrency:
+        before = server.self_quant() if arm.algorithm == "self_quant" else None
+        load(concurrency, WARM_UP_TOKENS)
+        results = [load(concurrency, args.output_tokens) for _ in range(args.repeats)]
+        after = server.self_quant() if arm.algorithm == "self_quant" else None
+        rates = [result.steady_tokens_per_s() for result in results]
+        rate = median(rates)
+        accept_length = median(result.accept_length for result in results)
+        yield {
+            "row": {
+                "arm": str(arm),
+                "concurrency": concurrency,
+                "tokens/s": rate,
+                "spread %": 100 * (max(rates) - min(rates)) / rate,
+                "step ms": 1000 * concurrency * accept_length / rate,
+                "accept length": accept_length,
+                "stated": arm.expected_accept_length(args.acceptance) if args.model in SHAPES else None,
+                "KV tokens": info["max_total_num_tokens"],
+            },
+            "tokens_per_s": rates,
+            "windows_s": [result.steady_window_s() for result in results],
+            "self_quant_before": before,
+            "self_quant_after": after,
+        }
+
+
+def vocab_size(checkpoint: Path) -> int:
+    return json.loads((checkpoint / "config.json").read_text())["vocab_size"]
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,308 @@
+"""The benchmark's arithmetic, commands and files: no server, no SGLang."""
+
+import importlib.util
+import json
+import random
+from statistics import median
+
+import pytest
+
+from er_sglang.bench import report
+from er_sglang.bench.arms import Arm
+from er_sglang.bench.load import Completion, LoadResult, Request, Sample, interpolate, lognormal_lengths, random_prompts
+from er_sglang.bench.serving import CPU_ARGS, server_command
+from er_sglang.bench.shapes import SHAPES, W4_DRAFT, model_config, write_model
+from er_sglang.config import load_config, simulated_acceptance
+
+needs_transformers = pytest.mark.skipif(
+    importlib.util.find_spec("transformers") is None, reason="transformers is not installed (it comes with sglang)"
+)
+
+
+def completion(start_s=0.0, times_s=(1.0, 2.0, 3.0), tokens=(1, 5, 9), **meta_info):
+    return Completion(start_s=start_s, end_s=times_s[-1], times_s=times_s, tokens=tokens, text="", meta_info=meta_info)
+
+
+def result(*completions, samples=()):
+    return LoadResult(completions=completions, samples=samples)
+
+
+# ---------------------------------------------------------------- load
+
+
+def test_lengths_are_reproducible_long_tailed_and_bounded():
+    lengths = lognormal_lengths(4000, seed=1, median=100, sigma=1.0, largest=2000)
+    assert lengths == lognormal_lengths(4000, seed=1, median=100, sigma=1.0, largest=2000)
+    assert lengths != lognormal_lengths(4000, seed=2, median=100, sigma=1.0, largest=2000)
+    assert 90 < median(lengths) < 110
+    assert sum(lengths) / len(lengths) > 1.4 * median(lengths)  # exp(sigma^2 / 2) = 1.65, less the cut
+    assert min(lengths) >= 1 and max(lengths) <= 2000
+
+
+def test_random_prompts_stay_inside_the_vocabulary():
+    prompts = random_prompts(5, seed=0, tokens=300, vocab=128)
+    assert {len(p) for p in prompts} == {300} and len(set(prompts)) == 5
+    assert all(0 < token < 128 for p in prompts for token in p)
+
+
+def test_payload_names_the_prompt_by_its_kind():
+    assert Request(prompt="a", max_new_tokens=3).payload()["text"] == "a"
+    payload = Request(prompt=(4, 5), max_new_tokens=3, ignore_eos=True, stream_interval=8).payload()
+    assert payload["input_ids"] == (4, 5) and "text" not in payload
+    assert payload["sampling_params"] == {"temperature": 1.0, "max_new_tokens": 3, "ignore_eos": True, "stream_interval": 8}
+
+
+@pytest.mark.parametrize("x, y", [(-1, 0), (0, 0), (0.5, 5), (1, 10), (2, 15), (3, 20), (9, 20)])
+def test_interpolate(x, y):
+    assert interpolate(x, (0, 1, 3), (0, 10, 20)) == y
+
+
+def test_steady_rate_counts_only_the_full_batch():
+    early = completion(times_s=(1.0, 2.0, 3.0), tokens=(1, 5, 9))
+    late = completion(times_s=(2.0, 3.0, 7.0), tokens=(1, 5, 21))
+    both = result(early, late)
+    assert both.steady_window_s() == (2.0, 3.0)
+    assert both.steady_tokens_per_s() == 8.0
+    assert (both.total_tokens, both.wall_s, both.tokens_per_s) == (30, 7.0, 30 / 7)
+    assert [both.running_at(t) for t in (0.5, 1.0, 2.5, 3.0, 7.0)] == [0, 1, 2, 1, 0]
+
+
+def test_requests_that_never_run_together_have_no_steady_window():
+    queued = completion(start_s=0.0, times_s=(4.0, 5.0), tokens=(1, 2))
+    with pytest.raises(ValueError, match="less concurrency"):
+        result(completion(), queued).steady_tokens_per_s()
+
+
+def test_accept_length_is_tokens_per_step_over_all_requests():
+    assert result(completion(), completion()).accept_length == 1.0
+    one, two = completion(tokens=(1, 5, 9), spec_verify_ct=2), completion(tokens=(1, 2, 3), spec_verify_ct=2)
+    assert result(one, two).accept_length == (8 + 2) / 4
+
+
+# ---------------------------------------------------------------- arms
+
+
+@pytest.mark.parametrize("text", ["plain", "standalone:3", "self_quant:3", "self_quant:0"])
+def test_an_arm_is_written_as_it_is_read(text):
+    assert str(Arm.parse(text)) == text
+
+
+@pytest.mark.parametrize("text", ["", "eagle:3", "self_quant", "self_quant:", "self_quant:-1", "standalone:0", "plain:1"])
+def test_unknown_arms_are_refused_with_the_choices(text):
+    with pytest.raises(ValueError, match="choose plain, standalone:G"):
+        Arm.parse(text)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 0.9])
+@pytest.mark.parametrize("gamma", [1, 3, 7])
+def test_stated_accept_length_is_the_mean_of_the_geometric_rule(alpha, gamma):
+    arm = Arm.parse(f"self_quant:{gamma}")
+    assert arm.expected_accept_length(alpha) == pytest.approx((1 - alpha ** (gamma + 1)) / (1 - alpha))
+    rng = random.Random(0)
+    emitted = []
+    for _ in range(20_000):
+        accepted = 0
+        while accepted < gamma and rng.random() < alpha:
+            accepted += 1
+        emitted.append(accepted + 1)
+    assert arm.expected_accept_length(alpha) == pytest.approx(sum(emitted) / len(emitted), rel=0.02)
+
+
+def test_arms_that_do_not_draft_emit_one_token_a_step():
+    assert Arm.parse("plain").expected_accept_length(0.9) == Arm.parse("self_quant:0").expected_accept_length(0.9) == 1.0
+
+
+def test_acceptance_is_stated_equally_and_only_to_arms_that_draft():
+    standalone, self_quant = Arm.parse("standalone:3"), Arm.parse("self_quant:3")
+    assert float(standalone.env(0.9, {})["SGLANG_SIMULATE_ACC_LEN"]) == pytest.approx(3.439)
+    assert simulated_acceptance(self_quant.env(0.9, {})) == 0.9
+    for arm, alpha in ((Arm.parse("plain"), 0.9), (Arm.parse("self_quant:0"), 0.9), (standalone, None), (self_quant, None)):
+        assert not [name for name in arm.env(alpha, {}) if "SIMULATE" in name]
+
+
+def test_self_quant_settings_are_ones_the_plugin_accepts():
+    drafts = load_config(None, 3, Arm.parse("self_quant:3").env(None, {"drafter": {"weights": "fp8"}}))
+    assert drafts.gammas == (3,) and drafts.drafter.weights == "fp8"
+    assert load_config(None, 3, Arm.parse("self_quant:0").env(None, {})).gammas == ()
+
+
+def test_self_quant_that_never_drafts_reserves_what_drafting_would():
+    args = {"draft_path": None, "idle_gamma": 5}
+    assert Arm.parse("self_quant:0").args(**args)["speculative-num-steps"] == 5
+    assert Arm.parse("self_quant:3").args(**args)["speculative-num-steps"] == 3
+
+
+def test_standalone_drafts_a_chain(tmp_path):
+    args = Arm.parse("standalone:4").args(tmp_path, idle_gamma=4)
+    assert (args["speculative-num-steps"], args["speculative-eagle-topk"], args["speculative-num-draft-tokens"]) == (4, 1, 5)
+    assert args["speculative-draft-model-path"] == tmp_path
+
+
+# ---------------------------------------------------------------- commands and models
+
+
+def test_server_command():
+    args = {"disable-x": True, "y": False, "z": None, "cuda-graph-bs": [1, 2], "host": "0.0.0.0"}
+    command = server_command("policy", 123, args, ["--tp", "2"])
+    assert command[1:3] == ["-m", "sglang.launch_server"]
+    assert command[3:] == "--model-path policy --host 0.0.0.0 --port 123 --disable-x --cuda-graph-bs 1 2 --tp 2".split()
+
+
+def test_cpu_flags_ask_for_no_kernels():
+    text = " ".join(server_command("policy", 1, CPU_ARGS))
+    assert "--device cpu --attention-backend torch_native --sampling-backend pytorch" in text
+    assert "--disable-overlap-schedule --max-total-tokens" in text
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_shapes_fit_group_128_and_tensor_cores(shape, tmp_path):
+    config = json.loads((write_model(tmp_path, shape) / "config.json").read_text())
+    assert config == model_config(shape) and "quantization_config" not in config
+    assert config["hidden_size"] % 128 == config["intermediate_size"] % 128 == 0
+    assert config["num_attention_heads"] % config["num_key_value_heads"] == 0
+    assert config["hidden_size"] // config["num_attention_heads"] in (64, 128)
+
+
+@pytest.mark.parametrize("shape, parameters_e9", [("7b", 7.6), ("14b", 14.8)])
+def test_shapes_have_the_size_of_their_name(shape, parameters_e9):
+    c = model_config(shape)
+    head_dim = c["hidden_size"] // c["num_attention_heads"]
+    attention = c["hidden_size"] * head_dim * 2 * (c["num_attention_heads"] + c["num_key_value_heads"])
+    mlp = 3 * c["hidden_size"] * c["intermediate_size"]
+    total = c["num_hidden_layers"] * (attention + mlp) + 2 * c["vocab_size"] * c["hidden_size"]
+    assert total / 1e9 == pytest.approx(parameters_e9, abs=0.1)
+
+
+def test_the_quantized_draft_lies_beside_the_model(tmp_path):
+    plain, draft = write_model(tmp_path, "tiny"), write_model(tmp_path, "tiny", quantized=True)
+    assert plain != draft
+    assert json.loads((draft / "config.json").read_text())["quantization_config"] == W4_DRAFT
+
+
+# ---------------------------------------------------------------- report
+
+
+def test_table():
+    rows = [{"arm": "plain", "rate": 1234.56, "n": 16384, "a": None}, {"arm": "self_quant:3", "rate": 0.98765, "n": 7, "a": 1.0}]
+    assert report.table(rows).splitlines() == [
+        "|          arm |  rate |      n | a |",
+        "|-------------:|------:|-------:|--:|",
+        "|        plain |  1235 | 16,384 | - |",
+        "| self_quant:3 | 0.988 |      7 | 1 |",
+    ]
+
+
+def test_environment_names_command_hardware_and_versions():
+    environment = report.environment()
+    assert "pytest" in environment["command"]
+    assert environment["hardware"]["cpu_cores"] >= 1 and environment["versions"]["torch"]
+    json.dumps(environment)
+
+
+def sample(time_s, gamma, drafted, accepted):
+    return Sample(time_s=time_s, state={"gamma": gamma, "drafted_tokens": drafted, "accepted_tokens": accepted})
+
+
+def test_accept_length_over_time_uses_differences_at_one_gamma():
+    samples = (
+        sample(0, 3, 0, 0),
+        sample(1, 3, 30, 20),
+        sample(2, 0, 36, 21),  # gamma went to 0 in between
+        sample(3, 0, 36, 21),  # nothing drafted
+        sample(4, 5, 46, 31),
+        sample(5, 5, 96, 61),
+    )
+    assert report.accept_length_over_time(result(completion(), samples=samples)) == ([1, 5], [3.0, 4.0])
+
+
+def test_plots_and_raw_data_are_written(tmp_path):
+    pytest.importorskip("matplotlib", reason="plots need the plot extra")
+    speculative = result(completion(), completion(), samples=(sample(0, 3, 0, 0), sample(1, 3, 30, 20)))
+    report.plot_timeline(tmp_path / "timeline.png", {"plain": result(completion()), "self_quant:3": speculative}, "title")
+    rows = [{"arm": arm, "concurrency": c, "tokens/s": 10.0 * c} for arm in ("plain", "self_quant:3") for c in (1, 8)]
+    report.plot_grid(tmp_path / "grid.png", rows, "title")
+    assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in ("timeline.png", "grid.png"))
+    report.write_json(tmp_path / "results.json", {"results": {"self_quant:3": speculative}})
+    raw = json.loads((tmp_path / "results.json").read_text())
+    assert raw["results"]["self_quant:3"]["completions"][0]["tokens"] == [1, 5, 9]
+
+
+# ---------------------------------------------------------------- the toy policy
+
+
+@needs_transformers
+def test_countdowns_are_legal_and_their_length_follows_the_prompt():
+    from er_sglang.bench import toy
+
+    rng = random.Random(0)
+    for count in (1, 7, 100, 999):
+        response = toy.respond(count, rng)
+        assert response.endswith("000") and toy.valid_steps(toy.prompt(count), response) == 1.0
+        assert 4 * count / 5 - 1 <= len(response) <= 4 * count
+    assert toy.valid_steps("009:", "008,001,000") < 1.0  # a step of seven
+    assert toy.valid_steps("009:", "008,005") < 1.0  # does not reach zero
+    assert toy.valid_steps("009:", "") == 0.0
+
+
+@needs_transformers
+def test_tokenizer_is_one_token_a_character_and_survives_a_round_trip(tmp_path):
+    from transformers import AutoTokenizer
+
+    from er_sglang.bench import toy
+
+    toy.make_tokenizer(128).save_pretrained(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    text = "041:039,000 ~A z"
+    ids = tokenizer(text)["input_ids"]
+    assert len(ids) == len(text) and max(ids) < 97 and tokenizer.decode(ids) == text
+    assert (tokenizer.pad_token_id, tokenizer.eos_token_id) == (0, 1)
+    with pytest.raises(ValueError, match="at least 97"):
+        toy.make_tokenizer(96)
+
+
+@needs_transformers
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+def test_random_policies_are_neither_flat_nor_certain(family, tied, tmp_path):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from er_sglang.bench import toy
+
+    shape = toy.PolicyShape(tie_word_embeddings=tied)
+    model = AutoModelForCausalLM.from_pretrained(toy.make_random_policy(tmp_path, family, shape=shape))
+    assert model.config.model_type == family and model.dtype == torch.float32
+    assert model.config.tie_word_embeddings is tied
+    assert (model.model.layers[0].self_attn.q_proj.bias is not None) == (family == "qwen2")
+    ids = torch.randint(2, 97, (4, 32), generator=torch.Generator().manual_seed(0))
+    top = model(ids).logits.softmax(-1).amax(-1).mean().item()
+    assert 0.15 < top < 0.85
+
+
+@needs_transformers
+def test_outlier_channels_keep_the_function():
+    import torch
+
+    from er_sglang.bench import toy
+
+    model = toy.make_model("qwen3", toy.PolicyShape(), seed=0)
+    ids = torch.arange(2, 34)[None]
+    before, weight = model(ids).logits, model.model.layers[0].self_attn.q_proj.weight.clone()
+    toy.spread_channels(model, sigma=0.75, seed=0)
+    torch.testing.assert_close(model(ids).logits, before, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(model.model.layers[0].self_attn.q_proj.weight, weight, rtol=0.1)
+
+
+@needs_transformers
+def test_training_learns_the_task(tmp_path):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from er_sglang.bench import toy
+
+    path = toy.make_toy_policy(tmp_path, shape=toy.PolicyShape(), steps=20)
+    model = AutoModelForCausalLM.from_pretrained(path)
+    ids, labels, positions = toy.training_batch(toy.make_tokenizer(128), random.Random(1), rows=8, max_tokens=64)
+    with torch.no_grad():
+        loss = model(input_ids=ids, labels=labels, position_ids=positions).loss.item()
+    assert loss < 3.3  # log(128) = 4.85 untrained
