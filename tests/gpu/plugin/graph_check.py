@@ -1,0 +1,112 @@
+"""SGLang plugin for tests: when SELF_QUANT's graphs are captured, run each against the same code run eagerly.
+
+Prints one line per comparison; raises, and so stops the server, unless every result is equal bit for bit. Contexts are
+short, so that attention takes one split in both (the number of splits is fixed at capture).
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import torch
+from sglang.srt.model_executor.forward_batch_info import ForwardMode
+from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+from er_sglang.sampling import SamplingParams
+from er_sglang.step import Step
+
+CONTEXT_TOKENS = 37
+
+
+def activate() -> None:
+    HookRegistry.register("er_sglang.worker.SelfQuantWorker.init_cuda_graphs", _compare_all, HookType.AFTER)
+
+
+def _compare_all(result, worker) -> None:
+    chain = worker._chain
+    _fill_kv(worker._runner.token_to_kv_pool)
+    for size in chain._graph_batches:
+        for gamma in worker.config.gammas:
+            step = _make_step(worker, size)
+            _same(f"draft of {gamma} at batch {size}", _draft(worker, step, gamma, True), _draft(worker, step, gamma, False))
+            _same(f"verify of {gamma} at batch {size}", _verify(worker, step, gamma, True), _verify(worker, step, gamma, False))
+
+
+def _same(what: str, graph: list[torch.Tensor], eager: list[torch.Tensor]) -> None:
+    for a, b in zip(graph, eager, strict=True):
+        if not torch.equal(a, b):
+            raise AssertionError(f"{what}: graph and eager differ, at most {(a.double() - b.double()).abs().max().item():.3e}")
+        if not a.double().isfinite().all():
+            raise AssertionError(f"{what}: not finite")
+    print(f"GRAPH_CHECK {what}: equal bit for bit", flush=True)
+
+
+def _fill_kv(pool) -> None:
+    generator = torch.Generator(device="cuda").manual_seed(1)
+    for layer in range(pool.layer_num):
+        for buffer in (pool.get_key_buffer(layer), pool.get_value_buffer(layer)):
+            buffer[: 256 * (CONTEXT_TOKENS + 16)].normal_(generator=generator)
+
+
+def _make_step(worker, size: int) -> Step:
+    device, width = worker.device, worker.config.gamma_max + 1
+    rows = torch.arange(size, device=device)
+    slots = 1 + torch.arange(size * (CONTEXT_TOKENS + width), device=device).view(size, -1)
+    worker._req_to_token[:size, : CONTEXT_TOKENS + width] = slots.to(worker._req_to_token.dtype)
+    return Step(
+        req_pool_indices_B=rows,
+        seq_lens_B=torch.full((size,), CONTEXT_TOKENS, device=device),
+        seq_lens_cpu_B=torch.full((size,), CONTEXT_TOKENS),
+        last_B=7 + rows,
+        slots_NB=slots[:, CONTEXT_TOKENS:].t().contiguous(),
+        params=SamplingParams(
+            torch.full((size,), 0.9, device=device),
+            torch.where(rows % 3 == 0, 1, 1 << 30).to(torch.int32),
+            torch.where(rows % 3 == 1, 0.8, 1.0),
+            torch.zeros(size, device=device),
+        ),
+    )
+
+
+def _draft(worker, step: Step, gamma: int, graph: bool) -> list[torch.Tensor]:
+    chain = worker._chain
+    worker._random.state[1] = 5
+    batches, chain._graph_batches = chain._graph_batches, chain._graph_batches if graph else []
+    draft = chain.draft(chain.prepare(step, gamma), step.batch_size)
+    chain._graph_batches = batches
+    return [t.clone() for t in (draft.tokens_NB, draft.logits_GBV, draft.lse_GB)]
+
+
+def _verify(worker, step: Step, gamma: int, graph: bool) -> list[torch.Tensor]:
+    runner = worker._verifier._runners[gamma]
+    captured, runner.decode_cuda_graph_runner = (
+        runner.decode_cuda_graph_runner,
+        runner.decode_cuda_graph_runner if graph else runner.eager_runner,
+    )
+    tokens_NB = 11 + torch.arange((gamma + 1) * step.batch_size, device=worker.device).view(gamma + 1, -1) % 50
+    output, ran_graph = worker._verifier.forward(worker._verifier.prepare(_batch(worker, step), step, gamma), tokens_NB)
+    runner.decode_cuda_graph_runner = captured
+    assert ran_graph == graph
+    return [output.next_token_logits.clone()]
+
+
+def _batch(worker, step: Step):
+    """The fields of a ScheduleBatch that ForwardBatch.init_new reads."""
+    from collections import defaultdict
+
+    fields = defaultdict(lambda: None)
+    fields.update(
+        reqs=[SimpleNamespace(lora_id=None, rid="check") for _ in range(step.batch_size)],
+        seq_lens=step.seq_lens_B,
+        req_pool_indices=step.req_pool_indices_B,
+        forward_mode=ForwardMode.DECODE,
+        return_logprob=False,
+        has_grammar=False,
+        return_hidden_states=False,
+    )
+
+    class Batch(SimpleNamespace):
+        def __getattr__(self, name):
+            return fields[name] if not name.startswith("__") else super().__getattribute__(name)
+
+    return Batch()

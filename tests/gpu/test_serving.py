@@ -1,0 +1,91 @@
+"""The real server on a GPU, head_dim 128, bf16, overlap scheduling: graphs equal eager runs bit for bit, and the emitted
+distribution is the policy's (false-alarm rate 1e-4 a test; filters are tested on the sampler itself, since bf16 rounding
+moves tokens across a filter's edge)."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+
+PROMPT = [17, 4, 88, 23, 61, 9]
+SAMPLES = 1600
+NEW_TOKENS = 8
+GRAPH_BATCHES = [1, 2, 4, 8, 16, 32]
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory):
+    from er_sglang.bench.toy import PolicyShape, make_random_policy
+
+    shape = PolicyShape(hidden=256, intermediate=512, layers=2, heads=4, kv_heads=2, head_dim=128, vocab=100)
+    return make_random_policy(tmp_path_factory.mktemp("policy") / "qwen3", "qwen3", shape=shape, dtype=torch.bfloat16)
+
+
+@pytest.fixture(scope="module")
+def server(policy, tmp_path_factory):
+    from er_sglang.bench.serving import Server
+    from er_sglang.config import CONFIG_ENV
+
+    plugin = str(Path(__file__).parent / "plugin")
+    args = {
+        "skip-tokenizer-init": True,
+        "dtype": "bfloat16",
+        "random-seed": 20240607,
+        "cuda-graph-bs": GRAPH_BATCHES,
+        "cuda-graph-backend-prefill": "disabled",
+        "max-running-requests": 64,
+        "mem-fraction-static": 0.3,
+        "speculative-algorithm": "SELF_QUANT",
+        "speculative-num-steps": 3,
+    }
+    env = {
+        CONFIG_ENV: json.dumps({"mode": "cycle", "cycle": [3, 0, 1, 2, 3]}),
+        "PYTHONPATH": os.pathsep.join(filter(None, [plugin, os.environ.get("PYTHONPATH")])),
+    }
+    with Server(policy, args, env=env, log_path=tmp_path_factory.mktemp("log") / "server.log") as server:
+        yield server
+
+
+def test_graphs_equal_eager_runs(server) -> None:
+    """The plugin compares them at start-up and stops the server at the first difference."""
+    checks = [line for line in server.log_path.read_text().splitlines() if line.startswith("GRAPH_CHECK")]
+    assert len(checks) == 2 * 3 * len(GRAPH_BATCHES)  # draft and verify, gamma 1 to 3
+
+
+@pytest.mark.parametrize("temperature", [0.6, 1.0, 1.4])
+def test_distribution(server, policy, temperature) -> None:
+    from tests.host.goodness import assert_exact, cells
+    from tests.host.oracle import Oracle, Sampling
+
+    sampling = Sampling(temperature=temperature)
+    before = server.get_server_info()["internal_states"][0]["self_quant"]
+    answers = server.generate({"input_ids": [PROMPT] * SAMPLES, "sampling_params": sampling.params(NEW_TOKENS)})
+    after = server.get_server_info()["internal_states"][0]["self_quant"]
+    assert_exact(cells(Oracle(policy), PROMPT, [answer["output_ids"] for answer in answers], sampling))
+    assert after["cycles"] > before["cycles"] and after["decode_steps"] > before["decode_steps"]
+
+
+def test_wrong_distribution_fails(server, policy) -> None:
+    """The same check of the same answers, against a temperature a tenth off."""
+    from tests.host.goodness import cells, is_exact
+    from tests.host.oracle import Oracle, Sampling
+
+    answers = server.generate({"input_ids": [PROMPT] * SAMPLES, "sampling_params": Sampling().params(NEW_TOKENS)})
+    assert not is_exact(cells(Oracle(policy), PROMPT, [answer["output_ids"] for answer in answers], Sampling(temperature=1.1)))
+
+
+def test_log_probabilities(server, policy) -> None:
+    from tests.host.oracle import Oracle
+
+    params = {"temperature": 1.0, "max_new_tokens": 64, "ignore_eos": True}
+    answer = server.generate({"input_ids": PROMPT, "sampling_params": params, "return_logprob": True})
+    output = answer["output_ids"]
+    expected = Oracle(policy).logprobs(PROMPT, output)[len(PROMPT) - 1 :]
+    found = torch.tensor([value for value, *_ in answer["meta_info"]["output_token_logprobs"]])
+    torch.testing.assert_close(found, expected.gather(1, torch.tensor(output).view(-1, 1)).view(-1), rtol=0.03, atol=0.15)
