@@ -11,7 +11,7 @@ from er_sglang.bench import report, toy
 from er_sglang.bench.arms import Arm
 from er_sglang.bench.client import run_load
 from er_sglang.bench.load import LoadResult, Request
-from er_sglang.bench.serving import Server
+from er_sglang.bench.serving import Server, exit_on_sigterm
 
 ON_CPU = not torch.cuda.is_available()
 SEED = 7
@@ -44,6 +44,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
+    exit_on_sigterm()
     args.out.mkdir(parents=True, exist_ok=True)
     policy_path = cached_policy(args.cache, args.train_steps)
     print(f"policy: {policy_path}")

@@ -15,7 +15,7 @@ from er_sglang.bench import report
 from er_sglang.bench.arms import Arm
 from er_sglang.bench.client import run_load
 from er_sglang.bench.load import LoadResult, Request, random_prompts
-from er_sglang.bench.serving import Server
+from er_sglang.bench.serving import Server, exit_on_sigterm
 from er_sglang.bench.shapes import SHAPES, write_model
 
 ON_CPU = not torch.cuda.is_available()
@@ -90,6 +90,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
+    exit_on_sigterm()
     args.out.mkdir(parents=True, exist_ok=True)
     points = []
     record = {

@@ -66,6 +66,11 @@ def free_port() -> int:
                 return port
 
 
+def exit_on_sigterm() -> None:
+    """End this program, and with it its servers, when it is asked to terminate; they would outlive it otherwise."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+
+
 class Server:
     """A running `sglang.launch_server`; a context manager that ends the process group it started.
 
