@@ -132,6 +132,10 @@ class Server:
         """Empty the radix cache; the server must be idle."""
         self._request("/flush_cache", {})
 
+    def start_profile(self, folder: Path, *, steps: int, activities: list[str]) -> None:
+        """Profile the next `steps` steps into `folder`; returns when their trace is written. Keep the server busy."""
+        self._request("/start_profile", {"output_dir": str(folder), "num_steps": steps, "activities": activities})
+
     def log_tail(self) -> str:
         return "\n".join(self.log_path.read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:])
 

@@ -306,3 +306,25 @@ def test_training_learns_the_task(tmp_path):
     with torch.no_grad():
         loss = model(input_ids=ids, labels=labels, position_ids=positions).loss.item()
     assert loss < 3.3  # log(128) = 4.85 untrained
+
+
+def test_a_cycle_is_summarized_by_kind_and_gap():
+    from er_sglang.bench.cycle import Kernel, summarize
+
+    def cycle(at: float) -> list[Kernel]:
+        return [
+            Kernel("void marlin::Marlin<bf16>", at + 1, 10),
+            Kernel("FlashAttnFwd", at + 13, 4),
+            Kernel("flashinfer::norm::FusedAddRMSNorm", at + 15, 3),  # overlaps the one before
+            Kernel("_emit_kernel", at + 18, 2),
+        ]
+
+    summary = summarize([*cycle(0), *cycle(20), *cycle(40)])
+    assert summary["cycles"] == 2 and summary["kernels"] == 4
+    assert summary["cycle_ms"] == pytest.approx(0.020)
+    assert summary["gaps_ms"] == pytest.approx(0.003) and summary["largest_gap_us"] == pytest.approx(2)
+    assert {row["kind"]: row["ms"] for row in summary["kinds"]} == pytest.approx(
+        {"int4 GEMM": 0.010, "attention": 0.004, "norm": 0.003, "draw and judge": 0.002}
+    )
+    with pytest.raises(ValueError, match="no whole cycle"):
+        summarize(cycle(0))
