@@ -58,9 +58,28 @@ def _internal_state(result, scheduler, recv_req):
     return result
 
 
+def _served() -> bool:
+    return get_global_server_args().speculative_algorithm == ALGORITHM
+
+
 def _on_cpu() -> bool:
-    args = get_global_server_args()
-    return args.speculative_algorithm == ALGORITHM and args.device == "cpu"
+    return _served() and get_global_server_args().device == "cpu"
+
+
+def _finish_token_by_token(original, req, new_accepted_len=1):
+    """SGLang looks at the length limit before it looks for stop tokens, which is right for one token at a time only: of
+    several, those after a stop token would be returned if the last of them reaches the limit."""
+    at_limit = len(req.output_ids) >= req.sampling_params.max_new_tokens
+    if new_accepted_len == 1 or not at_limit or not _served():
+        return original(req, new_accepted_len)
+    emitted = req.output_ids[-new_accepted_len:]
+    del req.output_ids[-new_accepted_len:]
+    for count, token in enumerate(emitted, start=1):
+        req.output_ids.append(token)
+        original(req, 1)
+        if req.finished():
+            break
+    req.output_ids.extend(emitted[count:])  # SGLang cuts them off at finished_len
 
 
 def _skip_kv_copy_on_cpu(original, pool):
@@ -111,6 +130,7 @@ HOOKS = {
     f"{_UPDATER}resume_memory_occupation": (HookType.AROUND, _resume_memory),
     f"{_SCHEDULER}continue_generation": (HookType.AFTER, _continue_generation),
     f"{_SCHEDULER}get_internal_state": (HookType.AFTER, _internal_state),
+    "sglang.srt.managers.schedule_batch.Req.update_finish_state": (HookType.AROUND, _finish_token_by_token),
     "sglang.srt.mem_cache.memory_pool.MHATokenToKVPool._init_kv_copy_and_warmup": (
         HookType.AROUND,
         _skip_kv_copy_on_cpu,

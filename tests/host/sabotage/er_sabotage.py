@@ -1,0 +1,72 @@
+"""Test-only SGLang plugin: breaks SELF_QUANT on purpose in a running server, to show that the tests would see it.
+
+The file named by ER_SABOTAGE_FILE holds the name of the rule in force ("none" for none) and is read at every step.
+"""
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+
+def activate() -> None:
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    HookRegistry.register("sglang.srt.managers.scheduler.Scheduler.maybe_init_draft_worker", _install, HookType.AFTER)
+
+
+def _rule() -> str:
+    return Path(os.environ["ER_SABOTAGE_FILE"]).read_text()
+
+
+def _install(result, scheduler) -> None:
+    import torch
+
+    from er_sglang.sampling import reference
+    from er_sglang.verifier import Verifier
+    from er_sglang.worker import SelfQuantWorker
+
+    judge, residual, verify = reference.ReferenceSampler.judge, reference.residual, Verifier.forward
+    cycle, blocker = SelfQuantWorker._cycle, SelfQuantWorker._blocker
+
+    def wrong_judge(self, logits_BNV, draft, params, random):
+        self.simulated_acceptance = 1.0 if _rule() == "accept-always" else None
+        if _rule() == "q-of-another-step":
+            draft = replace(
+                draft,
+                logits_GBV=draft.logits_GBV.roll(1, 0),
+                floor_GB=draft.floor_GB.roll(1, 0),
+                lse_GB=draft.lse_GB.roll(1, 0),
+            )
+        return judge(self, logits_BNV, draft, params, random)
+
+    def wrong_residual(p_BV, q_BV):
+        return p_BV if _rule() == "residual-not-subtracted" else residual(p_BV, q_BV)
+
+    def wrong_verify(self, forward_batch, tokens_NB):
+        if _rule() == "poison-drafted":
+            fill_kv(forward_batch.out_cache_loc, float("nan"))
+        return verify(self, forward_batch, tokens_NB)
+
+    def wrong_cycle(self, batch, step, gamma, on_publish):
+        result = cycle(self, batch, step, gamma, on_publish)
+        slots_NB = step.slots_NB[: gamma + 1]
+        accepted_NB = torch.arange(gamma + 1).view(-1, 1) < result.accept_lens
+        if _rule() == "poison-rejected":
+            fill_kv(slots_NB[~accepted_NB], float("nan"))
+        if _rule() == "poison-accepted":
+            fill_kv(slots_NB[accepted_NB], 3.0)
+        return result
+
+    def wrong_blocker(self, batch):
+        return None if _rule() == "penalties-ignored" else blocker(self, batch)
+
+    def fill_kv(slots, value):
+        kv = scheduler.draft_worker.target_worker.model_runner.token_to_kv_pool
+        for buffer in (*kv.k_buffer, *kv.v_buffer):
+            buffer[slots] = value
+
+    reference.ReferenceSampler.judge = wrong_judge
+    reference.residual = wrong_residual
+    Verifier.forward = wrong_verify
+    SelfQuantWorker._cycle = wrong_cycle
+    SelfQuantWorker._blocker = wrong_blocker

@@ -1,0 +1,90 @@
+"""Real servers for the tests: SGLang on CPU, with SELF_QUANT or without."""
+
+from __future__ import annotations
+
+import json
+import urllib.request
+from collections.abc import Mapping
+from pathlib import Path
+
+from er_sglang.bench.serving import CPU_ARGS, CPU_ENV, Server
+from er_sglang.config import CONFIG_ENV
+
+START_TIMEOUT_S = 240.0
+REQUEST_TIMEOUT_S = 240.0
+
+ARGS = {
+    **CPU_ARGS,
+    "skip-tokenizer-init": True,
+    "random-seed": 20240607,
+    "max-running-requests": 2048,
+    "max-total-tokens": 80_000,
+    # An idle scheduler polls in a loop; several of them would starve the one under test.
+    "sleep-on-idle": True,
+}
+ENV = {
+    **CPU_ENV,
+    "CUDA_VISIBLE_DEVICES": "",  # float32 on CPU everywhere: outputs are compared token by token
+    "OMP_NUM_THREADS": "1",  # matrices of 128 x 128: threads only wait for each other
+    "TORCHDYNAMO_DISABLE": "1",  # SGLang compiles its repetition penalty, for half a minute
+}
+
+
+class HostServer(Server):
+    """A server whose requests time out, so that a test that hangs fails."""
+
+    def _request(self, path: str, payload: dict | None = None, timeout_s: float = REQUEST_TIMEOUT_S):
+        return super()._request(path, payload, timeout_s)
+
+    def post(self, path: str, payload: dict):
+        return self._request(path, payload)
+
+    def metrics(self) -> str:
+        return self._request("/metrics")
+
+    def stream(self, payload: dict) -> list[dict]:
+        """POST /generate with ``stream``; its chunks."""
+        request = urllib.request.Request(
+            f"{self.base_url}/generate",
+            json.dumps({**payload, "stream": True}).encode(),
+            {"Content-Type": "application/json"},
+        )
+        with urllib.request.urlopen(request, timeout=REQUEST_TIMEOUT_S) as response:
+            lines = [line[len(b"data: ") :].strip() for line in response if line.startswith(b"data: ")]
+        return [json.loads(line) for line in lines if line != b"[DONE]"]
+
+    def empty(self) -> None:
+        """Wait until no request is left and empty the radix cache. An idle SGLang stops if KV slots have leaked."""
+        self._request(f"/flush_cache?timeout={REQUEST_TIMEOUT_S}", {})
+
+
+def plain(policy: Path, log_path: Path, args: Mapping[str, object] = {}) -> HostServer:
+    """Stock SGLang: the entry point is installed, but no algorithm is asked for."""
+    return HostServer(policy, {**ARGS, **args}, env=ENV, log_path=log_path, start_timeout_s=START_TIMEOUT_S)
+
+
+def self_quant(
+    policy: Path,
+    log_path: Path,
+    config: Mapping[str, object],
+    gamma_max: int,
+    args: Mapping[str, object] = {},
+    env: Mapping[str, str] = {},
+) -> HostServer:
+    """``config``: SELF_QUANT's settings, as the user writes them in JSON."""
+    return HostServer(
+        policy,
+        {**ARGS, "speculative-algorithm": "SELF_QUANT", "speculative-num-steps": gamma_max, **args},
+        env={**ENV, CONFIG_ENV: json.dumps({"max_draft_batch": 2048, **config}), **env},
+        log_path=log_path,
+        start_timeout_s=START_TIMEOUT_S,
+    )
+
+
+def greedy(new_tokens: int, **more) -> dict:
+    """Sampling parameters of a greedy request that ends after ``new_tokens``."""
+    return {"temperature": 0, "max_new_tokens": new_tokens, "ignore_eos": True, **more}
+
+
+def tokens(answers: list[dict]) -> list[list[int]]:
+    return [answer["output_ids"] for answer in answers]

@@ -1,0 +1,36 @@
+"""Failure first: each wrong rule, in the same server by the same requests, fails the tests of test_exactness.py."""
+
+import pytest
+
+from tests.host.goodness import cells, is_exact
+from tests.host.test_exactness import PENALTIES, PROMPT, SETTINGS, sample
+
+WRONG_RULES = ("accept-always", "residual-not-subtracted", "q-of-another-step")
+
+
+def looks_exact(saboteur, oracle, rule, sampling) -> bool:
+    saboteur.obey(rule)
+    try:
+        outputs = sample(saboteur.server, sampling)
+    finally:
+        saboteur.obey("none")
+    try:
+        return is_exact(cells(oracle, PROMPT, outputs, sampling))
+    except AssertionError:  # a token outside the support
+        return False
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_right_rule_passes(saboteur, qwen3_oracle, name):
+    assert looks_exact(saboteur, qwen3_oracle, "none", SETTINGS[name])
+
+
+@pytest.mark.parametrize("rule", WRONG_RULES)
+@pytest.mark.parametrize("name", SETTINGS)
+def test_wrong_rule_fails(saboteur, qwen3_oracle, rule, name):
+    assert not looks_exact(saboteur, qwen3_oracle, rule, SETTINGS[name])
+
+
+@pytest.mark.parametrize("name", PENALTIES)
+def test_ignored_penalties_fail(saboteur, qwen3_oracle, name):
+    assert not looks_exact(saboteur, qwen3_oracle, "penalties-ignored", PENALTIES[name])

@@ -1,0 +1,158 @@
+"""What SELF_QUANT cannot honour is refused when ServerArgs are built, with a sentence that says what to do.
+
+All cases run in one fresh interpreter that has loaded SGLang's plugins, as a server does.
+"""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from er_sglang import refusals
+from er_sglang.bench.serving import CPU_ENV
+from er_sglang.config import CONFIG_ENV
+
+TIMEOUT_S = 240
+
+SCRIPT = """
+import json, os, sys
+from sglang.srt.plugins import load_plugins
+load_plugins()
+from sglang.srt.server_args import ServerArgs
+messages = {}
+for name, (values, config) in json.load(sys.stdin).items():
+    os.environ["ER_SGLANG_CONFIG"] = config
+    try:
+        args = ServerArgs(**values)
+        messages[name] = f"accepted with gamma {args.speculative_num_steps}"
+    except Exception as error:
+        messages[name] = f"{type(error).__name__}: {error}"
+print("RESULT" + json.dumps(messages))
+"""
+
+POLICY = "the policy's own path"
+# ServerArgs that are refused, and what the message tells the user to do.
+SETTINGS = {
+    "speculative_draft_model_path": (POLICY, "drop --speculative-draft-model-path"),
+    "speculative_draft_load_format": ("dummy", "drop --speculative-draft-load-format"),
+    "speculative_eagle_topk": (4, "drop --speculative-eagle-topk"),
+    "speculative_token_map": ("map.pt", "drop --speculative-token-map"),
+    "speculative_adaptive": (True, "drop --speculative-adaptive"),
+    "speculative_accept_threshold_single": (0.9, "leave --speculative-accept-threshold-single at 1"),
+    "speculative_accept_threshold_acc": (0.9, "leave --speculative-accept-threshold-acc at 1"),
+    "speculative_draft_attention_backend": ("triton", "drop --speculative-draft-attention-backend"),
+    "speculative_draft_window_size": (512, "drop --speculative-draft-window-size"),
+    "speculative_draft_model_quantization": ("fp8", 'set "drafter": {"weights"'),
+    "quantization": ("fp8", "serve the policy in bf16 or fp16"),
+    "enable_lora": (True, "merge the LoRA adapter"),
+    "lora_paths": (["some/adapter"], "merge the LoRA adapter"),
+    "pp_size": (2, "use --tp instead of --pp-size"),
+    "enable_dp_attention": (True, "drop --enable-dp-attention"),
+    "disaggregation_mode": ("decode", "serve prefill and decode together"),
+    "enable_two_batch_overlap": (True, "drop --enable-two-batch-overlap"),
+    "enable_pdmux": (True, "drop --enable-pdmux"),
+    "enable_hisparse": (True, "drop --enable-hisparse"),
+    "enable_torch_compile": (True, "drop --enable-torch-compile"),
+    "dllm_algorithm": ("LowConfidence", "drop --dllm-algorithm"),
+    "enable_deterministic_inference": (True, "drop --enable-deterministic-inference"),
+    "rl_on_policy_target": ("fsdp", "drop --rl-on-policy-target"),
+    "speculative_num_draft_tokens": (9, "drop it, or set it to --speculative-num-steps + 1"),
+}
+# SGLang itself refuses it where SELF_QUANT is supported.
+REFUSED_BEFORE = {"dcp_size"}
+CONFIGS = {
+    '{"modus": "always"}': "unknown setting modus; known: cycle, drafter,",
+    '{"drafter": {"bits": 4}}': "unknown setting bits; known: group_size, weights",
+    '{"mode": "sometimes"}': "choose one of always, off, cycle",
+    '{"mode": 3}': "mode must be of type str",
+    '{"drafter": {"weights": "int3"}}': "choose one of int4, int4_asym, fp8",
+    '{"drafter": {"group_size": 100}}': "choose 32, 64 or 128",
+    '{"mode": "cycle", "cycle": [1, 9]}': "must stay within 0 and --speculative-num-steps (3)",
+    '{"mode": "cycle"}': "give both or neither",
+    '{"gamma_max": 5}': "give one of them",
+    '{"max_draft_batch": 0}': "it must be at least 1",
+    "{not json}": "is not JSON",
+    "/no/such/file.json": "cannot read the SELF_QUANT config /no/such/file.json",
+}
+# Model classes that are refused, and what in config.json makes the policy one of them.
+MODELS = {
+    "Qwen3MoeForCausalLM": {"model_type": "qwen3_moe", "num_experts": 8},
+    "DeepseekV2ForCausalLM": {"model_type": "deepseek_v2"},
+    "Gemma2ForCausalLM": {"model_type": "gemma2"},
+}
+AWQ = {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True}
+
+
+@pytest.fixture(scope="module")
+def messages(qwen3, tmp_path_factory):
+    """What building ServerArgs answers, by case."""
+    base = {
+        "model_path": str(qwen3),
+        "device": "cpu",
+        "attention_backend": "torch_native",
+        "skip_tokenizer_init": True,
+        "speculative_algorithm": "SELF_QUANT",
+        "speculative_num_steps": 3,
+    }
+    cases = {"accepted": (base, "{}"), "too long": ({**base, "speculative_num_steps": 16}, "{}")}
+    for name, (value, _) in SETTINGS.items():
+        cases[name] = ({**base, name: str(qwen3) if value == POLICY else value}, "{}")
+    for name in ("enable_deterministic_inference", "rl_on_policy_target"):
+        cases[name][0]["attention_backend"] = "triton"  # SGLang's own condition
+    cases |= {config: (base, config) for config in CONFIGS}
+    policy = json.loads((qwen3 / "config.json").read_text())
+    variants = {name: {**policy, **changes, "architectures": [name]} for name, changes in MODELS.items()}
+    variants["quantized"] = {**policy, "quantization_config": AWQ}
+    for name, values in variants.items():
+        folder = tmp_path_factory.mktemp(name)
+        (folder / "config.json").write_text(json.dumps(values))
+        cases[name] = ({**base, "model_path": str(folder)}, "{}")
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT],
+        input=json.dumps(cases),
+        env={**os.environ, **CPU_ENV, CONFIG_ENV: "{}"},
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+    )
+    assert "RESULT" in done.stdout, done.stderr[-3000:]
+    return json.loads(done.stdout.split("RESULT")[1])
+
+
+def test_good_settings_are_accepted(messages):
+    assert messages["accepted"] == "accepted with gamma 3"
+
+
+def test_every_refused_setting_has_a_case():
+    refused = {field for field, _, _ in refusals._FIELDS} | {"speculative_num_draft_tokens"}
+    assert refused == set(SETTINGS) | REFUSED_BEFORE
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_setting(messages, name):
+    assert messages[name].startswith("ConfigError: SELF_QUANT cannot serve with these settings.")
+    assert f"{name} is " in messages[name]
+    assert SETTINGS[name][1] in messages[name]
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_config(messages, config):
+    assert messages[config].startswith("ConfigError: ")
+    assert CONFIGS[config] in messages[config]
+
+
+def test_too_long_drafts(messages):
+    assert messages["too long"] == "ConfigError: --speculative-num-steps is 16; choose 1 to 15."
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_model(messages, name):
+    assert messages[name].startswith(f"ConfigError: SELF_QUANT does not support {name}; it supports LlamaForCausalLM,")
+    assert "Serve this model without --speculative-algorithm" in messages[name]
+
+
+def test_quantized_checkpoint(messages):
+    assert messages["quantized"].startswith("ConfigError: ")
+    assert "serve the unquantized checkpoint" in messages["quantized"]
