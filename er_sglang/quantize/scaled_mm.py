@@ -3,16 +3,16 @@
 import torch
 from sgl_kernel import fp8_scaled_mm, sgl_per_token_quant_fp8
 
-from er_sglang.quantize import rtn
-from er_sglang.quantize.base import Format, Packed
+from er_sglang.quantize.base import Packed
 from er_sglang.quantize.kernels import refresh_fp8_
+from er_sglang.quantize.reference import ReferenceFp8
 
 DTYPES = (torch.bfloat16, torch.float16)
 MAX_K = 32768  # the refresh kernel keeps a row in registers
 
 
-class ScaledMmFp8(Format):
-    """Codes e4m3 [N, K], scales float32 [N]. Activations are scaled per token, at every call."""
+class ScaledMmFp8(ReferenceFp8):
+    """The reference's layout; activations are quantized too, scaled per token, at every call."""
 
     def unsupported(self, n: int, k: int, dtype: torch.dtype) -> str | None:
         if dtype not in DTYPES:
@@ -23,15 +23,6 @@ class ScaledMmFp8(Format):
             return f"its {k} input features are more than {MAX_K}"
         return None
 
-    def allocate(self, n: int, k: int, dtype: torch.dtype, device: torch.device) -> Packed:
-        return Packed(
-            n=n,
-            k=k,
-            dtype=dtype,
-            codes=torch.empty(n, k, dtype=torch.float8_e4m3fn, device=device),
-            scales=torch.empty(n, dtype=torch.float32, device=device),
-        )
-
     def refresh_(self, packed: Packed, weight_NK: torch.Tensor) -> None:
         refresh_fp8_(weight_NK, packed.codes, packed.scales)
 
@@ -40,6 +31,3 @@ class ScaledMmFp8(Format):
         x_scales_M1 = x_MK.new_empty(x_MK.shape[0], 1, dtype=torch.float32)
         sgl_per_token_quant_fp8(x_MK, x_codes_MK, x_scales_M1)
         return fp8_scaled_mm(x_codes_MK, packed.codes.t(), x_scales_M1, packed.scales, packed.dtype, bias_N)
-
-    def dequantize(self, packed: Packed) -> torch.Tensor:
-        return rtn.dequantize_fp8(packed.codes, packed.scales, packed.dtype)
