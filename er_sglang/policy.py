@@ -4,6 +4,7 @@
     decision = controller.decide(State(batch=16, mean_context_tokens=2048.0))    # every decode step
     controller.observe(accepted=[3, 0, ...], gamma=decision.gamma)               # after every cycle with gamma > 0
     controller.policy_updated()                                                # once after every policy update
+    controller.idle()                                                          # when the last running request left
 
 Mode "auto" scores each rung with expected tokens per second, emitted(gamma) / (gamma * T_draft + T_verify(gamma));
 gamma 0 scores 1 / T_target. Three things temper the choice:
@@ -26,14 +27,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
+from itertools import cycle
 from math import ceil, inf
 
 from er_sglang.acceptance import AcceptanceEstimator, emitted
+from er_sglang.errors import ConfigError
 from er_sglang.paper_policy import PaperRule
+from er_sglang.policy_config import PolicyConfig
 from er_sglang.profile import Profile
-
-MODES = ("auto", "always", "off", "threshold", "paper")
-
 
 class Reason(str, Enum):
     """Why a step drafts as much as it does; one counter each."""
@@ -42,84 +43,13 @@ class Reason(str, Enum):
     ALWAYS = "always"  # mode always
     THRESHOLD = "threshold"  # mode threshold, on or off
     PAPER = "paper"  # mode paper, on or off
+    CYCLE = "cycle"  # mode cycle
     FORBIDDEN = "forbidden"  # a request of the batch must not be drafted for
     LIMITED = "limited"  # fewer tokens may be drafted now than the smallest rung
     PAYS = "pays"  # auto: this gamma has the best predicted speed
     SLOWER = "slower"  # auto: no gamma is predicted faster than plain decoding
     HELD = "held"  # auto: another gamma is predicted better, not yet by enough
     PROBE = "probe"  # auto: off, and learning whether acceptance has changed
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PolicyConfig:
-    """Settings of the decision.
-
-    mode: "auto", "always", "off", "threshold" or "paper" (EfficientRollout's rule, a baseline).
-    ladder: draft lengths that auto chooses from, increasing, without 0.
-    fixed_gamma: draft length of always and threshold.
-    threshold_batch: mode threshold drafts at this many running requests or fewer.
-    margin: auto drafts only if predicted at least this much faster than plain decoding.
-    patience: steps' worth of tokens that auto lets a worse gamma cost before it leaves it.
-    prior_alpha, prior_weight: acceptance assumed before any is seen, and how many tries that assumption is worth.
-    half_life_cycles, stale_half_life_cycles: how fast evidence fades while drafting, and while not.
-    update_keep: fraction of the evidence kept across a policy update.
-    probe_budget: largest fraction of the time spent off that probes may cost.
-    probe_tokens: drafted tokens of one probe burst.
-    confidence_z: standard deviations to the bound that probes are judged by.
-    paper_ladder: draft lengths of mode paper.
-    """
-
-    mode: str = "auto"
-    ladder: tuple[int, ...] = (1, 2, 3, 5, 7)
-    fixed_gamma: int = 5
-    threshold_batch: int = 32
-    margin: float = 0.01
-    patience: float = 0.25
-    prior_alpha: float = 0.8
-    prior_weight: float = 4.0
-    half_life_cycles: float = 24.0
-    stale_half_life_cycles: float = 512.0
-    update_keep: float = 0.5
-    probe_budget: float = 0.005
-    probe_tokens: int = 32
-    confidence_z: float = 1.645
-    paper_ladder: tuple[int, ...] = (5, 7, 9, 11)
-
-    def __post_init__(self) -> None:
-        if self.mode not in MODES:
-            raise ValueError(f"mode is {self.mode!r}; choose one of {', '.join(MODES)}.")
-        for name in ("ladder", "paper_ladder"):
-            rungs = getattr(self, name)
-            if not rungs or rungs[0] < 1 or any(low >= high for low, high in zip(rungs, rungs[1:])):
-                raise ValueError(f"{name} is {list(rungs)}; it must be increasing and start at 1 or more.")
-        for name in ("fixed_gamma", "threshold_batch", "probe_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
-        for name in ("margin", "patience", "confidence_z"):
-            if getattr(self, name) < 0.0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must not be negative.")
-        for name in ("probe_budget", "update_keep"):
-            if not 0.0 <= getattr(self, name) <= 1.0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it is a fraction from 0 to 1.")
-        self.estimator()  # validates the settings of acceptance
-
-    @property
-    def gammas(self) -> tuple[int, ...]:
-        """Every gamma > 0 that a step can take, increasing: what the profile must cover and graphs are captured for."""
-        if self.mode == "auto":
-            return self.ladder
-        if self.mode == "paper":
-            return self.paper_ladder
-        return () if self.mode == "off" else (self.fixed_gamma,)
-
-    def estimator(self) -> AcceptanceEstimator:
-        return AcceptanceEstimator(
-            max(self.gammas, default=0),
-            prior_alpha=self.prior_alpha,
-            prior_weight=self.prior_weight,
-            half_life_cycles=self.half_life_cycles,
-            stale_half_life_cycles=self.stale_half_life_cycles,
-        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -230,13 +160,13 @@ def _probe(
 class Controller:
     """Decides each step in the configured mode and keeps what the decision needs.
 
-    profile: required by auto and paper; must cover config.gammas, else ValueError.
+    profile: required by auto and paper; must cover config.gammas, else ConfigError.
     """
 
     def __init__(self, config: PolicyConfig, profile: Profile | None = None) -> None:
         missing = set(config.gammas) - set(profile.gammas if profile else ())
-        if missing and (profile or config.mode in ("auto", "paper")):
-            raise ValueError(
+        if missing and (profile or config.needs_profile):
+            raise ConfigError(
                 f"mode {config.mode!r} needs measured times of gamma {sorted(missing)}: run `er-sglang calibrate` "
                 "for them, or choose other draft lengths."
             )
@@ -245,6 +175,7 @@ class Controller:
         self.acceptance = config.estimator()
         self._memory = Memory()
         self._paper = PaperRule.from_profile(profile, config.paper_ladder) if config.mode == "paper" else None
+        self._cycle = cycle(config.cycle)
 
     def decide(self, state: State) -> Decision:
         """The draft length of this step."""
@@ -265,6 +196,8 @@ class Controller:
     def _rule(self, state: State) -> tuple[int, Reason]:
         if self._paper:
             return self._paper.gamma(state.batch, state.mean_context_tokens), Reason.PAPER
+        if self.config.mode == "cycle":
+            return next(self._cycle), Reason.CYCLE
         if self.config.mode == "threshold" and state.batch > self.config.threshold_batch:
             return 0, Reason.THRESHOLD
         return self.config.fixed_gamma, Reason(self.config.mode)
@@ -277,7 +210,15 @@ class Controller:
 
     def policy_updated(self) -> None:
         """The policy's weights changed: old acceptance says less, and a probe may be due. Call once per update."""
-        self.acceptance.reset(self.config.update_keep)
         self._memory = replace(self._memory, probe_credit_s=inf, probe_cycles_left=0)
+        self._next_rollout()
+
+    def idle(self) -> None:
+        """The last running request left: what comes next is another rollout, whose requests may be easier or harder."""
+        self._memory = replace(self._memory, regret=0.0, probe_cycles_left=0)
+        self._next_rollout()
+
+    def _next_rollout(self) -> None:
+        self.acceptance.reset(self.config.update_keep)
         if self._paper:
             self._paper.next_rollout()

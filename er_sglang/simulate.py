@@ -20,7 +20,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from er_sglang.policy import MODES, Controller, PolicyConfig, State
+from er_sglang.policy import Controller, State
+from er_sglang.policy_config import MODES, PolicyConfig
 from er_sglang.profile import Profile
 
 

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from er_sglang.acceptance import AcceptanceEstimator
 from er_sglang.paper_policy import PaperRule, Roofline, fit_roofline
-from er_sglang.policy import Controller, Memory, PolicyConfig, Reason, State, decide
+from er_sglang.policy import Controller, Memory, Reason, State, decide
+from er_sglang.policy_config import PolicyConfig
 from er_sglang.profile import Profile, Sample
 
 LADDER = (1, 2, 3, 5, 7)

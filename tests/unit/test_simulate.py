@@ -8,7 +8,8 @@ import random
 import pytest
 
 from er_sglang.acceptance import emitted
-from er_sglang.policy import Controller, PolicyConfig
+from er_sglang.policy import Controller
+from er_sglang.policy_config import PolicyConfig
 from er_sglang.profile import Profile, Sample
 from er_sglang.simulate import Request, add_command, draw_lengths, make_requests, simulate
 
