@@ -63,7 +63,7 @@ class Arm:
         env = {}
         if self.algorithm == "self_quant":
             mode = "always" if self.drafts else "off"
-            env[CONFIG_ENV] = json.dumps({**self_quant_config, "mode": mode})
+            env[CONFIG_ENV] = json.dumps({**self_quant_config, "policy": {"mode": mode}})
         if alpha is not None and self.drafts:
             if self.algorithm == "self_quant":
                 env[SIMULATE_ACCEPTANCE_ENV] = str(alpha)

@@ -74,7 +74,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output-tokens", type=int, default=64 if ON_CPU else 256, metavar="TOKENS", help="response length; default %(default)s")
     parser.add_argument("--repeats", type=int, default=2, metavar="N", help="measurements per point; default %(default)s")
     parser.add_argument("--temperature", type=float, default=1.0, help="default %(default)s")
-    parser.add_argument("--self-quant-config", type=json.loads, default={}, metavar="JSON", help='SELF_QUANT settings besides "mode", e.g. \'{"drafter": {"weights": "fp8"}}\'')
+    parser.add_argument("--self-quant-config", type=json.loads, default={}, metavar="JSON", help='SELF_QUANT settings besides "policy", e.g. \'{"drafter": {"weights": "fp8"}}\'')
     parser.add_argument("--server-args", type=shlex.split, default=[], metavar="'--FLAG VALUE ...'", help="more flags for every server; write --server-args='--tp 2'")
     parser.add_argument("--out", type=Path, default=Path("bench-results"), metavar="DIR", help="folder for results.json, table.md, plot.png and logs; default %(default)s")
     parser.add_argument("--no-plot", action="store_true", help="do without matplotlib")
