@@ -1,210 +1,61 @@
-"""Measure the profile with the very code and graphs that serve: at start-up, once per configuration.
-
-For each batch size that has graphs, and a few contexts, synthetic requests are laid into the still unused KV pool and
-stepped by the worker itself: plain decoding, and whole cycles of each gamma, back to back, so that host work counts
-where the GPU waits for it. T_draft is the least that any chain takes per token; whatever else a cycle takes is its
-T_verify. So gamma * T_draft + T_verify is the cycle as measured.
-
-The grid is gone over until BUDGET_S is spent, so that a disturbance spoils one sample of a cell and the median forgets
-it. The table is kept on disk under a fingerprint of all that it depends on.
-"""
+"""`er-sglang calibrate`: measure a configuration's step times now, and keep them as a file."""
 
 from __future__ import annotations
 
-import copy
-import hashlib
-import json
-import logging
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import argparse
+import shutil
+import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-import torch
-from sglang.srt.distributed import get_tp_group
-from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
-from sglang.srt.model_executor.forward_batch_info import ForwardMode
-from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
-from sglang.srt.sampling.sampling_params import SamplingParams
-from tqdm import tqdm
+from er_sglang.host import ALGORITHM
 
-from er_sglang.config import cache_folder
-from er_sglang.errors import ConfigError
-from er_sglang.fingerprint import fingerprint
-from er_sglang.profile import Profile, ProfileError, Sample
-from er_sglang.relay import SelfQuantDraftInput
-from er_sglang.step import Step
+_DESCRIPTION = """\
+Measure how long steps take in one server configuration: plain decoding, drafting and verifying, by batch size and
+context. A server measures them by itself when it starts for the first time, so you need this only to have the table as
+a file: to simulate, to plot, or to ship it to servers without a common cache ({"profile": PATH} in their config).
 
-if TYPE_CHECKING:
-    from er_sglang.worker import SelfQuantWorker
+It starts a server with the arguments after "--", copies the table and stops the server. Run it on the GPUs and with the
+arguments you will serve with: a table that was measured in another configuration is refused.
+"""
 
-logger = logging.getLogger(__name__)
-
-CONTEXTS_TOKENS = (256, 2048, 8192, 32768)
-BATCHES_WITHOUT_GRAPHS = (1, 8, 32)
-BUDGET_S = 45.0
-MAX_PASSES = 5
+_EXAMPLES = """examples:
+  er-sglang calibrate --model-path Qwen/Qwen2.5-14B --out 14b.json
+  er-sglang calibrate --model-path Qwen/Qwen2.5-14B --out 14b-tp2.json -- --tp 2 --speculative-num-steps 5
+  er-sglang plot crossover 14b.json --acceptance 0.9
+  er-sglang simulate --profile 14b.json --alpha 0.9
+"""
 
 
-def obtain_profile(worker: SelfQuantWorker) -> tuple[Profile, Path]:
-    """The profile that the config names, else the cached one, else one measured now; the same on every rank.
-
-    Returns it and its file on rank 0. Raises ConfigError for a profile that is unreadable or was measured elsewhere.
-    """
-    group = get_tp_group()
-    expected = fingerprint(worker)
-    path = Path(worker.config.profile) if worker.config.profile else _cached(expected)
-    profile, refusal = None, None
-    if group.rank_in_group == 0 and (worker.config.profile or path.exists()):
-        try:
-            profile = Profile.load(path, expected)
-            logger.info("Step times are those of %s.", path)
-        except (OSError, ProfileError) as error:
-            refusal = f"{error} (Without \"profile\" in the config, step times are measured at start-up.)"
-    profile, refusal = group.broadcast_object((profile, refusal), src=0)
-    if refusal:
-        raise ConfigError(refusal)
-    if profile is None:
-        profile = group.broadcast_object(_measure(worker, expected), src=0)
-        if group.rank_in_group == 0:
-            profile.save(path)
-            logger.info("Step times were measured and saved as %s.", path)
-            for outlier in profile.outliers:
-                logger.warning("Step times: %s.", outlier)
-    return profile, path
-
-
-def _cached(expected: dict) -> Path:
-    digest = hashlib.sha256(json.dumps(expected, sort_keys=True).encode()).hexdigest()
-    return cache_folder() / "profiles" / f"{digest[:16]}.json"
-
-
-def _measure(worker: SelfQuantWorker, expected: dict) -> Profile:
-    group = get_tp_group()
-    cells = _grid(worker)
-    samples: list[Sample] = []
-    start_s = time.perf_counter()
-    random = worker.random.state.clone()
-    with torch.no_grad(), _borrowed(worker.req_to_token):
-        for done in range(MAX_PASSES):
-            spent_s = time.perf_counter() - start_s
-            # Every pass takes as long as the mean of those before; rank 0's clock decides for all.
-            if not group.broadcast_object(spent_s * (done + 1) <= BUDGET_S * max(done, 1), src=0):
-                break
-            cells_left = tqdm(
-                cells, desc=f"Measuring step times, pass {done + 1}", unit="cell", disable=group.rank_in_group != 0
-            )
-            for batch, context_tokens in cells_left:
-                samples += _measure_cell(worker, batch, context_tokens)
-    worker.random.state.copy_(random)
-    return Profile.from_samples(samples, expected)
-
-
-def _grid(worker: SelfQuantWorker) -> list[tuple[int, int]]:
-    """(batch, context) cells that the KV pool holds; a context in which a single batch size fits is left out."""
-    rows, columns = worker.req_to_token.shape
-    limit = min(worker.runner.model_config.context_len, columns) - worker.config.gamma_max - 1
-    contexts = [context for context in CONTEXTS_TOKENS if context < limit]
-    if len(contexts) < len(CONTEXTS_TOKENS):
-        contexts.append(limit)
-    batches = [batch for batch in worker.graph_batches or BATCHES_WITHOUT_GRAPHS if batch < rows]
-    cells = []
-    for context in contexts:
-        fitting = [b for b in batches if b * _stride(worker, context) < worker.runner.max_total_num_tokens]
-        if len(fitting) >= min(2, len(batches)):
-            cells += [(batch, context) for batch in fitting]
-    if not cells:
-        raise ConfigError(
-            f"the KV cache holds {worker.runner.max_total_num_tokens} tokens, too few to measure step times: "
-            'raise --mem-fraction-static, or choose a policy mode without a profile ("threshold", say).'
-        )
-    return cells
-
-
-def _stride(worker: SelfQuantWorker, context_tokens: int) -> int:
-    """KV slots of one synthetic request, whole pages."""
-    page = worker.server_args.page_size
-    return -(-(context_tokens + worker.config.gamma_max + 1) // page) * page
-
-
-@contextmanager
-def _borrowed(req_to_token: torch.Tensor) -> Iterator[None]:
-    before = req_to_token.clone()
-    try:
-        yield
-    finally:
-        req_to_token.copy_(before)
-
-
-def _measure_cell(worker: SelfQuantWorker, batch: int, context_tokens: int) -> list[Sample]:
-    """One sample of each phase and gamma."""
-    template = _synthetic_batch(worker, batch, context_tokens)
-
-    def step(gamma: int, on_drafted: Callable[[], None]) -> None:
-        scheduled = copy.copy(template)
-        inputs = Step.of_batch(scheduled, worker.req_to_token, gamma + 1, 0)
-        if gamma:
-            worker.cycle(scheduled, inputs, gamma, on_drafted=on_drafted)
-        else:
-            worker.decode(scheduled, inputs)
-
-    _, plain_s = _time(worker.device, lambda on_drafted: step(0, on_drafted))
-    cycles = {gamma: _time(worker.device, lambda on_drafted: step(gamma, on_drafted)) for gamma in worker.config.policy.gammas}
-    draft_s = min(chain_s / gamma for gamma, (chain_s, _) in cycles.items())
-    return [
-        Sample("target", 0, batch, context_tokens, plain_s),
-        Sample("draft", 0, batch, context_tokens, draft_s),
-        *(
-            Sample("verify", gamma, batch, context_tokens, cycle_s - gamma * draft_s)
-            for gamma, (_, cycle_s) in cycles.items()
-        ),
-    ]
-
-
-def _synthetic_batch(worker: SelfQuantWorker, batch: int, context_tokens: int) -> ScheduleBatch:
-    """Requests that decode at ``context_tokens``, each with KV slots of its own, sampled at temperature 1."""
-    device, stride = worker.device, _stride(worker, context_tokens)
-    starts = worker.server_args.page_size + stride * torch.arange(batch, device=device)
-    worker.req_to_token[1 : batch + 1, :stride] = (starts.view(-1, 1) + torch.arange(stride, device=device)).to(torch.int32)
-    scheduled = ScheduleBatch(
-        reqs=[Req(f"calibration-{row}", "", [0], SamplingParams(temperature=1.0)) for row in range(batch)],
-        device=str(device),
-        forward_mode=ForwardMode.DECODE,
-        model_config=worker.runner.model_config,
-        req_to_token_pool=worker.runner.req_to_token_pool,
-        req_pool_indices=torch.arange(1, batch + 1, device=device),
-        seq_lens=torch.full((batch,), context_tokens, device=device),
-        seq_lens_cpu=torch.full((batch,), context_tokens),
-        spec_algorithm=worker.runner.spec_algorithm,
-        spec_info=SelfQuantDraftInput(torch.zeros(batch, dtype=torch.int64, device=device)),
+def add_command(subparsers: argparse._SubParsersAction) -> None:
+    parser = subparsers.add_parser(
+        "calibrate",
+        help="measure a server configuration's step times",
+        description=_DESCRIPTION,
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    scheduled.sampling_info = SamplingBatchInfo.from_schedule_batch(scheduled, worker.runner.model_config.vocab_size)
-    return scheduled
+    parser.add_argument("--model-path", required=True, help="the policy, as for sglang.launch_server")
+    parser.add_argument("--out", type=Path, default=Path("profile.json"), help="default %(default)s; the log is beside it")
+    parser.add_argument("--timeout-s", type=float, default=1800.0, help="give up after this long (default %(default)s)")
+    parser.add_argument("server_args", nargs="*", metavar="-- SERVER_ARG", help="arguments of sglang.launch_server")
+    parser.set_defaults(run=run)
 
 
-def _time(device: torch.device, step: Callable[[Callable[[], None]], None]) -> tuple[float, float]:
-    """Seconds to the end of the draft and to the end of a step that follows another one.
+def run(args: argparse.Namespace) -> int:
+    from er_sglang.bench.serving import Server
 
-    The draft's share is 0 if the step does not draft.
-    """
-    step(lambda: None)
-    marks = [_now(device)]
-    step(lambda: marks.append(_now(device)))
-    marks.append(_now(device))
-    if device.type != "cuda":
-        seconds = [mark - marks[0] for mark in marks]
-    else:
-        marks[-1].synchronize()
-        seconds = [marks[0].elapsed_time(mark) / 1e3 for mark in marks[1:]]
-        seconds = [0.0, *seconds]
-    return seconds[-2], seconds[-1]
-
-
-def _now(device: torch.device):
-    """A point in time: on CUDA, when the work launched so far is done."""
-    if device.type != "cuda":
-        return time.perf_counter()
-    event = torch.cuda.Event(enable_timing=True)
-    event.record()
-    return event
+    server = Server(
+        args.model_path,
+        {"speculative-algorithm": ALGORITHM},
+        extra_words=args.server_args,
+        log_path=args.out.with_suffix(".log"),
+        start_timeout_s=args.timeout_s,
+    )
+    with server:
+        state = server.self_quant()
+        if state["profile"] is None:
+            print(f'Policy mode "{state["mode"]}" decides without step times: choose "auto" or "paper".', file=sys.stderr)
+            return 1
+        shutil.copyfile(state["profile"], args.out)
+    print(f"{args.out}: step times of {args.model_path}, gammas {state['gammas']}")
+    return 0

@@ -15,7 +15,6 @@ from __future__ import annotations
 import csv
 import json
 import os
-from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,16 +22,12 @@ from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
+from er_sglang.tables import ProfileError, Table, blend, complete, isotonic, locate
+
 FORMAT = 1
 CSV_COLUMNS = ("phase", "gamma", "batch", "context_tokens", "seconds")
 PHASES = ("target", "draft", "verify")
 REPAIR_REPORTED = 0.05  # a cell that the monotone repair moves further than this is reported as an outlier
-
-Table = tuple[tuple[float, ...], ...]
-
-
-class ProfileError(ValueError):
-    """The table cannot be used as it is; the message says why and what to do."""
 
 
 class Sample(NamedTuple):
@@ -88,10 +83,10 @@ class Profile:
 
     def costs(self, batch: float, context_tokens: float) -> Costs:
         """Seconds per step for every gamma, bilinear in batch and mean context, linear beyond the last cells."""
-        i, u = _locate(self.batches, batch)
-        j, v = _locate(self.contexts_tokens, context_tokens)
-        draft_s = _blend(self.draft_s, i, u, j, v)
-        step_s = {gamma: gamma * draft_s + _blend(table, i, u, j, v) for gamma, table in self.forward_s.items()}
+        i, u = locate(self.batches, batch)
+        j, v = locate(self.contexts_tokens, context_tokens)
+        draft_s = blend(self.draft_s, i, u, j, v)
+        step_s = {gamma: gamma * draft_s + blend(table, i, u, j, v) for gamma, table in self.forward_s.items()}
         return Costs(step_s, self._is_outside(batch, context_tokens, i, u, j, v))
 
     def target_s(self, batch: float, context_tokens: float) -> float:
@@ -104,7 +99,7 @@ class Profile:
         return self._at(self.draft_s, batch, context_tokens)
 
     def _at(self, table: Table, batch: float, context_tokens: float) -> float:
-        return _blend(table, *_locate(self.batches, batch), *_locate(self.contexts_tokens, context_tokens))
+        return blend(table, *locate(self.batches, batch), *locate(self.contexts_tokens, context_tokens))
 
     def _is_outside(self, batch: float, context_tokens: float, i: int, u: float, j: int, v: float) -> bool:
         batches, contexts = self.batches, self.contexts_tokens
@@ -143,14 +138,14 @@ class Profile:
         tables, outliers = {}, []
         for (phase, gamma), cells in seconds.items():
             medians = {cell: median(values) for cell, values in cells.items()}
-            repaired = _isotonic(medians)
+            repaired = isotonic(medians)
             outliers += [
                 f"{phase} gamma {gamma} at batch {b}, context {c}: "
                 f"measured {medians[b, c]:.3e} s, used {repaired[b, c]:.3e} s"
                 for b, c in sorted(medians)
                 if abs(repaired[b, c] - medians[b, c]) > REPAIR_REPORTED * medians[b, c]
             ]
-            tables[phase, gamma] = _complete(repaired, batches, contexts)
+            tables[phase, gamma] = complete(repaired, batches, contexts)
         return cls(
             batches=batches,
             contexts_tokens=contexts,
@@ -176,6 +171,11 @@ class Profile:
                 for row in reader
             ]
         return cls.from_samples(rows, fingerprint)
+
+    @classmethod
+    def read(cls, path: str | Path) -> Profile:
+        """JSON or, by its suffix, CSV; wherever it was measured."""
+        return cls.from_csv(path) if Path(path).suffix == ".csv" else cls.load(path)
 
     def save(self, path: str | Path) -> None:
         """Write JSON in one atomic replacement: replicas on one host share the cache."""
@@ -227,69 +227,3 @@ class Profile:
 
 def _as_table(rows: Sequence[Sequence[float]]) -> Table:
     return tuple(tuple(row) for row in rows)
-
-
-def _locate(axis: Sequence[int], x: float) -> tuple[int, float]:
-    """Segment of x and the position in it: 0 at its left end, above 1 beyond the axis; the first point before it."""
-    if x <= axis[0] or len(axis) == 1:
-        return 0, 0.0
-    i = min(bisect_right(axis, x), len(axis) - 1) - 1
-    return i, (x - axis[i]) / (axis[i + 1] - axis[i])
-
-
-def _blend(table: Table, i: int, u: float, j: int, v: float) -> float:
-    row = table[i]
-    value = row[j] + v * (row[j + 1] - row[j]) if v else row[j]
-    if not u:
-        return value
-    row = table[i + 1]
-    return value + u * ((row[j] + v * (row[j + 1] - row[j]) if v else row[j]) - value)
-
-
-def _isotonic(cells: Mapping[tuple[int, int], float]) -> dict[tuple[int, int], float]:
-    """Least-squares repair to non-decreasing: along batch, along context, and again until neither moves."""
-    repaired = dict(cells)
-    lines = [
-        [sorted(cell for cell in cells if cell[axis] == value) for value in sorted({cell[axis] for cell in cells})]
-        for axis in (0, 1)
-    ]
-    for _ in range(100):
-        before = dict(repaired)
-        for axis_lines in lines:
-            for line in axis_lines:
-                repaired.update(zip(line, _pool_adjacent_violators([repaired[cell] for cell in line])))
-        if all(abs(repaired[cell] - before[cell]) <= 1e-9 * before[cell] for cell in cells):
-            break
-    return repaired
-
-
-def _pool_adjacent_violators(values: Sequence[float]) -> list[float]:
-    blocks: list[tuple[float, int]] = []
-    for value in values:
-        mean, size = value, 1
-        while blocks and blocks[-1][0] > mean:
-            other, other_size = blocks.pop()
-            mean, size = (mean * size + other * other_size) / (size + other_size), size + other_size
-        blocks.append((mean, size))
-    return [mean for mean, size in blocks for _ in range(size)]
-
-
-def _complete(cells: Mapping[tuple[int, int], float], batches: Sequence[int], contexts: Sequence[int]) -> Table:
-    """Fill unavailable cells: a straight line in batch through the two nearest measured batches of that context."""
-    columns = []
-    for context in contexts:
-        known = [batch for batch in batches if (batch, context) in cells]
-        if len(known) < min(2, len(batches)):
-            raise ProfileError(
-                f"context {context} needs at least two measured batch sizes, has {known}: measure more, or leave it out"
-            )
-        column = []
-        for batch in batches:
-            if (batch, context) in cells:
-                column.append(cells[batch, context])
-                continue
-            a, b = sorted(sorted(known, key=lambda other: abs(other - batch))[:2])
-            slope = (cells[b, context] - cells[a, context]) / (b - a)
-            column.append(cells[a, context] + slope * (batch - a))
-        columns.append(column)
-    return tuple(zip(*columns))

@@ -21,30 +21,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 from er_sglang.policy import Controller, State
-from er_sglang.policy_config import MODES, PolicyConfig
+from er_sglang.policy_config import PolicyConfig
 from er_sglang.profile import Profile
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Request:
-    """A conversation to simulate.
-
-    turns: tokens to generate in each turn. Between turns the request is away for turn_wait_s and returns with
-    turn_prompt_tokens more.
-    alphas: true conditional acceptance per draft position; the last one holds for all deeper positions.
-    """
-
-    prompt_tokens: int
-    turns: tuple[int, ...]
-    alphas: tuple[float, ...]
-    turn_prompt_tokens: int = 0
-    turn_wait_s: float = 0.0
-
-    def __post_init__(self) -> None:
-        if self.prompt_tokens < 1 or not self.turns or min(self.turns) < 1:
-            raise ValueError("a request needs a prompt and at least one token to generate in each turn")
-        if not self.alphas or not all(0.0 <= alpha <= 1.0 for alpha in self.alphas):
-            raise ValueError(f"acceptance must be one or more numbers from 0 to 1, got {self.alphas}")
+from er_sglang.workload import Request, draw_lengths, make_requests
 
 
 @dataclass(slots=True)
@@ -173,49 +152,6 @@ def _accepted(slot: _Slot, gamma: int) -> int:
     return count
 
 
-def draw_lengths(text: str, count: int, seed: int) -> list[int]:
-    """`count` lengths: "fixed:N", "uniform:LOW:HIGH", "lognormal:MEDIAN:SIGMA:MAX", or a file with one per line."""
-    rng = random.Random(seed)
-    kind, *numbers = text.split(":")
-    if kind not in ("fixed", "uniform", "lognormal"):
-        lengths = [int(line) for line in Path(text).read_text().split()]
-        return [lengths[i % len(lengths)] for i in range(count)]
-    values = [float(number) for number in numbers]
-    if len(values) != {"fixed": 1, "uniform": 2, "lognormal": 3}[kind]:
-        raise ValueError(f"{text!r}: write fixed:N, uniform:LOW:HIGH or lognormal:MEDIAN:SIGMA:MAX")
-    if kind == "fixed":
-        return [int(values[0])] * count
-    if kind == "uniform":
-        return [rng.randint(int(values[0]), int(values[1])) for _ in range(count)]
-    median_tokens, sigma, longest = values
-    return [max(1, min(int(longest), int(median_tokens * rng.lognormvariate(0.0, sigma)))) for _ in range(count)]
-
-
-def make_requests(
-    lengths: Sequence[int],
-    alphas: Sequence[float],
-    *,
-    tail_alpha: float | None = None,
-    prompt_tokens: int = 512,
-    turns: int = 1,
-    turn_prompt_tokens: int = 0,
-    turn_wait_s: float = 0.0,
-) -> list[Request]:
-    """One request per length, split into `turns`. `tail_alpha`: acceptance of the longest; it falls with length."""
-    longest = max(lengths)
-    drop = 0.0 if tail_alpha is None else 1.0 - tail_alpha / alphas[0]
-    return [
-        Request(
-            prompt_tokens=prompt_tokens,
-            turns=(max(1, length // turns),) * turns,
-            alphas=tuple(alpha * (1.0 - drop * length / longest) for alpha in alphas),
-            turn_prompt_tokens=turn_prompt_tokens,
-            turn_wait_s=turn_wait_s,
-        )
-        for length in lengths
-    ]
-
-
 _EXAMPLES = """examples:
   A synchronous GRPO batch, 128 responses with a long tail:
     er-sglang simulate --profile profile.json --requests 128 --lengths lognormal:1500:0.9:8192 --alpha 0.92
@@ -272,7 +208,7 @@ def add_command(subparsers: argparse._SubParsersAction) -> None:
         default=4,
         help="rollouts in a row, a policy update before each but the first; times are sums (default %(default)s)",
     )
-    add("--modes", default="off,always,auto", help=f"comma-separated, of {', '.join(MODES)} (default %(default)s)")
+    add("--modes", default="off,always,auto", help="comma-separated, of auto, always, off, threshold, paper (default %(default)s)")
     add("--ladder", help="draft lengths of auto (default: all that the profile holds)")
     add("--fixed-gamma", type=int, default=5, help="draft length of always and threshold (default %(default)s)")
     add("--threshold-batch", type=int, default=32, help="batch of mode threshold (default %(default)s)")
@@ -282,7 +218,7 @@ def add_command(subparsers: argparse._SubParsersAction) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    profile = Profile.from_csv(args.profile) if args.profile.suffix == ".csv" else Profile.load(args.profile)
+    profile = Profile.read(args.profile)
     alphas = [float(alpha) for alpha in args.alpha.split(",")]
     ladder = tuple(int(gamma) for gamma in args.ladder.split(",")) if args.ladder else profile.gammas
     results = {}

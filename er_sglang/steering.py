@@ -8,9 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from sglang.srt.distributed import get_tp_group
+
 from er_sglang.agreement import Agreement
-from er_sglang.metrics import Launched, Metrics
+from er_sglang.config import SelfQuantConfig
+from er_sglang.metrics import Launched, Metrics, PrometheusExporter
 from er_sglang.policy import Controller, Reason, State
+from er_sglang.profile import Profile
 from er_sglang.trace import Trace
 
 
@@ -88,3 +92,21 @@ class Steering:
             self._busy = False
             self.metrics.interrupted()
             self.controller.idle()
+
+
+def create_steering(config: SelfQuantConfig, profile: Profile | None, server_args) -> Steering:
+    """Rank 0 exports and traces; the ranks of a tensor-parallel group check each other."""
+    group = get_tp_group()
+    exporter = trace = None
+    if group.rank_in_group == 0:
+        if server_args.enable_metrics:
+            exporter = PrometheusExporter({"model_name": server_args.served_model_name, "tp_rank": "0"})
+        if config.trace:
+            trace = Trace(config.trace)
+    return Steering(
+        Controller(config.policy, profile),
+        Metrics(config.gamma_max, exporter),
+        max_draft_batch=config.max_draft_batch,
+        agreement=Agreement(group.cpu_group if group.world_size > 1 else None),
+        trace=trace,
+    )

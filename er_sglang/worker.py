@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 from types import SimpleNamespace
 
 import torch
 from sglang.srt.constants import GPU_MEMORY_TYPE_WEIGHTS
-from sglang.srt.distributed import get_tp_group
-from sglang.srt.layers.utils.logprob import compute_spec_v2_logprobs
 from sglang.srt.managers.utils import GenerationBatchResult
 from sglang.srt.model_executor.cuda_graph_config import Backend
 from sglang.srt.model_executor.forward_batch_info import CaptureHiddenMode
@@ -18,19 +15,16 @@ from sglang.srt.speculative.base_spec_worker import BaseSpecWorker
 from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
 from er_sglang import hooks
-from er_sglang.agreement import Agreement
-from er_sglang.calibrate import obtain_profile
 from er_sglang.chain import DraftChain
 from er_sglang.config import load_config, simulated_acceptance
 from er_sglang.drafter import Drafter
-from er_sglang.metrics import Metrics, PrometheusExporter
-from er_sglang.policy import Controller
+from er_sglang.logprobs import attach_logprobs
+from er_sglang.measure import obtain_profile
 from er_sglang.quantize import create_format
 from er_sglang.relay import SelfQuantDraftInput
-from er_sglang.sampling import RandomState, Verdict, create_sampler
-from er_sglang.steering import Steering
+from er_sglang.sampling import RandomState, create_sampler
+from er_sglang.steering import create_steering
 from er_sglang.step import Step
-from er_sglang.trace import Trace
 from er_sglang.updates import Freshness
 from er_sglang.verifier import Verifier, check_attention_backend
 
@@ -55,7 +49,6 @@ class SelfQuantWorker(BaseSpecWorker):
         hooks.check_bound()
         self.config = load_config(server_args.speculative_adaptive_config, server_args.speculative_num_steps)
         self.server_args = server_args
-        self._tp_rank = tp_rank
         self._target_worker = target_worker
         self.runner = runner = target_worker.model_runner
         self._algorithm = runner.spec_algorithm
@@ -122,7 +115,7 @@ class SelfQuantWorker(BaseSpecWorker):
         profile, self._profile_path = None, None
         if self.config.policy.needs_profile or self.config.profile:
             profile, self._profile_path = obtain_profile(self)
-        self.steering = self._create_steering(Controller(self.config.policy, profile))
+        self.steering = create_steering(self.config, profile, self.server_args)
 
     def update_weights_from_disk(self, recv_req) -> tuple[bool, str]:
         return True, "the drafter follows the policy's weights in memory"
@@ -215,7 +208,7 @@ class SelfQuantWorker(BaseSpecWorker):
         new_seq_lens = step.seq_lens_B + verdict.accept_lens_B
         on_publish(new_seq_lens)
         if batch.return_logprob:
-            _attach_logprobs(batch, output, verdict, gamma)
+            attach_logprobs(batch, output, verdict, gamma)
         result = GenerationBatchResult(
             logits_output=output,
             next_token_ids=verdict.emitted_BN.view(-1),
@@ -257,22 +250,6 @@ class SelfQuantWorker(BaseSpecWorker):
         torch.get_device_module(self.device).synchronize()
         self.steering.policy_updated()
 
-    def _create_steering(self, controller: Controller) -> Steering:
-        exporter = trace = None
-        if self._tp_rank == 0:
-            if self.server_args.enable_metrics:
-                exporter = PrometheusExporter({"model_name": self.server_args.served_model_name, "tp_rank": "0"})
-            if self.config.trace:
-                trace = Trace(self.config.trace)
-        group = get_tp_group()
-        return Steering(
-            controller,
-            Metrics(self.config.gamma_max, exporter),
-            max_draft_batch=self.config.max_draft_batch,
-            agreement=Agreement(group.cpu_group if group.world_size > 1 else None),
-            trace=trace,
-        )
-
     def _graph_batches(self) -> tuple[list[int], list[int]]:
         """Batch sizes with graphs: of drafts and verifies, and of the policy's plain decoding."""
         if self.device.type != "cuda" or self.server_args.cuda_graph_config.decode.backend == Backend.DISABLED:
@@ -280,14 +257,3 @@ class SelfQuantWorker(BaseSpecWorker):
         captured, _ = get_batch_sizes_to_capture(self.runner, 1)
         limit = min(max(captured), self.config.max_draft_batch)
         return sorted({*(size for size in GRAPH_BATCHES if size < limit), limit}), captured
-
-
-def _attach_logprobs(batch, output, verdict: Verdict, gamma: int) -> None:
-    """The policy's log-probabilities at the emitted positions, as SGLang defines them for speculation."""
-    width = gamma + 1
-    rows = torch.arange(verdict.emitted_BN.numel(), device=verdict.emitted_BN.device).view(-1, width)
-    index = torch.where(rows % width < verdict.accept_lens_B.view(-1, 1), rows, -1)
-    arguments = [batch, output, verdict.emitted_BN.view(-1), index, gamma]
-    if "accept_lens" in inspect.signature(compute_spec_v2_logprobs).parameters:  # slime's top-p patch
-        arguments.insert(4, verdict.accept_lens_B)
-    compute_spec_v2_logprobs(*arguments)

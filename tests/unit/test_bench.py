@@ -122,8 +122,8 @@ def test_acceptance_is_stated_equally_and_only_to_arms_that_draft():
 
 def test_self_quant_settings_are_ones_the_plugin_accepts():
     drafts = load_config(None, 3, Arm.parse("self_quant:3").env(None, {"drafter": {"weights": "fp8"}}))
-    assert drafts.gammas == (3,) and drafts.drafter.weights == "fp8"
-    assert load_config(None, 3, Arm.parse("self_quant:0").env(None, {})).gammas == ()
+    assert drafts.policy.gammas == (3,) and drafts.drafter.weights == "fp8"
+    assert load_config(None, 3, Arm.parse("self_quant:0").env(None, {})).policy.gammas == ()
 
 
 def test_self_quant_that_never_drafts_reserves_what_drafting_would():

@@ -11,7 +11,8 @@ from er_sglang.acceptance import emitted
 from er_sglang.policy import Controller
 from er_sglang.policy_config import PolicyConfig
 from er_sglang.profile import Profile, Sample
-from er_sglang.simulate import Request, add_command, draw_lengths, make_requests, simulate
+from er_sglang.simulate import add_command, simulate
+from er_sglang.workload import Request, draw_lengths, make_requests
 
 LADDER = (1, 2, 3, 5, 7)
 PROPERTY_CASES = int(os.environ.get("ER_SGLANG_PROPERTY_CASES", "500"))
