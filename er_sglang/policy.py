@@ -186,9 +186,9 @@ class Controller:
             return decision
         if self.config.mode == "off":
             return Decision(0, Reason.OFF)
-        gamma, reason = self._rule(state)
         if state.forbid_reason is not None:
             return Decision(0, Reason.FORBIDDEN)
+        gamma, reason = self._rule(state)
         if state.gamma_limit is not None and gamma > state.gamma_limit:
             return Decision(0, Reason.LIMITED)
         return Decision(gamma, reason)

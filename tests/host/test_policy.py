@@ -7,10 +7,12 @@ gains for up to CROSSOVER requests and loses beyond.
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 
 import pytest
 
+from er_sglang.agreement import CHECK_EVERY_STEPS
 from er_sglang.cli import main
 from er_sglang.config import CACHE_ENV, CONFIG_ENV
 from er_sglang.profile import Profile
@@ -142,3 +144,20 @@ def test_a_profile_from_elsewhere_is_refused(qwen3, folder, calibrated):
     with pytest.raises(RuntimeError, match="device: profile 'NVIDIA H200', here"):
         with server:
             pass
+
+
+def test_two_ranks_decide_alike(qwen3, folder, calibrated):
+    """Both take rank 0's table; a disagreement would stop the server at a check, a differing gamma hang it."""
+    profile = folder / "two-ranks.json"
+    crafted(calibrated[0], profile, tp_size=2)
+    cores = sorted(os.sched_getaffinity(0))
+    env = {
+        "SGLANG_CPU_OMP_THREADS_BIND": f"{cores[0]}|{cores[-1]}",  # else one rank per NUMA node
+        "SGLANG_NCCL_SO_PATH": "/none",  # SGLang tries NCCL wherever it finds the library, on CPU too
+    }
+    with self_quant(qwen3, folder / "two-ranks.log", {"profile": str(profile)}, GAMMA_MAX, {"tp-size": 2}, env) as server:
+        load(server)
+        load(server)
+        state = server.self_quant()
+    assert state["switches"] >= 3
+    assert sum(state["decisions"].values()) > 2 * CHECK_EVERY_STEPS
