@@ -1,8 +1,8 @@
 """Measure the profile with the very code and graphs that serve: at start-up, once per configuration.
 
-For each batch size that has graphs, and a few contexts, synthetic requests are laid into the still unused KV pool and
-stepped by the worker itself: plain decoding, and whole cycles of each gamma, back to back, so that host work counts
-where the GPU waits for it. T_draft is the least that any chain takes per token; whatever else a cycle takes is its
+For batch sizes that have graphs, those just above (they are padded to the next graph: time is a staircase) and a few
+contexts, synthetic requests are laid into the still unused KV pool and stepped by the worker itself: plain decoding and
+whole cycles of each gamma, back to back, so that host work counts where the GPU waits for it. T_draft is the least that any chain takes per token; whatever else a cycle takes is its
 T_verify. So gamma * T_draft + T_verify is the cycle as measured.
 
 The grid is gone over until BUDGET_S is spent, so that a disturbance spoils one sample of a cell and the median forgets
@@ -43,7 +43,7 @@ logger = logging.getLogger(__name__)
 
 # By device type. A CPU serves for trying things out: its start should not take longer than its use.
 CONTEXTS_TOKENS = {"cuda": (256, 2048, 8192, 32768), "cpu": (64, 256)}
-BUDGET_S = {"cuda": 45.0, "cpu": 5.0}
+BUDGET_S = {"cuda": 50.0, "cpu": 5.0}
 BATCHES_WITHOUT_GRAPHS = (1, 8, 32)
 MAX_PASSES = 5
 
@@ -88,7 +88,9 @@ def _measure(worker: SelfQuantWorker, expected: dict) -> Profile:
     samples: list[Sample] = []
     start_s = time.perf_counter()
     random = worker.random.state.clone()
-    with torch.no_grad(), _borrowed(worker.req_to_token):
+    gpus = [worker.device] if worker.device.type == "cuda" else []
+    # A server that measures samples the same tokens as one that finds its profile.
+    with torch.no_grad(), torch.random.fork_rng(gpus), _borrowed(worker.req_to_token):
         for done in range(MAX_PASSES):
             spent_s = time.perf_counter() - start_s
             # Every pass takes as long as the mean of those before; rank 0's clock decides for all.
@@ -111,7 +113,9 @@ def _grid(worker: SelfQuantWorker) -> list[tuple[int, int]]:
     contexts = [context for context in wanted if context < limit]
     if len(contexts) < len(wanted):
         contexts.append(limit)
-    batches = [batch for batch in worker.graph_batches or BATCHES_WITHOUT_GRAPHS if batch < rows]
+    sizes = worker.graph_batches
+    above = [size + 1 for size in sizes[:-1]]
+    batches = [batch for batch in sorted({*sizes, *above}) or BATCHES_WITHOUT_GRAPHS if batch < rows]
     cells = []
     for context in contexts:
         fitting = [b for b in batches if b * _stride(worker, context) < worker.runner.max_total_num_tokens]
@@ -144,7 +148,7 @@ def _measure_cell(worker: SelfQuantWorker, batch: int, context_tokens: int) -> l
     """One sample of each phase and gamma."""
     template = _synthetic_batch(worker, batch, context_tokens)
 
-    def step(gamma: int, on_drafted: Callable[[], None]) -> None:
+    def step(gamma: int, on_drafted: Callable[[], None] = lambda: None) -> None:
         scheduled = copy.copy(template)
         inputs = Step.of_batch(scheduled, worker.req_to_token, gamma + 1, 0)
         if gamma:
@@ -152,15 +156,23 @@ def _measure_cell(worker: SelfQuantWorker, batch: int, context_tokens: int) -> l
         else:
             worker.decode(scheduled, inputs)
 
-    _, plain_s = _time(worker.device, lambda on_drafted: step(0, on_drafted))
-    cycles = {gamma: _time(worker.device, lambda on_drafted: step(gamma, on_drafted)) for gamma in worker.config.policy.gammas}
-    draft_s = min(chain_s / gamma for gamma, (chain_s, _) in cycles.items())
+    gammas, watch = worker.config.policy.gammas, _Stopwatch(worker.device)
+    step(0)  # every timed step follows another one
+    watch.mark()
+    step(0)
+    watch.mark()
+    for gamma in gammas:
+        step(gamma, on_drafted=watch.mark)
+        watch.mark()
+    plain_s, *laps_s = watch.laps_s()
+    chains_s, rests_s = laps_s[::2], laps_s[1::2]
+    draft_s = min(chain_s / gamma for gamma, chain_s in zip(gammas, chains_s))
     return [
         Sample("target", 0, batch, context_tokens, plain_s),
         Sample("draft", 0, batch, context_tokens, draft_s),
         *(
-            Sample("verify", gamma, batch, context_tokens, cycle_s - gamma * draft_s)
-            for gamma, (_, cycle_s) in cycles.items()
+            Sample("verify", gamma, batch, context_tokens, chain_s + rest_s - gamma * draft_s)
+            for gamma, chain_s, rest_s in zip(gammas, chains_s, rests_s)
         ),
     ]
 
@@ -186,28 +198,25 @@ def _synthetic_batch(worker: SelfQuantWorker, batch: int, context_tokens: int) -
     return scheduled
 
 
-def _time(device: torch.device, step: Callable[[Callable[[], None]], None]) -> tuple[float, float]:
-    """Seconds to the end of the draft and to the end of a step that follows another one.
+class _Stopwatch:
+    """Marks points in time: on CUDA, when the work launched so far is done."""
 
-    The draft's share is 0 if the step does not draft.
-    """
-    step(lambda: None)
-    marks = [_now(device)]
-    step(lambda: marks.append(_now(device)))
-    marks.append(_now(device))
-    if device.type != "cuda":
-        seconds = [mark - marks[0] for mark in marks]
-    else:
-        marks[-1].synchronize()
-        seconds = [marks[0].elapsed_time(mark) / 1e3 for mark in marks[1:]]
-        seconds = [0.0, *seconds]
-    return seconds[-2], seconds[-1]
+    def __init__(self, device: torch.device) -> None:
+        self._on_gpu = device.type == "cuda"
+        self._marks: list = []
 
+    def mark(self) -> None:
+        if self._on_gpu:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self._marks.append(event)
+        else:
+            self._marks.append(time.perf_counter())
 
-def _now(device: torch.device):
-    """A point in time: on CUDA, when the work launched so far is done."""
-    if device.type != "cuda":
-        return time.perf_counter()
-    event = torch.cuda.Event(enable_timing=True)
-    event.record()
-    return event
+    def laps_s(self) -> list[float]:
+        """Seconds between successive marks."""
+        pairs = zip(self._marks, self._marks[1:])
+        if not self._on_gpu:
+            return [after - before for before, after in pairs]
+        self._marks[-1].synchronize()
+        return [before.elapsed_time(after) / 1e3 for before, after in pairs]

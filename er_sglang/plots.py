@@ -13,7 +13,7 @@ from er_sglang.acceptance import emitted
 from er_sglang.profile import Profile
 
 POINTS = 160  # of the crossover map, along each axis
-BINS = 300  # of the timeline
+BINS = 300  # of the timeline, at most
 
 
 def best_gamma(profile: Profile, batch: float, context_tokens: float, alphas: Sequence[float]) -> tuple[int, float]:
@@ -46,7 +46,7 @@ def read_trace(path: Path) -> list[dict]:
     return steps
 
 
-def binned(steps: Sequence[dict], count: int = BINS) -> list[Bin]:
+def binned(steps: Sequence[dict], count: int) -> list[Bin]:
     """``count`` equal stretches of time, from the first step on."""
     start_s, end_s = steps[0]["time_s"], steps[-1]["time_s"]
     width_s = (end_s - start_s) / count
@@ -88,8 +88,8 @@ def plot_crossover(profile: Profile, alphas: Sequence[float], title: str, out: P
     )
     speedups = [[speedup for _, speedup in row] for row in cells]
     if min(map(min, speedups)) < 1.0 < max(map(max, speedups)):
-        line = axes.contour(contexts, batches, speedups, levels=[1.0], colors="crimson", linewidths=2)
-        axes.clabel(line, fmt={1.0: "no gain"})
+        axes.contour(contexts, batches, speedups, levels=[1.0], colors="crimson", linewidths=2)
+        axes.plot([], [], color="crimson", label="no gain")
     for measured, marker in ((True, "."), (False, "x")):
         points = [
             (context, batch)
@@ -162,13 +162,14 @@ def add_command(subparsers: argparse._SubParsersAction) -> None:
 def run_crossover(args: argparse.Namespace) -> int:
     profile = Profile.read(args.profile)
     alphas = [args.acceptance] * max(profile.gammas)
-    device = profile.fingerprint.get("device", "")
-    plot_crossover(profile, alphas, f"{args.profile.stem} {device}, acceptance {args.acceptance}".strip(), args.out)
+    names = [args.profile.stem, *filter(None, [profile.fingerprint.get("device")]), f"acceptance {args.acceptance}"]
+    plot_crossover(profile, alphas, ", ".join(names), args.out)
     print(args.out)
     return 0
 
 
 def run_timeline(args: argparse.Namespace) -> int:
-    plot_timeline(binned(read_trace(args.trace)), args.trace.stem, args.out)
+    steps = read_trace(args.trace)
+    plot_timeline(binned(steps, min(BINS, len(steps) // 2)), args.trace.stem, args.out)
     print(args.out)
     return 0

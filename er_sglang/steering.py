@@ -107,6 +107,6 @@ def create_steering(config: SelfQuantConfig, profile: Profile | None, server_arg
         Controller(config.policy, profile),
         Metrics(config.gamma_max, exporter),
         max_draft_batch=config.max_draft_batch,
-        agreement=Agreement(group.cpu_group if group.world_size > 1 else None),
+        agreement=Agreement(group.cpu_group if group.world_size > 1 and config.policy.gammas else None),
         trace=trace,
     )
