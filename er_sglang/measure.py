@@ -32,7 +32,7 @@ from tqdm import tqdm
 from er_sglang.config import cache_folder
 from er_sglang.errors import ConfigError
 from er_sglang.fingerprint import fingerprint
-from er_sglang.profile import Profile, ProfileError, Sample
+from er_sglang.profile import Profile, Sample
 from er_sglang.relay import SelfQuantDraftInput
 from er_sglang.step import Step
 
@@ -61,8 +61,8 @@ def obtain_profile(worker: SelfQuantWorker) -> tuple[Profile, Path]:
         try:
             profile = Profile.load(path, expected)
             logger.info("Step times are those of %s.", path)
-        except (OSError, ProfileError) as error:
-            refusal = f"{error} (Without \"profile\" in the config, step times are measured at start-up.)"
+        except (OSError, ValueError) as error:
+            refusal = f'{error}. To measure at start-up, take "profile" out of the config, or delete a spoilt {path}.'
     profile, refusal = group.broadcast_object((profile, refusal), src=0)
     if refusal:
         raise ConfigError(refusal)
