@@ -9,12 +9,12 @@ from er_sglang import __version__
 
 
 def main(argv: list[str] | None = None) -> int:
-    from er_sglang import autoload, patching
+    from er_sglang import autoload, calibrate, patching, plots, simulate
 
     parser = argparse.ArgumentParser(prog="er-sglang", description="Self-quantized speculative decoding for SGLang.")
     parser.add_argument("--version", action="version", version=__version__)
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
-    for module in (patching, autoload):
+    for module in (calibrate, simulate, plots, patching, autoload):
         module.add_command(subparsers)
     args = parser.parse_args(argv)
     return args.run(args)

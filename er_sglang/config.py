@@ -3,6 +3,8 @@
 Precedence: ``ER_SGLANG_CONFIG`` (a path, or the JSON object itself) replaces the file named by
 ``--speculative-adaptive-config``, an existing ``ServerArgs`` string that every trainer already forwards.
 ``--speculative-num-steps`` is the largest gamma. Knows neither torch nor SGLang.
+
+    {"policy": {"mode": "auto", "ladder": [1, 2, 3]}, "drafter": {"weights": "int4"}, "trace": "steps.jsonl"}
 """
 
 from __future__ import annotations
@@ -14,14 +16,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from er_sglang.errors import ConfigError
+from er_sglang.policy_config import PolicyConfig
+
 CONFIG_ENV = "ER_SGLANG_CONFIG"
+CACHE_ENV = "ER_SGLANG_CACHE"
 SIMULATE_ACCEPTANCE_ENV = "ER_SGLANG_SIMULATE_ACCEPTANCE"
 WEIGHT_FORMATS = ("int4", "int4_asym", "fp8")
-MODES = ("always", "off", "cycle")
-
-
-class ConfigError(ValueError):
-    """A setting that cannot be honoured; the message says what to change."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,38 +47,31 @@ class DrafterConfig:
 class SelfQuantConfig:
     """All settings of SELF_QUANT.
 
-    mode: "always" drafts gamma_max tokens in every step, "off" never drafts, "cycle" takes the gammas of
-        ``cycle`` in turn, one a step (for tests and experiments).
     gamma_max: drafted tokens per request and cycle, at most; from ``--speculative-num-steps``.
-    cycle: gammas taken in turn by mode "cycle".
     max_draft_batch: running requests above which a step never drafts (bounds graphs and draft buffers).
+    policy: how many tokens a step drafts. Left open, ``ladder`` is the default one up to gamma_max, and
+        ``fixed_gamma`` is gamma_max.
+    profile: measured times to decide by; None: those in the cache, measured at start-up if there are none.
+    trace: file to append a line of JSON to for every decode step.
     """
 
-    mode: str = "always"
-    gamma_max: int = 3
-    cycle: tuple[int, ...] = ()
+    gamma_max: int = 7
     max_draft_batch: int = 128
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
     drafter: DrafterConfig = field(default_factory=DrafterConfig)
+    profile: str | None = None
+    trace: str | None = None
 
     def __post_init__(self) -> None:
-        if self.mode not in MODES:
-            raise ConfigError(f"mode is {self.mode!r}; choose one of {', '.join(MODES)}.")
         if not 1 <= self.gamma_max <= 15:
             raise ConfigError(f"--speculative-num-steps is {self.gamma_max}; choose 1 to 15.")
-        if (self.mode == "cycle") != bool(self.cycle):
-            raise ConfigError('"cycle" lists the gammas of mode "cycle": give both or neither.')
-        if any(not 0 <= gamma <= self.gamma_max for gamma in self.cycle):
+        if max(self.policy.gammas, default=0) > self.gamma_max:
             raise ConfigError(
-                f"cycle {list(self.cycle)} must stay within 0 and --speculative-num-steps ({self.gamma_max})."
+                f"policy mode {self.policy.mode} drafts {list(self.policy.gammas)} tokens, more than "
+                f"--speculative-num-steps ({self.gamma_max}): raise it, or leave out the longer ones."
             )
         if self.max_draft_batch < 1:
             raise ConfigError(f"max_draft_batch is {self.max_draft_batch}; it must be at least 1.")
-
-    @property
-    def gammas(self) -> tuple[int, ...]:
-        """Every gamma > 0 that a step can take, ascending: what graphs are captured for."""
-        reachable = {"always": (self.gamma_max,), "off": (), "cycle": self.cycle}[self.mode]
-        return tuple(sorted(set(reachable) - {0}))
 
 
 def load_config(path: str | None, gamma_max: int | None, env: Mapping[str, str] = os.environ) -> SelfQuantConfig:
@@ -98,7 +92,17 @@ def load_config(path: str | None, gamma_max: int | None, env: Mapping[str, str] 
                 f"{source} sets gamma_max to {values['gamma_max']} but --speculative-num-steps is {gamma_max}: "
                 "give one of them."
             )
-    return _build(SelfQuantConfig, values, source)
+    values = _checked(SelfQuantConfig, {"policy": {}, "drafter": {}, **values}, source)
+    limit = max(1, values.get("gamma_max", SelfQuantConfig().gamma_max))
+    ladder = tuple(gamma for gamma in PolicyConfig().ladder if gamma <= limit)
+    values["policy"] = PolicyConfig(**{"ladder": ladder, "fixed_gamma": limit, **values["policy"]})
+    values["drafter"] = DrafterConfig(**values["drafter"])
+    return SelfQuantConfig(**values)
+
+
+def cache_folder(env: Mapping[str, str] = os.environ) -> Path:
+    """Where measured profiles are kept between starts."""
+    return Path(env.get(CACHE_ENV) or Path.home() / ".cache" / "er_sglang")
 
 
 def simulated_acceptance(env: Mapping[str, str] = os.environ) -> float | None:
@@ -132,22 +136,26 @@ def _parse(text: str, source: str) -> dict:
     return values
 
 
-def _build(cls: type, values: dict, source: str):
-    known = {f.name: f for f in dataclasses.fields(cls)}
-    if unknown := sorted(set(values) - set(known)):
-        raise ConfigError(f"{source}: unknown setting {', '.join(unknown)}; known: {', '.join(sorted(known))}.")
-    kwargs = {}
+def _checked(cls: type, values: dict, source: str) -> dict:
+    """``values`` with lists as tuples; raises ConfigError for a key or a type that ``cls`` does not know."""
+    defaults = cls()
+    names = [f.name for f in dataclasses.fields(cls)]
+    if unknown := sorted(set(values) - set(names)):
+        raise ConfigError(f"{source}: unknown setting {', '.join(unknown)}; known: {', '.join(sorted(names))}.")
+    checked = {}
     for name, value in values.items():
-        default = known[name].default_factory() if known[name].default_factory is not dataclasses.MISSING else known[name].default
+        default = getattr(defaults, name)
         if dataclasses.is_dataclass(default):
             if not isinstance(value, dict):
                 raise ConfigError(f"{source}: {name} must be a JSON object.")
-            value = _build(type(default), value, f"{source}: {name}")
+            value = _checked(type(default), value, f"{source}: {name}")
         elif isinstance(default, tuple):
             if not isinstance(value, list) or not all(type(v) is int for v in value):
                 raise ConfigError(f"{source}: {name} must be a list of integers.")
             value = tuple(value)
-        elif type(value) is not type(default) and not (type(default) is float and type(value) is int):
-            raise ConfigError(f"{source}: {name} must be of type {type(default).__name__}, not {value!r}.")
-        kwargs[name] = value
-    return cls(**kwargs)
+        else:
+            expected = str if default is None else type(default)  # None is the default of paths alone
+            if type(value) is not expected and (expected, type(value)) != (float, int):
+                raise ConfigError(f"{source}: {name} must be of type {expected.__name__}, not {value!r}.")
+        checked[name] = value
+    return checked

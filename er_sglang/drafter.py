@@ -21,7 +21,7 @@ from sglang.srt.utils import use_intel_amx_backend
 from torch import nn
 from tqdm import tqdm
 
-from er_sglang.config import ConfigError
+from er_sglang.errors import ConfigError
 from er_sglang.quantize import Format, Packed
 
 logger = logging.getLogger(__name__)

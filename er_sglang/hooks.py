@@ -52,6 +52,12 @@ def _continue_generation(result, scheduler, recv_req) -> None:
         worker.freshness.ensure()
 
 
+def _on_idle(result, scheduler) -> None:
+    worker = _worker(scheduler.draft_worker)
+    if worker and worker.steering.busy and scheduler.is_fully_idle():
+        worker.idle()
+
+
 def _internal_state(result, scheduler, recv_req):
     if worker := _worker(scheduler.draft_worker):
         result.internal_state["self_quant"] = worker.snapshot()
@@ -129,6 +135,7 @@ HOOKS = {
     f"{_UPDATER}release_memory_occupation": (HookType.AROUND, _release_memory),
     f"{_UPDATER}resume_memory_occupation": (HookType.AROUND, _resume_memory),
     f"{_SCHEDULER}continue_generation": (HookType.AFTER, _continue_generation),
+    f"{_SCHEDULER}on_idle": (HookType.AFTER, _on_idle),
     f"{_SCHEDULER}get_internal_state": (HookType.AFTER, _internal_state),
     "sglang.srt.managers.schedule_batch.Req.update_finish_state": (HookType.AROUND, _finish_token_by_token),
     "sglang.srt.mem_cache.memory_pool.MHATokenToKVPool._init_kv_copy_and_warmup": (

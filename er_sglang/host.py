@@ -73,6 +73,8 @@ SEAMS = (
     _seam("managers.scheduler:Scheduler.get_internal_state", "self recv_req"),
     _seam("managers.scheduler:Scheduler.continue_generation", "self recv_req"),
     _seam("managers.schedule_batch:Req.update_finish_state", "self new_accepted_len"),
+    _seam("managers.scheduler:Scheduler.on_idle", "self"),
+    _seam("managers.scheduler:Scheduler.is_fully_idle", "self"),
     *(
         _seam(f"managers.scheduler_components.weight_updater:SchedulerWeightUpdaterManager.{name}", "self recv_req")
         for name in (

@@ -2,54 +2,114 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter, deque
 from collections.abc import Sequence
+from dataclasses import dataclass
+
+RECENT_STEPS = 100  # what "recent" speed-ups are averaged over, exponentially weighted
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Launched:
+    """A decode step on its way.
+
+    plain_s: measured seconds of a plain decode step of this batch, None without a profile.
+    probe: drafts to learn, not to gain.
+    """
+
+    gamma: int
+    reason: str
+    batch: int
+    context_tokens: float
+    expected_speedup: float | None = None
+    outside: bool = False
+    probe: bool = False
+    plain_s: float | None = None
+
+
+class RecentRatio:
+    """Ratio of two sums that forget: None until something was added."""
+
+    def __init__(self) -> None:
+        self._sums = [0.0, 0.0]
+
+    def add(self, numerator: float, denominator: float) -> None:
+        keep = 1.0 - 1.0 / RECENT_STEPS
+        self._sums = [keep * total + value for total, value in zip(self._sums, (numerator, denominator))]
+
+    @property
+    def value(self) -> float | None:
+        numerator, denominator = self._sums
+        return numerator / denominator if denominator else None
 
 
 class Metrics:
     """Counts since the start; a step is recorded when its result reaches the host, one step late under overlap."""
 
     def __init__(self, gamma_max: int, exporter: PrometheusExporter | None = None) -> None:
-        self.gamma = 0
-        self.reason = ""
-        self.running_batch = 0
+        self.latest = Launched(gamma=0, reason="", batch=0, context_tokens=0.0)
         self.decisions: Counter[str] = Counter()
+        self.outside = 0
+        self.probes = 0
+        self.switches = 0
         self.decode_steps = 0
         self.cycles = 0
         self.drafted_tokens = 0
         self.accepted_tokens = 0
         self.emitted_tokens = 0
         self.cycle_requests = 0
+        self.predicted_speedup = RecentRatio()
+        self.measured_speedup = RecentRatio()
+        self.plain_step_ratio = RecentRatio()
+        self._gamma = 0  # of the latest step that was no probe
         self._tried_at = [0] * gamma_max
         self._accepted_at = [0] * gamma_max
-        self._in_flight: deque[tuple[int, int]] = deque()
+        self._in_flight: deque[tuple[Launched, bool]] = deque()
+        self._continuous = False
+        self._finished_at_s = 0.0
         self._exporter = exporter
 
     @property
     def in_flight_tokens(self) -> int:
         """The most tokens per request that steps not yet recorded can emit."""
-        return sum(gamma + 1 for gamma, _ in self._in_flight)
+        return sum(step.gamma + 1 for step, _ in self._in_flight)
 
-    def launched(self, gamma: int, reason: str, batch_size: int) -> None:
-        """A decode step was launched."""
-        self.gamma, self.reason, self.running_batch = gamma, reason, batch_size
-        self.decisions[f"gamma={gamma}:{reason}"] += 1
-        self._in_flight.append((gamma, batch_size))
+    def interrupted(self) -> None:
+        """A prefill, or nothing at all, comes before the next decode step: its duration says nothing."""
+        self._continuous = False
+
+    def launched(self, step: Launched) -> None:
+        self.latest = step
+        self.decisions[f"gamma={step.gamma}:{step.reason}"] += 1
+        self.outside += step.outside
+        self.probes += step.probe
+        switched = not step.probe and step.gamma != self._gamma
+        if switched:
+            self.switches += 1
+            self._gamma = step.gamma
+        self._in_flight.append((step, self._continuous))
+        self._continuous = True
         if self._exporter:
-            self._exporter.decided(gamma, reason)
+            self._exporter.launched(step, switched)
 
-    def finished(self, accepted: Sequence[int]) -> int:
-        """The result of the oldest unrecorded step is here: accepted drafts per request. Returns its gamma."""
-        gamma, batch_size = self._in_flight.popleft()
-        if len(accepted) != batch_size:
-            raise RuntimeError(f"a step of {batch_size} requests came back with {len(accepted)}: results out of order")
-        self.emitted_tokens += sum(accepted) + batch_size
+    def finished(self, accepted: Sequence[int]) -> Launched:
+        """The result of the oldest unrecorded step is here: accepted drafts per request. Returns the step."""
+        step, continuous = self._in_flight.popleft()
+        gamma, batch = step.gamma, step.batch
+        if len(accepted) != batch:
+            raise RuntimeError(f"a step of {batch} requests came back with {len(accepted)}: results out of order")
+        now_s = time.perf_counter()
+        took_s, self._finished_at_s = now_s - self._finished_at_s, now_s
+        self.emitted_tokens += sum(accepted) + batch
+        if continuous and step.plain_s is not None:
+            self._compare(step, took_s, emitted=1 + sum(accepted) / batch)
         if gamma == 0:
             self.decode_steps += 1
-            return gamma
+            return step
         self.cycles += 1
-        self.cycle_requests += batch_size
-        self.drafted_tokens += gamma * batch_size
+        self.cycle_requests += batch
+        self.drafted_tokens += gamma * batch
         self.accepted_tokens += sum(accepted)
         for count in accepted:
             for position in range(count):
@@ -58,19 +118,21 @@ class Metrics:
             if count < gamma:
                 self._tried_at[count] += 1
         if self._exporter:
-            self._exporter.finished(gamma * batch_size, sum(accepted))
-        return gamma
+            self._exporter.finished(gamma * batch, sum(accepted), self.predicted_speedup.value, self.measured_speedup.value)
+        return step
 
     def snapshot(self) -> dict:
         """Plain values for /server_info.
 
         accept_length: mean emitted tokens per request and cycle. acceptance_per_position: conditional acceptance
-        of the i-th drafted token, None where none was tried.
+        of the i-th drafted token, None where none was tried. predicted_speedup, measured_speedup: of recent cycles over
+        plain decoding, which takes as long as the profile says. plain_step_ratio: seconds of recent plain decode steps
+        over what the profile says. outside: decisions from extrapolated cells of the profile.
         """
         return {
-            "gamma": self.gamma,
-            "reason": self.reason,
-            "running_batch": self.running_batch,
+            "gamma": self.latest.gamma,
+            "reason": self.latest.reason,
+            "running_batch": self.latest.batch,
             "decode_steps": self.decode_steps,
             "cycles": self.cycles,
             "drafted_tokens": self.drafted_tokens,
@@ -81,7 +143,21 @@ class Metrics:
                 accepted / tried if tried else None for accepted, tried in zip(self._accepted_at, self._tried_at)
             ],
             "decisions": dict(self.decisions),
+            "switches": self.switches,
+            "probes": self.probes,
+            "outside": self.outside,
+            "predicted_speedup": self.predicted_speedup.value,
+            "measured_speedup": self.measured_speedup.value,
+            "plain_step_ratio": self.plain_step_ratio.value,
         }
+
+    def _compare(self, step: Launched, took_s: float, emitted: float) -> None:
+        if step.gamma == 0:
+            self.plain_step_ratio.add(took_s, step.plain_s)
+            return
+        self.measured_speedup.add(emitted * step.plain_s, took_s)
+        if step.expected_speedup is not None:
+            self.predicted_speedup.add(step.expected_speedup * took_s, took_s)
 
 
 class PrometheusExporter:
@@ -91,24 +167,38 @@ class PrometheusExporter:
         from prometheus_client import Counter as PrometheusCounter
         from prometheus_client import Gauge
 
-        def labelled(metric):
-            return metric.labels(**labels)
-
         names = list(labels)
         self._labels = labels
-        self._gamma = labelled(
-            Gauge("sglang:self_quant_gamma", "Drafted tokens per request of the latest step.", names, multiprocess_mode="mostrecent")
-        )
-        self._drafted = labelled(PrometheusCounter("sglang:self_quant_drafted_tokens", "Drafted tokens.", names))
-        self._accepted = labelled(PrometheusCounter("sglang:self_quant_accepted_tokens", "Accepted drafted tokens.", names))
+
+        def gauge(name: str, text: str):
+            return Gauge(f"sglang:self_quant_{name}", text, names, multiprocess_mode="mostrecent").labels(**labels)
+
+        def counter(name: str, text: str):
+            return PrometheusCounter(f"sglang:self_quant_{name}", text, names).labels(**labels)
+
+        self._gamma = gauge("gamma", "Drafted tokens per request of the latest step.")
+        self._batch = gauge("running_batch", "Requests of the latest decode step.")
+        self._predicted = gauge("predicted_speedup", "Recent cycles over plain decoding, as predicted.")
+        self._measured = gauge("measured_speedup", "Recent cycles over plain decoding, as measured.")
+        self._drafted = counter("drafted_tokens", "Drafted tokens.")
+        self._accepted = counter("accepted_tokens", "Accepted drafted tokens.")
+        self._probes = counter("probes", "Cycles that drafted to learn the acceptance.")
+        self._switches = counter("switches", "Changes of gamma, probes aside.")
         self._decisions = PrometheusCounter(
             "sglang:self_quant_decisions", "Decode steps by gamma and reason.", [*names, "gamma", "reason"]
         )
 
-    def decided(self, gamma: int, reason: str) -> None:
-        self._gamma.set(gamma)
-        self._decisions.labels(**self._labels, gamma=gamma, reason=reason).inc()
+    def launched(self, step: Launched, switched: bool) -> None:
+        self._gamma.set(step.gamma)
+        self._batch.set(step.batch)
+        self._probes.inc(step.probe)
+        self._switches.inc(switched)
+        self._decisions.labels(**self._labels, gamma=step.gamma, reason=step.reason).inc()
 
-    def finished(self, drafted: int, accepted: int) -> None:
+    def finished(self, drafted: int, accepted: int, predicted: float | None, measured: float | None) -> None:
         self._drafted.inc(drafted)
         self._accepted.inc(accepted)
+        if predicted is not None:
+            self._predicted.set(predicted)
+        if measured is not None:
+            self._measured.set(measured)

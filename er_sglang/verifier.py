@@ -18,7 +18,7 @@ from sglang.srt.model_executor.runner import DecodeCudaGraphRunner
 from sglang.srt.speculative.dflash_info import DFlashVerifyInput
 from sglang.srt.speculative.dflash_utils import resolve_dflash_verify_mask_policy
 
-from er_sglang.config import ConfigError
+from er_sglang.errors import ConfigError
 from er_sglang.step import Step
 
 

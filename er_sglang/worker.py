@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 from types import SimpleNamespace
 
 import torch
 from sglang.srt.constants import GPU_MEMORY_TYPE_WEIGHTS
-from sglang.srt.layers.utils.logprob import compute_spec_v2_logprobs
 from sglang.srt.managers.utils import GenerationBatchResult
 from sglang.srt.model_executor.cuda_graph_config import Backend
 from sglang.srt.model_executor.forward_batch_info import CaptureHiddenMode
@@ -19,12 +17,13 @@ from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 from er_sglang import hooks
 from er_sglang.chain import DraftChain
 from er_sglang.config import load_config, simulated_acceptance
-from er_sglang.decide import Decider
 from er_sglang.drafter import Drafter
-from er_sglang.metrics import Metrics, PrometheusExporter
+from er_sglang.logprobs import attach_logprobs
+from er_sglang.measure import obtain_profile
 from er_sglang.quantize import create_format
 from er_sglang.relay import SelfQuantDraftInput
-from er_sglang.sampling import RandomState, Verdict, create_sampler
+from er_sglang.sampling import RandomState, create_sampler
+from er_sglang.steering import create_steering
 from er_sglang.step import Step
 from er_sglang.updates import Freshness
 from er_sglang.verifier import Verifier, check_attention_backend
@@ -33,6 +32,10 @@ logger = logging.getLogger(__name__)
 
 # Batch sizes with draft and verify graphs: padding a batch to the next one costs little where drafting pays.
 GRAPH_BATCHES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+
+
+def _ignore(seq_lens) -> None:
+    """Nobody waits for the new lengths."""
 
 
 class SelfQuantWorker(BaseSpecWorker):
@@ -45,10 +48,9 @@ class SelfQuantWorker(BaseSpecWorker):
     def __init__(self, server_args, gpu_id, tp_rank, target_worker, **_ranks) -> None:
         hooks.check_bound()
         self.config = load_config(server_args.speculative_adaptive_config, server_args.speculative_num_steps)
-        self._server_args = server_args
-        self._tp_rank = tp_rank
+        self.server_args = server_args
         self._target_worker = target_worker
-        self._runner = runner = target_worker.model_runner
+        self.runner = runner = target_worker.model_runner
         self._algorithm = runner.spec_algorithm
         runner.spec_algorithm = SpeculativeAlgorithm.NONE
         self.device = torch.device(runner.device)
@@ -62,17 +64,11 @@ class SelfQuantWorker(BaseSpecWorker):
             progress=tp_rank == 0,
         )
         self.freshness = Freshness(self._refresh_drafter)
-        self._decider = Decider(self.config)
-        exporter = None
-        if server_args.enable_metrics and tp_rank == 0:
-            exporter = PrometheusExporter({"model_name": server_args.served_model_name, "tp_rank": str(tp_rank)})
-        self.metrics = Metrics(self.config.gamma_max, exporter)
-
         alpha = simulated_acceptance()
         if alpha is not None:
             logger.warning("SIMULATED acceptance %.3f: the output is NOT the policy's. For benchmarks only.", alpha)
         self._sampler = create_sampler(self.device, alpha)
-        self._random = RandomState.create(server_args.random_seed, self.device)
+        self.random = RandomState.create(server_args.random_seed, self.device)
         self._chain: DraftChain | None = None
         self._verifier: Verifier | None = None
 
@@ -90,32 +86,36 @@ class SelfQuantWorker(BaseSpecWorker):
     def war_fastpath_runner(self):
         # The scheduler may write the request table once this runner has read it; a cycle reads it up front, but on
         # views, so the target's event is only set by a plain decode and otherwise the scheduler waits for the cycle.
-        return self._runner
+        return self.runner
 
     def clear_cache_pool(self) -> None:
-        """The drafter has no cache of its own."""
+        """The drafter has no cache of its own; SGLang flushes only when no request is left."""
+        self.idle()
 
     def alloc_memory_pool(self, memory_pool_config=None, req_to_token_pool=None, token_to_kv_pool_allocator=None) -> None:
-        self._req_to_token = req_to_token_pool.req_to_token
+        self.req_to_token = req_to_token_pool.req_to_token
 
     def init_attention_backends(self) -> None:
-        backend = self._runner.attn_backend
-        check_attention_backend(self._runner)
+        backend = self.runner.attn_backend
+        check_attention_backend(self.runner)
         if type(backend).__name__ == "FlashAttentionBackend":
             # It reads host lengths only to choose a split; Step gives it an upper bound without waiting for the GPU.
             backend.needs_cpu_seq_lens = False
 
     def init_cuda_graphs(self) -> None:
-        gammas = self.config.gammas
-        if not gammas:
-            return
-        graph_batches = self._graph_batches()
-        max_batch = min(self.config.max_draft_batch, self._runner.max_running_requests)
-        max_batch = max([max_batch, *graph_batches])
-        self._verifier = Verifier(self._runner, self._algorithm, gammas, graph_batches)
-        self._chain = DraftChain(
-            self._runner, self._drafter.model, self._sampler, self._random, gammas, graph_batches, max_batch
-        )
+        """The last of the start: SGLang has allocated its KV cache and captured the policy's own graphs."""
+        self.graph_batches, self.target_graph_batches = self._graph_batches()
+        if gammas := self.config.policy.gammas:
+            max_batch = min(self.config.max_draft_batch, self.runner.max_running_requests)
+            max_batch = max([max_batch, *self.graph_batches])
+            self._verifier = Verifier(self.runner, self._algorithm, gammas, self.graph_batches)
+            self._chain = DraftChain(
+                self.runner, self._drafter.model, self._sampler, self.random, gammas, self.graph_batches, max_batch
+            )
+        profile, self._profile_path = None, None
+        if self.config.policy.needs_profile or self.config.profile:
+            profile, self._profile_path = obtain_profile(self)
+        self.steering = create_steering(self.config, profile, self.server_args)
 
     def update_weights_from_disk(self, recv_req) -> tuple[bool, str]:
         return True, "the drafter follows the policy's weights in memory"
@@ -128,25 +128,29 @@ class SelfQuantWorker(BaseSpecWorker):
         return self._target_worker.update_weights_from_tensor(recv_req)
 
     def on_verify_complete_cpu(self, num_correct_drafts_per_req: list[int], batch_size: int = 0) -> None:
-        self.metrics.finished(num_correct_drafts_per_req)
+        self.steering.finished(num_correct_drafts_per_req)
+
+    def idle(self) -> None:
+        """No request is left; called by our hook on the scheduler."""
+        self.steering.idle()
 
     # -- the step ----------------------------------------------------------------------------------------------
 
-    def forward_batch_generation(self, batch, on_publish=lambda seq_lens: None) -> GenerationBatchResult:
+    def forward_batch_generation(self, batch, on_publish=_ignore) -> GenerationBatchResult:
         """Run one step for ``batch``, a ScheduleBatch whose fields the scheduler restores afterwards.
 
         on_publish: called with the new sequence lengths as soon as they are known on the device.
         """
         if batch.forward_mode.is_extend() or batch.is_extend_in_batch:
             return self._prefill(batch, on_publish)
-        decision = self._decider.decide(len(batch.reqs), self._blocker(batch))
-        if decision.gamma > 0:
+        slack_tokens = self.steering.metrics.in_flight_tokens
+        launched = self.steering.launch([req.kv_committed_len for req in batch.reqs], self._blocker(batch))
+        if launched.gamma > 0:
             self.freshness.ensure()
-        step = Step.of_batch(batch, self._req_to_token, decision.gamma + 1, self.metrics.in_flight_tokens)
-        self.metrics.launched(decision.gamma, decision.reason, step.batch_size)
-        if decision.gamma == 0:
-            return self._decode(batch, step, on_publish)
-        return self._cycle(batch, step, decision.gamma, on_publish)
+        step = Step.of_batch(batch, self.req_to_token, launched.gamma + 1, slack_tokens)
+        if launched.gamma == 0:
+            return self.decode(batch, step, on_publish)
+        return self.cycle(batch, step, launched.gamma, on_publish)
 
     def _blocker(self, batch) -> str | None:
         """Why this batch must not be drafted for: what a draft could not honour exactly, or no usable drafter."""
@@ -162,6 +166,7 @@ class SelfQuantWorker(BaseSpecWorker):
         return self.freshness.blocker
 
     def _prefill(self, batch, on_publish) -> GenerationBatchResult:
+        self.steering.metrics.interrupted()
         batch.capture_hidden_mode = CaptureHiddenMode.FULL if batch.return_hidden_states else CaptureHiddenMode.NULL
         result = self._target_worker.forward_batch_generation(batch)
         result.new_seq_lens = batch.seq_lens
@@ -169,7 +174,7 @@ class SelfQuantWorker(BaseSpecWorker):
         result.next_draft_input = SelfQuantDraftInput(result.next_token_ids)
         return result
 
-    def _decode(self, batch, step: Step, on_publish) -> GenerationBatchResult:
+    def decode(self, batch, step: Step, on_publish=_ignore) -> GenerationBatchResult:
         """gamma = 0: the batch as a server without speculation would decode it, by the target worker itself."""
         new_seq_lens = step.seq_lens_B + 1
         on_publish(new_seq_lens)
@@ -186,21 +191,24 @@ class SelfQuantWorker(BaseSpecWorker):
             output.next_token_logprobs = output.next_token_logprobs.view(-1, 1)
         return self._fill(result, result.next_token_ids, torch.ones_like(new_seq_lens, dtype=torch.int32), new_seq_lens, 0)
 
-    def _cycle(self, batch, step: Step, gamma: int, on_publish) -> GenerationBatchResult:
-        """gamma > 0: draft, verify, judge."""
+    def cycle(
+        self, batch, step: Step, gamma: int, on_publish=_ignore, on_drafted=lambda: None
+    ) -> GenerationBatchResult:
+        """gamma > 0: draft, verify, judge. on_drafted: called between the first two."""
         chain = self._chain.prepare(step, gamma)
         verify = self._verifier.prepare(batch, step, gamma)
         draft = self._chain.draft(chain, step.batch_size)
+        on_drafted()
         output, graphs_ran = self._verifier.forward(verify, draft.tokens_NB)
 
         logits_BNV = output.next_token_logits.view(step.batch_size, gamma + 1, -1)
         if (bias_BV := batch.sampling_info.logit_bias) is not None:
             logits_BNV += bias_BV.unsqueeze(1)  # p alone: a draft without the bias is as exact
-        verdict = self._sampler.judge(logits_BNV, draft, step.params, self._random)
+        verdict = self._sampler.judge(logits_BNV, draft, step.params, self.random)
         new_seq_lens = step.seq_lens_B + verdict.accept_lens_B
         on_publish(new_seq_lens)
         if batch.return_logprob:
-            _attach_logprobs(batch, output, verdict, gamma)
+            attach_logprobs(batch, output, verdict, gamma)
         result = GenerationBatchResult(
             logits_output=output,
             next_token_ids=verdict.emitted_BN.view(-1),
@@ -222,8 +230,12 @@ class SelfQuantWorker(BaseSpecWorker):
     def snapshot(self) -> dict:
         """State for /server_info, under ``internal_states[i]["self_quant"]``."""
         return {
-            **self.metrics.snapshot(),
+            **self.steering.metrics.snapshot(),
+            "mode": self.config.policy.mode,
+            "gammas": list(self.config.policy.gammas),
             "gamma_max": self.config.gamma_max,
+            "acceptance": self.steering.controller.acceptance.snapshot(),
+            "profile": str(self._profile_path) if self._profile_path else None,
             "weights": self.config.drafter.weights,
             "drafter_bytes": self._drafter.nbytes,
             "updates": self.freshness.updates,
@@ -236,21 +248,12 @@ class SelfQuantWorker(BaseSpecWorker):
     def _refresh_drafter(self) -> None:
         self._drafter.refresh_()
         torch.get_device_module(self.device).synchronize()
+        self.steering.policy_updated()
 
-    def _graph_batches(self) -> list[int]:
-        if self.device.type != "cuda" or self._server_args.cuda_graph_config.decode.backend == Backend.DISABLED:
-            return []
-        captured, _ = get_batch_sizes_to_capture(self._runner, 1)
+    def _graph_batches(self) -> tuple[list[int], list[int]]:
+        """Batch sizes with graphs: of drafts and verifies, and of the policy's plain decoding."""
+        if self.device.type != "cuda" or self.server_args.cuda_graph_config.decode.backend == Backend.DISABLED:
+            return [], []
+        captured, _ = get_batch_sizes_to_capture(self.runner, 1)
         limit = min(max(captured), self.config.max_draft_batch)
-        return sorted({*(size for size in GRAPH_BATCHES if size < limit), limit})
-
-
-def _attach_logprobs(batch, output, verdict: Verdict, gamma: int) -> None:
-    """The policy's log-probabilities at the emitted positions, as SGLang defines them for speculation."""
-    width = gamma + 1
-    rows = torch.arange(verdict.emitted_BN.numel(), device=verdict.emitted_BN.device).view(-1, width)
-    index = torch.where(rows % width < verdict.accept_lens_B.view(-1, 1), rows, -1)
-    arguments = [batch, output, verdict.emitted_BN.view(-1), index, gamma]
-    if "accept_lens" in inspect.signature(compute_spec_v2_logprobs).parameters:  # slime's top-p patch
-        arguments.insert(4, verdict.accept_lens_B)
-    compute_spec_v2_logprobs(*arguments)
+        return sorted({*(size for size in GRAPH_BATCHES if size < limit), limit}), captured

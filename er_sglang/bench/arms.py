@@ -4,6 +4,8 @@ plain         SGLang without speculation
 standalone:G  SGLang's own STANDALONE: a 4-bit draft of the same shape, with its own weights and KV cache, G tokens a cycle
 self_quant:G  SELF_QUANT, G tokens a cycle
 self_quant:0  SELF_QUANT that is never allowed to draft: must cost nothing against `plain`
+auto:G        SELF_QUANT, up to G tokens a cycle as its measured policy decides
+paper:G       SELF_QUANT by EfficientRollout's rule, up to G tokens a cycle (11 for its own ladder)
 """
 
 import json
@@ -13,7 +15,8 @@ from pathlib import Path
 from er_sglang.acceptance import emitted
 from er_sglang.config import CONFIG_ENV, SIMULATE_ACCEPTANCE_ENV
 
-DRAFTERS = ("standalone", "self_quant")
+POLICY_MODES = {"self_quant": "always", "auto": "auto", "paper": "paper"}
+DRAFTERS = ("standalone", *POLICY_MODES)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,12 +32,21 @@ class Arm:
         if text == "plain":
             return cls(algorithm="plain", gamma=None)
         algorithm, _, gamma = text.partition(":")
-        if algorithm not in DRAFTERS or not gamma.isdecimal() or (algorithm == "standalone" and gamma == "0"):
-            raise ValueError(f"unknown arm {text!r}; choose plain, standalone:G (G > 0) or self_quant:G, such as self_quant:3")
+        if algorithm not in DRAFTERS or not gamma.isdecimal() or (algorithm != "self_quant" and gamma == "0"):
+            raise ValueError(f"unknown arm {text!r}; choose plain, standalone:G, auto:G, paper:G (G > 0) or self_quant:G, such as self_quant:3")
         return cls(algorithm=algorithm, gamma=int(gamma))
 
     def __str__(self) -> str:
         return self.algorithm if self.gamma is None else f"{self.algorithm}:{self.gamma}"
+
+    @property
+    def self_quant(self) -> bool:
+        """Whether SELF_QUANT is served."""
+        return self.algorithm in POLICY_MODES
+
+    @property
+    def policy_mode(self) -> str:
+        return POLICY_MODES[self.algorithm] if self.drafts else "off"
 
     @property
     def drafts(self) -> bool:
@@ -44,7 +56,7 @@ class Arm:
         """Server flags. `draft_path` is the STANDALONE draft model; `idle_gamma` the largest gamma that self_quant:0 forgoes."""
         if self.algorithm == "plain":
             return {}
-        if self.algorithm == "self_quant":
+        if self.self_quant:
             return {"speculative-algorithm": "SELF_QUANT", "speculative-num-steps": self.gamma or idle_gamma}
         return {
             "speculative-algorithm": "STANDALONE",
@@ -61,18 +73,19 @@ class Arm:
         which takes the accept length: the same in expectation.
         """
         env = {}
-        if self.algorithm == "self_quant":
-            mode = "always" if self.drafts else "off"
-            env[CONFIG_ENV] = json.dumps({**self_quant_config, "mode": mode})
+        if self.self_quant:
+            env[CONFIG_ENV] = json.dumps({**self_quant_config, "policy": {"mode": self.policy_mode}})
         if alpha is not None and self.drafts:
-            if self.algorithm == "self_quant":
+            if self.self_quant:
                 env[SIMULATE_ACCEPTANCE_ENV] = str(alpha)
             else:
                 env["SGLANG_SIMULATE_ACC_LEN"] = str(self.expected_accept_length(alpha))
                 env["SGLANG_SIMULATE_ACC_METHOD"] = "match-expected"
         return env
 
-    def expected_accept_length(self, alpha: float) -> float:
-        """Tokens per request and cycle at acceptance `alpha`: (1 - alpha^(gamma+1)) / (1 - alpha)."""
+    def expected_accept_length(self, alpha: float) -> float | None:
+        """Tokens per request and cycle at acceptance `alpha`: (1 - alpha^(gamma+1)) / (1 - alpha); None if gamma varies."""
+        if self.self_quant and self.policy_mode not in ("always", "off"):
+            return None
         gamma = self.gamma or 0
         return emitted([alpha] * gamma)[gamma]

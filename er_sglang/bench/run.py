@@ -38,6 +38,8 @@ arms
   standalone:G  SGLang's STANDALONE with a 4-bit draft of the same shape, G drafted tokens a cycle (CUDA only)
   self_quant:G  SELF_QUANT, G drafted tokens a cycle
   self_quant:0  SELF_QUANT that never drafts; should equal plain
+  auto:G        SELF_QUANT, up to G drafted tokens a cycle as its measured policy decides
+  paper:G       SELF_QUANT by EfficientRollout's rule; G = 11 for its own ladder
 
 acceptance
   A model given by shape has random weights, so acceptance is stated, not measured: --acceptance A is the
@@ -74,7 +76,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output-tokens", type=int, default=64 if ON_CPU else 256, metavar="TOKENS", help="response length; default %(default)s")
     parser.add_argument("--repeats", type=int, default=2, metavar="N", help="measurements per point; default %(default)s")
     parser.add_argument("--temperature", type=float, default=1.0, help="default %(default)s")
-    parser.add_argument("--self-quant-config", type=json.loads, default={}, metavar="JSON", help='SELF_QUANT settings besides "mode", e.g. \'{"drafter": {"weights": "fp8"}}\'')
+    parser.add_argument("--self-quant-config", type=json.loads, default={}, metavar="JSON", help='SELF_QUANT settings besides "policy", e.g. \'{"drafter": {"weights": "fp8"}}\'')
     parser.add_argument("--server-args", type=shlex.split, default=[], metavar="'--FLAG VALUE ...'", help="more flags for every server; write --server-args='--tp 2'")
     parser.add_argument("--out", type=Path, default=Path("bench-results"), metavar="DIR", help="folder for results.json, table.md, plot.png and logs; default %(default)s")
     parser.add_argument("--no-plot", action="store_true", help="do without matplotlib")
@@ -165,10 +167,10 @@ def measure_arm(server: Server, arm: Arm, args: argparse.Namespace):
 
     load(max(args.concurrency), WARM_UP_TOKENS)
     for concurrency in args.concurrency:
-        before = server.self_quant() if arm.algorithm == "self_quant" else None
+        before = server.self_quant() if arm.self_quant else None
         load(concurrency, WARM_UP_TOKENS)
         results = [load(concurrency, args.output_tokens) for _ in range(args.repeats)]
-        after = server.self_quant() if arm.algorithm == "self_quant" else None
+        after = server.self_quant() if arm.self_quant else None
         rates = [result.steady_tokens_per_s() for result in results]
         rate = median(rates)
         accept_length = median(result.accept_length for result in results)

@@ -82,12 +82,12 @@ def test_accept_length_is_tokens_per_step_over_all_requests():
 # ---------------------------------------------------------------- arms
 
 
-@pytest.mark.parametrize("text", ["plain", "standalone:3", "self_quant:3", "self_quant:0"])
+@pytest.mark.parametrize("text", ["plain", "standalone:3", "self_quant:3", "self_quant:0", "auto:7", "paper:11"])
 def test_an_arm_is_written_as_it_is_read(text):
     assert str(Arm.parse(text)) == text
 
 
-@pytest.mark.parametrize("text", ["", "eagle:3", "self_quant", "self_quant:", "self_quant:-1", "standalone:0", "plain:1"])
+@pytest.mark.parametrize("text", ["", "eagle:3", "self_quant", "self_quant:", "self_quant:-1", "standalone:0", "auto:0", "plain:1"])
 def test_unknown_arms_are_refused_with_the_choices(text):
     with pytest.raises(ValueError, match="choose plain, standalone:G"):
         Arm.parse(text)
@@ -122,8 +122,10 @@ def test_acceptance_is_stated_equally_and_only_to_arms_that_draft():
 
 def test_self_quant_settings_are_ones_the_plugin_accepts():
     drafts = load_config(None, 3, Arm.parse("self_quant:3").env(None, {"drafter": {"weights": "fp8"}}))
-    assert drafts.gammas == (3,) and drafts.drafter.weights == "fp8"
-    assert load_config(None, 3, Arm.parse("self_quant:0").env(None, {})).gammas == ()
+    assert drafts.policy.gammas == (3,) and drafts.drafter.weights == "fp8"
+    assert load_config(None, 3, Arm.parse("auto:3").env(None, {})).policy.gammas == (1, 2, 3)
+    assert load_config(None, 11, Arm.parse("paper:11").env(None, {})).policy.gammas == (5, 7, 9, 11)
+    assert load_config(None, 3, Arm.parse("self_quant:0").env(None, {})).policy.gammas == ()
 
 
 def test_self_quant_that_never_drafts_reserves_what_drafting_would():

@@ -1,0 +1,59 @@
+"""Everything that measured step times depend on, in plain values that compare and print well."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import platform
+from typing import TYPE_CHECKING
+
+import torch
+from sglang.srt.distributed import get_tp_group
+
+from er_sglang import __version__
+
+if TYPE_CHECKING:
+    from er_sglang.worker import SelfQuantWorker
+
+_SERVER_ARGS = (
+    "sampling_backend",
+    "kv_cache_dtype",
+    "page_size",
+    "disable_custom_all_reduce",
+    "enable_symm_mem",
+    "enable_mscclpp",
+    "enable_torch_symm_mem",
+    "enable_nccl_nvls",
+    "enable_flashinfer_allreduce_fusion",
+)
+
+
+def fingerprint(worker: SelfQuantWorker) -> dict[str, object]:
+    """A profile is used only where this is equal."""
+    runner, config, args = worker.runner, worker.config, worker.server_args
+    on_gpu = worker.device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(worker.device) if on_gpu else platform.machine(),
+        "cuda": torch.version.cuda if on_gpu else None,
+        "torch": torch.__version__,
+        "sglang": importlib.metadata.version("sglang"),
+        "er_sglang": __version__,
+        "model": _digest(runner.model_config.hf_config.to_dict()),
+        "dtype": str(runner.model_config.dtype),
+        "context_length": runner.model_config.context_len,
+        "tp_size": get_tp_group().world_size,
+        "attention": type(runner.attn_backend).__name__,
+        "drafter": [config.drafter.weights, config.drafter.group_size],
+        "gamma_max": config.gamma_max,
+        "gammas": list(config.policy.gammas),
+        "draft_graph_batches": worker.graph_batches,
+        "target_graph_batches": worker.target_graph_batches,
+        **{name: getattr(args, name) for name in _SERVER_ARGS},
+    }
+
+
+def _digest(hf_config: dict) -> str:
+    """Of a model's dimensions; where it was loaded from does not matter."""
+    kept = {key: value for key, value in hf_config.items() if key not in ("_name_or_path", "transformers_version")}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()[:16]

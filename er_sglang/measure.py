@@ -1,0 +1,222 @@
+"""Measure the profile with the very code and graphs that serve: at start-up, once per configuration.
+
+For batch sizes that have graphs, those just above (they are padded to the next graph: time is a staircase) and a few
+contexts, synthetic requests are laid into the still unused KV pool and stepped by the worker itself: plain decoding and
+whole cycles of each gamma, back to back, so that host work counts where the GPU waits for it. T_draft is the least that any chain takes per token; whatever else a cycle takes is its
+T_verify. So gamma * T_draft + T_verify is the cycle as measured.
+
+The grid is gone over until BUDGET_S is spent, so that a disturbance spoils one sample of a cell and the median forgets
+it. The table is kept on disk under a fingerprint of all that it depends on.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from sglang.srt.distributed import get_tp_group
+from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
+from sglang.srt.model_executor.forward_batch_info import ForwardMode
+from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
+from sglang.srt.sampling.sampling_params import SamplingParams
+from tqdm import tqdm
+
+from er_sglang.config import cache_folder
+from er_sglang.errors import ConfigError
+from er_sglang.fingerprint import fingerprint
+from er_sglang.profile import Profile, Sample
+from er_sglang.relay import SelfQuantDraftInput
+from er_sglang.step import Step
+
+if TYPE_CHECKING:
+    from er_sglang.worker import SelfQuantWorker
+
+logger = logging.getLogger(__name__)
+
+# By device type. A CPU serves for trying things out: its start should not take longer than its use.
+CONTEXTS_TOKENS = {"cuda": (256, 2048, 8192, 32768), "cpu": (64, 256)}
+BUDGET_S = {"cuda": 50.0, "cpu": 5.0}
+BATCHES_WITHOUT_GRAPHS = (1, 8, 32)
+MAX_PASSES = 5
+
+
+def obtain_profile(worker: SelfQuantWorker) -> tuple[Profile, Path]:
+    """The profile that the config names, else the cached one, else one measured now; the same on every rank.
+
+    Returns it and its file on rank 0. Raises ConfigError for a profile that is unreadable or was measured elsewhere.
+    """
+    group = get_tp_group()
+    expected = fingerprint(worker)
+    path = Path(worker.config.profile) if worker.config.profile else _cached(expected)
+    profile, refusal = None, None
+    if group.rank_in_group == 0 and (worker.config.profile or path.exists()):
+        try:
+            profile = Profile.load(path, expected)
+            logger.info("Step times are those of %s.", path)
+        except (OSError, ValueError) as error:
+            refusal = f'{error}. To measure at start-up, take "profile" out of the config, or delete a spoilt {path}.'
+    profile, refusal = group.broadcast_object((profile, refusal), src=0)
+    if refusal:
+        raise ConfigError(refusal)
+    if profile is None:
+        profile = group.broadcast_object(_measure(worker, expected), src=0)
+        if group.rank_in_group == 0:
+            profile.save(path)
+            logger.info("Step times were measured and saved as %s.", path)
+            for outlier in profile.outliers:
+                logger.warning("Step times: %s.", outlier)
+    return profile, path
+
+
+def _cached(expected: dict) -> Path:
+    digest = hashlib.sha256(json.dumps(expected, sort_keys=True).encode()).hexdigest()
+    return cache_folder() / "profiles" / f"{digest[:16]}.json"
+
+
+def _measure(worker: SelfQuantWorker, expected: dict) -> Profile:
+    group = get_tp_group()
+    cells = _grid(worker)
+    budget_s = BUDGET_S[worker.device.type]
+    samples: list[Sample] = []
+    start_s = time.perf_counter()
+    random = worker.random.state.clone()
+    gpus = [worker.device] if worker.device.type == "cuda" else []
+    # A server that measures samples the same tokens as one that finds its profile.
+    with torch.no_grad(), torch.random.fork_rng(gpus), _borrowed(worker.req_to_token):
+        for done in range(MAX_PASSES):
+            spent_s = time.perf_counter() - start_s
+            # Every pass takes as long as the mean of those before; rank 0's clock decides for all.
+            if not group.broadcast_object(spent_s * (done + 1) <= budget_s * max(done, 1), src=0):
+                break
+            cells_left = tqdm(
+                cells, desc=f"Measuring step times, pass {done + 1}", unit="cell", disable=group.rank_in_group != 0
+            )
+            for batch, context_tokens in cells_left:
+                samples += _measure_cell(worker, batch, context_tokens)
+    worker.random.state.copy_(random)
+    return Profile.from_samples(samples, expected)
+
+
+def _grid(worker: SelfQuantWorker) -> list[tuple[int, int]]:
+    """(batch, context) cells that the KV pool holds; a context in which a single batch size fits is left out."""
+    rows, columns = worker.req_to_token.shape
+    limit = min(worker.runner.model_config.context_len, columns) - worker.config.gamma_max - 1
+    wanted = CONTEXTS_TOKENS[worker.device.type]
+    contexts = [context for context in wanted if context < limit]
+    if len(contexts) < len(wanted):
+        contexts.append(limit)
+    sizes = worker.graph_batches
+    above = [size + 1 for size in sizes[:-1]]
+    batches = [batch for batch in sorted({*sizes, *above}) or BATCHES_WITHOUT_GRAPHS if batch < rows]
+    cells = []
+    for context in contexts:
+        fitting = [b for b in batches if b * _stride(worker, context) < worker.runner.max_total_num_tokens]
+        if len(fitting) >= min(2, len(batches)):
+            cells += [(batch, context) for batch in fitting]
+    if not cells:
+        raise ConfigError(
+            f"the KV cache holds {worker.runner.max_total_num_tokens} tokens, too few to measure step times: "
+            'raise --mem-fraction-static, or choose a policy mode without a profile ("threshold", say).'
+        )
+    return cells
+
+
+def _stride(worker: SelfQuantWorker, context_tokens: int) -> int:
+    """KV slots of one synthetic request, whole pages."""
+    page = worker.server_args.page_size
+    return -(-(context_tokens + worker.config.gamma_max + 1) // page) * page
+
+
+@contextmanager
+def _borrowed(req_to_token: torch.Tensor) -> Iterator[None]:
+    before = req_to_token.clone()
+    try:
+        yield
+    finally:
+        req_to_token.copy_(before)
+
+
+def _measure_cell(worker: SelfQuantWorker, batch: int, context_tokens: int) -> list[Sample]:
+    """One sample of each phase and gamma."""
+    template = _synthetic_batch(worker, batch, context_tokens)
+
+    def step(gamma: int, on_drafted: Callable[[], None] = lambda: None) -> None:
+        scheduled = copy.copy(template)
+        inputs = Step.of_batch(scheduled, worker.req_to_token, gamma + 1, 0)
+        if gamma:
+            worker.cycle(scheduled, inputs, gamma, on_drafted=on_drafted)
+        else:
+            worker.decode(scheduled, inputs)
+
+    gammas, watch = worker.config.policy.gammas, _Stopwatch(worker.device)
+    step(0)  # every timed step follows another one
+    watch.mark()
+    step(0)
+    watch.mark()
+    for gamma in gammas:
+        step(gamma, on_drafted=watch.mark)
+        watch.mark()
+    plain_s, *laps_s = watch.laps_s()
+    chains_s, rests_s = laps_s[::2], laps_s[1::2]
+    draft_s = min(chain_s / gamma for gamma, chain_s in zip(gammas, chains_s))
+    return [
+        Sample("target", 0, batch, context_tokens, plain_s),
+        Sample("draft", 0, batch, context_tokens, draft_s),
+        *(
+            Sample("verify", gamma, batch, context_tokens, chain_s + rest_s - gamma * draft_s)
+            for gamma, chain_s, rest_s in zip(gammas, chains_s, rests_s)
+        ),
+    ]
+
+
+def _synthetic_batch(worker: SelfQuantWorker, batch: int, context_tokens: int) -> ScheduleBatch:
+    """Requests that decode at ``context_tokens``, each with KV slots of its own, sampled at temperature 1."""
+    device, stride = worker.device, _stride(worker, context_tokens)
+    starts = worker.server_args.page_size + stride * torch.arange(batch, device=device)
+    worker.req_to_token[1 : batch + 1, :stride] = (starts.view(-1, 1) + torch.arange(stride, device=device)).to(torch.int32)
+    scheduled = ScheduleBatch(
+        reqs=[Req(f"calibration-{row}", "", [0], SamplingParams(temperature=1.0)) for row in range(batch)],
+        device=str(device),
+        forward_mode=ForwardMode.DECODE,
+        model_config=worker.runner.model_config,
+        req_to_token_pool=worker.runner.req_to_token_pool,
+        req_pool_indices=torch.arange(1, batch + 1, device=device),
+        seq_lens=torch.full((batch,), context_tokens, device=device),
+        seq_lens_cpu=torch.full((batch,), context_tokens),
+        spec_algorithm=worker.runner.spec_algorithm,
+        spec_info=SelfQuantDraftInput(torch.zeros(batch, dtype=torch.int64, device=device)),
+    )
+    scheduled.sampling_info = SamplingBatchInfo.from_schedule_batch(scheduled, worker.runner.model_config.vocab_size)
+    return scheduled
+
+
+class _Stopwatch:
+    """Marks points in time: on CUDA, when the work launched so far is done."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_gpu = device.type == "cuda"
+        self._marks: list = []
+
+    def mark(self) -> None:
+        if self._on_gpu:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self._marks.append(event)
+        else:
+            self._marks.append(time.perf_counter())
+
+    def laps_s(self) -> list[float]:
+        """Seconds between successive marks."""
+        pairs = zip(self._marks, self._marks[1:])
+        if not self._on_gpu:
+            return [after - before for before, after in pairs]
+        self._marks[-1].synchronize()
+        return [before.elapsed_time(after) / 1e3 for before, after in pairs]

@@ -1,0 +1,94 @@
+"""Settings of the decision how many tokens to draft; what they do is told in policy.py."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from er_sglang.acceptance import AcceptanceEstimator
+from er_sglang.errors import ConfigError
+
+MODES = ("auto", "always", "off", "threshold", "paper", "cycle")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PolicyConfig:
+    """Settings of the decision.
+
+    mode: "auto"; "always"; "off"; "threshold"; "paper" (EfficientRollout's rule, a baseline); or "cycle", which takes
+        the gammas of `cycle` in turn, one a step (for tests and experiments).
+    ladder: draft lengths that auto chooses from, increasing, without 0.
+    fixed_gamma: draft length of always and threshold.
+    threshold_batch: mode threshold drafts at this many running requests or fewer.
+    margin: auto drafts only if predicted at least this much faster than plain decoding.
+    patience: steps' worth of tokens that auto lets a worse gamma cost before it leaves it.
+    prior_alpha, prior_weight: acceptance assumed before any is seen, and how many tries that assumption is worth.
+    half_life_cycles, stale_half_life_cycles: how fast evidence fades while drafting, and while not.
+    update_keep: fraction of the evidence kept across a policy update, and when the server runs idle.
+    probe_budget: largest fraction of the time spent off that probes may cost.
+    probe_tokens: drafted tokens of one probe burst.
+    confidence_z: standard deviations to the bound that probes are judged by.
+    paper_ladder: draft lengths of mode paper.
+    cycle: draft lengths of mode cycle, 0 included if wanted.
+    """
+
+    mode: str = "auto"
+    ladder: tuple[int, ...] = (1, 2, 3, 5, 7)
+    fixed_gamma: int = 5
+    threshold_batch: int = 32
+    margin: float = 0.01
+    patience: float = 0.25
+    prior_alpha: float = 0.8
+    prior_weight: float = 4.0
+    half_life_cycles: float = 24.0
+    stale_half_life_cycles: float = 512.0
+    update_keep: float = 0.5
+    probe_budget: float = 0.005
+    probe_tokens: int = 32
+    confidence_z: float = 1.645
+    paper_ladder: tuple[int, ...] = (5, 7, 9, 11)
+    cycle: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise ConfigError(f"mode is {self.mode!r}; choose one of {', '.join(MODES)}.")
+        for name in ("ladder", "paper_ladder"):
+            rungs = getattr(self, name)
+            if not rungs or rungs[0] < 1 or any(low >= high for low, high in zip(rungs, rungs[1:])):
+                raise ConfigError(f"{name} is {list(rungs)}; it must be increasing and start at 1 or more.")
+        if (self.mode == "cycle") != bool(self.cycle) or min(self.cycle, default=0) < 0:
+            raise ConfigError("cycle lists the gammas of mode cycle, 0 or more: give both or neither.")
+        for name in ("fixed_gamma", "threshold_batch", "probe_tokens"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        for name in ("margin", "patience", "confidence_z"):
+            if getattr(self, name) < 0.0:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must not be negative.")
+        for name in ("probe_budget", "update_keep"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it is a fraction from 0 to 1.")
+        self.estimator()  # validates the settings of acceptance
+
+    @property
+    def needs_profile(self) -> bool:
+        """Whether the mode decides by measured times."""
+        return self.mode in ("auto", "paper")
+
+    @property
+    def gammas(self) -> tuple[int, ...]:
+        """Every gamma > 0 that a step can take, increasing: what the profile must cover and graphs are captured for."""
+        if self.mode == "auto":
+            return self.ladder
+        if self.mode == "paper":
+            return self.paper_ladder
+        if self.mode == "cycle":
+            return tuple(sorted({*self.cycle} - {0}))
+        return () if self.mode == "off" else (self.fixed_gamma,)
+
+    def estimator(self) -> AcceptanceEstimator:
+        return AcceptanceEstimator(
+            max(self.gammas, default=0),
+            prior_alpha=self.prior_alpha,
+            prior_weight=self.prior_weight,
+            half_life_cycles=self.half_life_cycles,
+            stale_half_life_cycles=self.stale_half_life_cycles,
+        )

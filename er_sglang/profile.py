@@ -1,0 +1,229 @@
+"""The measured table: seconds per step on this GPU, model and server configuration.
+
+    profile = Profile.from_samples(samples, fingerprint)    # or Profile.from_csv(path), Profile.load(path, fingerprint)
+    costs = profile.costs(batch=16, context_tokens=2048)
+    costs.step_s[0]                                          # a plain decode step
+    costs.step_s[3]                                          # a cycle of gamma 3: three drafted tokens and one verify
+
+A plain decode step is a verify of gamma 0, so one family of tables `forward_s[gamma]` holds T_target (gamma 0) and
+T_verify, and `draft_s` holds T_draft, the time of one drafted token. Tables are indexed [batch][context] over shared
+axes.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import NamedTuple
+
+from er_sglang.tables import ProfileError, Table, blend, complete, isotonic, locate
+
+FORMAT = 1
+CSV_COLUMNS = ("phase", "gamma", "batch", "context_tokens", "seconds")
+PHASES = ("target", "draft", "verify")
+REPAIR_REPORTED = 0.05  # a cell that the monotone repair moves further than this is reported as an outlier
+
+
+class Sample(NamedTuple):
+    """One measurement. phase 'target' has gamma 0; 'draft' is the time of one drafted token, whatever its gamma."""
+
+    phase: str
+    gamma: int
+    batch: int
+    context_tokens: int
+    seconds: float
+
+
+class Costs(NamedTuple):
+    """Seconds per step at one (batch, context), by gamma; `outside` says that no measured cell surrounds the point."""
+
+    step_s: dict[int, float]
+    outside: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Profile:
+    """The tables and where they come from.
+
+    unavailable: (batch, context) at which something could not be measured (memory forbids it, say) and is extrapolated.
+    outliers: what the monotone repair moved, in words.
+    fingerprint: everything that the times depend on.
+    """
+
+    batches: tuple[int, ...]
+    contexts_tokens: tuple[int, ...]
+    forward_s: Mapping[int, Table]
+    draft_s: Table
+    unavailable: frozenset[tuple[int, int]] = frozenset()
+    outliers: tuple[str, ...] = ()
+    fingerprint: Mapping[str, object] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, axis in (("batches", self.batches), ("contexts_tokens", self.contexts_tokens)):
+            if not axis or axis[0] < 1 or any(low >= high for low, high in zip(axis, axis[1:])):
+                raise ProfileError(f"{name} must be positive and strictly increasing, got {axis}")
+        if 0 not in self.forward_s:
+            raise ProfileError("the table has no plain decode step (gamma 0): every decision is relative to it")
+        for table in (self.draft_s, *self.forward_s.values()):
+            if len(table) != len(self.batches) or any(len(row) != len(self.contexts_tokens) for row in table):
+                raise ProfileError(f"every table must have {len(self.batches)} x {len(self.contexts_tokens)} cells")
+            if not all(0.0 < cell < float("inf") for row in table for cell in row):
+                raise ProfileError("every cell must be a positive, finite number of seconds")
+
+    @property
+    def gammas(self) -> tuple[int, ...]:
+        """The draft lengths measured, without 0."""
+        return tuple(gamma for gamma in sorted(self.forward_s) if gamma)
+
+    def costs(self, batch: float, context_tokens: float) -> Costs:
+        """Seconds per step for every gamma, bilinear in batch and mean context, linear beyond the last cells."""
+        i, u = locate(self.batches, batch)
+        j, v = locate(self.contexts_tokens, context_tokens)
+        draft_s = blend(self.draft_s, i, u, j, v)
+        step_s = {gamma: gamma * draft_s + blend(table, i, u, j, v) for gamma, table in self.forward_s.items()}
+        return Costs(step_s, self._is_outside(batch, context_tokens, i, u, j, v))
+
+    def target_s(self, batch: float, context_tokens: float) -> float:
+        return self.verify_s(batch, context_tokens, 0)
+
+    def verify_s(self, batch: float, context_tokens: float, gamma: int) -> float:
+        return self._at(self.forward_s[gamma], batch, context_tokens)
+
+    def drafted_token_s(self, batch: float, context_tokens: float) -> float:
+        return self._at(self.draft_s, batch, context_tokens)
+
+    def _at(self, table: Table, batch: float, context_tokens: float) -> float:
+        return blend(table, *locate(self.batches, batch), *locate(self.contexts_tokens, context_tokens))
+
+    def _is_outside(self, batch: float, context_tokens: float, i: int, u: float, j: int, v: float) -> bool:
+        batches, contexts = self.batches, self.contexts_tokens
+        if not (batches[0] <= batch <= batches[-1] and contexts[0] <= context_tokens <= contexts[-1]):
+            return True
+        if not self.unavailable:
+            return False
+        rows = (i, i + 1) if u else (i,)
+        columns = (j, j + 1) if v else (j,)
+        return any(
+            (self.batches[row], self.contexts_tokens[column]) in self.unavailable for row in rows for column in columns
+        )
+
+    @classmethod
+    def from_samples(cls, samples: Iterable[Sample], fingerprint: Mapping[str, object] | None = None) -> Profile:
+        """Median per cell, isotonic in batch and context; what was not measured is extrapolated and marked unavailable.
+
+        Raises ProfileError if a phase is missing or a context has fewer than two batch sizes to extrapolate from.
+        """
+        seconds: dict[tuple[str, int], dict[tuple[int, int], list[float]]] = defaultdict(lambda: defaultdict(list))
+        for sample in samples:
+            gamma = 0 if sample.phase == "draft" else sample.gamma
+            if sample.phase not in PHASES or (gamma > 0) != (sample.phase == "verify"):
+                raise ProfileError(
+                    f"{sample}: phase must be one of {', '.join(PHASES)}; gamma is 0 for target and positive for verify"
+                )
+            seconds[sample.phase, gamma][sample.batch, sample.context_tokens].append(sample.seconds)
+        missing = [phase for phase in PHASES if not any(phase == key[0] for key in seconds)]
+        if missing:
+            raise ProfileError(f"no measurement of phase {', '.join(missing)}")
+        every = {cell for cells in seconds.values() for cell in cells}
+        measured = set.intersection(*(set(cells) for cells in seconds.values()))
+        batches = tuple(sorted({batch for batch, _ in every}))
+        contexts = tuple(sorted({context for _, context in every}))
+        unavailable = frozenset((b, c) for b in batches for c in contexts if (b, c) not in measured)
+        tables, outliers = {}, []
+        for (phase, gamma), cells in seconds.items():
+            medians = {cell: median(values) for cell, values in cells.items()}
+            repaired = isotonic(medians)
+            outliers += [
+                f"{phase} gamma {gamma} at batch {b}, context {c}: "
+                f"measured {medians[b, c]:.3e} s, used {repaired[b, c]:.3e} s"
+                for b, c in sorted(medians)
+                if abs(repaired[b, c] - medians[b, c]) > REPAIR_REPORTED * medians[b, c]
+            ]
+            tables[phase, gamma] = complete(repaired, batches, contexts)
+        return cls(
+            batches=batches,
+            contexts_tokens=contexts,
+            forward_s={gamma: table for (phase, gamma), table in sorted(tables.items()) if phase != "draft"},
+            draft_s=tables["draft", 0],
+            unavailable=unavailable,
+            outliers=tuple(outliers),
+            fingerprint=dict(fingerprint or {}),
+        )
+
+    @classmethod
+    def from_csv(cls, path: str | Path, fingerprint: Mapping[str, object] | None = None) -> Profile:
+        """Columns: phase (target, draft, verify), gamma, batch, context_tokens, seconds; repeated cells are samples."""
+        with open(path, newline="") as file:
+            reader = csv.DictReader(file)
+            missing = set(CSV_COLUMNS) - set(reader.fieldnames or ())
+            if missing:
+                raise ProfileError(
+                    f"{path} lacks the columns {', '.join(sorted(missing))}; expected {','.join(CSV_COLUMNS)}"
+                )
+            rows = [
+                Sample(row["phase"], *(int(row[key]) for key in CSV_COLUMNS[1:4]), float(row["seconds"]))
+                for row in reader
+            ]
+        return cls.from_samples(rows, fingerprint)
+
+    @classmethod
+    def read(cls, path: str | Path) -> Profile:
+        """JSON or, by its suffix, CSV; wherever it was measured."""
+        return cls.from_csv(path) if Path(path).suffix == ".csv" else cls.load(path)
+
+    def save(self, path: str | Path) -> None:
+        """Write JSON in one atomic replacement: replicas on one host share the cache."""
+        content = {
+            "format": FORMAT,
+            "fingerprint": dict(self.fingerprint),
+            "batches": self.batches,
+            "contexts_tokens": self.contexts_tokens,
+            "forward_s": {str(gamma): table for gamma, table in self.forward_s.items()},
+            "draft_s": self.draft_s,
+            "unavailable": sorted(self.unavailable),
+            "outliers": self.outliers,
+        }
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+        partial.write_text(json.dumps(content, indent=1))
+        os.replace(partial, path)
+
+    @classmethod
+    def load(cls, path: str | Path, expected: Mapping[str, object] | None = None) -> Profile:
+        """Read JSON. With `expected`, raise ProfileError unless it equals the fingerprint, naming what differs."""
+        content = json.loads(Path(path).read_text())
+        if content.get("format") != FORMAT:
+            raise ProfileError(
+                f"{path} has format {content.get('format')}, this version reads {FORMAT}: calibrate again"
+            )
+        found = content["fingerprint"]
+        if expected is not None:
+            expected = json.loads(json.dumps(dict(expected)))  # as JSON would give it back: tuples are lists there
+            differing = [key for key in sorted(found.keys() | expected.keys()) if found.get(key) != expected.get(key)]
+            if differing:
+                details = "; ".join(
+                    f"{key}: profile {found.get(key)!r}, here {expected.get(key)!r}" for key in differing
+                )
+                raise ProfileError(
+                    f"{path} was measured elsewhere ({details}): run `er-sglang calibrate` for this configuration"
+                )
+        return cls(
+            batches=tuple(content["batches"]),
+            contexts_tokens=tuple(content["contexts_tokens"]),
+            forward_s={int(gamma): _as_table(table) for gamma, table in content["forward_s"].items()},
+            draft_s=_as_table(content["draft_s"]),
+            unavailable=frozenset((b, c) for b, c in content["unavailable"]),
+            outliers=tuple(content["outliers"]),
+            fingerprint=found,
+        )
+
+
+def _as_table(rows: Sequence[Sequence[float]]) -> Table:
+    return tuple(tuple(row) for row in rows)

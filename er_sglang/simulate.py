@@ -1,0 +1,271 @@
+"""Predict rollout time per policy mode from a profile, before any deployment: `er-sglang simulate`.
+
+The simulated server is a decode loop with the profile's step times, at most `max_running` requests, and a prefill that
+stalls it (instant by default). How hard a token is to draft is drawn once per request and position, so all modes face
+the same tokens. A synchronous batch is requests that all run at once; a refilled pool is more requests than
+`max_running`; multi-turn requests leave the batch between turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import heapq
+import json
+import random
+from collections import Counter, deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from math import inf
+from pathlib import Path
+
+from tqdm import tqdm
+
+from er_sglang.policy import Controller, State
+from er_sglang.policy_config import PolicyConfig
+from er_sglang.profile import Profile
+from er_sglang.workload import Request, draw_lengths, make_requests
+
+
+@dataclass(slots=True)
+class Rollout:
+    """What one simulated rollout took.
+
+    cycles: requests x steps that drafted. probe_excess_s: what probe cycles took beyond plain steps for as many tokens.
+    steps: number of decode steps by (gamma, reason). timeline: (time_s, batch, gamma) after each step.
+    """
+
+    time_s: float = 0.0
+    tokens: int = 0
+    cycles: int = 0
+    accepted: int = 0
+    switches: int = 0
+    probe_excess_s: float = 0.0
+    steps: Counter[tuple[int, str]] = field(default_factory=Counter)
+    timeline: list[tuple[float, int, int]] = field(default_factory=list)
+
+    def summary(self) -> dict[str, object]:
+        total = sum(self.steps.values())
+        by_gamma: Counter[int] = Counter()
+        by_reason: Counter[str] = Counter()
+        for (gamma, reason), count in self.steps.items():
+            by_gamma[gamma] += count
+            by_reason[reason] += count
+        return {
+            "time_s": self.time_s,
+            "tokens_per_s": self.tokens / self.time_s,
+            "drafting_share": 1.0 - by_gamma[0] / total,
+            "accept_length": 1.0 + self.accepted / self.cycles if self.cycles else None,
+            "switches": self.switches,
+            "probe_excess_s": self.probe_excess_s,
+            "steps_by_gamma": dict(sorted(by_gamma.items())),
+            "steps_by_reason": dict(sorted(by_reason.items())),
+        }
+
+
+class _Slot:
+    """A request on its way: tokens left in this turn, in the KV cache, and to prefill before it (re)joins.
+
+    hardness: of each token to generate, from 0 to 1; a draft of it is accepted if alpha is larger. generated: so far.
+    """
+
+    __slots__ = ("context_tokens", "generated", "hardness", "index", "left", "prefill_tokens", "request", "turn")
+
+    def __init__(self, index: int, request: Request, rng: random.Random) -> None:
+        self.index, self.request, self.turn, self.left = index, request, 0, request.turns[0]
+        self.context_tokens, self.prefill_tokens = 0, request.prompt_tokens
+        self.hardness, self.generated = [rng.random() for _ in range(sum(request.turns))], 0
+
+
+def simulate(
+    profile: Profile,
+    requests: Sequence[Request],
+    controller: Controller,
+    *,
+    max_running: int = 1 << 30,
+    prefill_tokens_per_s: float = inf,
+    seed: int = 0,
+) -> Rollout:
+    """Run `requests` to their end with the step times of `profile`; `controller` may decide by another table."""
+    rng = random.Random(seed)
+    waiting = deque(_Slot(index, request, rng) for index, request in enumerate(requests))
+    away: list[tuple[float, int, _Slot]] = []  # heap of (back at, index, slot)
+    running: list[_Slot] = []
+    running_tokens = 0  # KV cache of the running batch
+    rollout, last_gamma = Rollout(), 0
+    while waiting or away or running:
+        if away and not running and not waiting:
+            rollout.time_s = max(rollout.time_s, away[0][0])
+        while away and away[0][0] <= rollout.time_s:
+            waiting.append(heapq.heappop(away)[2])
+        while waiting and len(running) < max_running:
+            slot = waiting.popleft()
+            rollout.time_s += slot.prefill_tokens / prefill_tokens_per_s
+            slot.context_tokens += slot.prefill_tokens
+            running_tokens += slot.context_tokens
+            running.append(slot)
+
+        batch, mean_context_tokens = len(running), running_tokens / len(running)
+        decision = controller.decide(State(batch=batch, mean_context_tokens=mean_context_tokens))
+        gamma = decision.gamma
+        step_s = profile.costs(batch, mean_context_tokens).step_s
+        rollout.time_s += step_s[gamma]
+        rollout.steps[gamma, decision.reason.value] += 1
+        rollout.timeline.append((rollout.time_s, batch, gamma))
+        if gamma != last_gamma and not decision.probe:
+            rollout.switches += 1
+            last_gamma = gamma
+
+        accepted = [_accepted(slot, gamma) for slot in running] if gamma else [0] * batch
+        if gamma:
+            controller.observe(accepted, gamma)
+            rollout.cycles += batch
+            rollout.accepted += sum(accepted)
+        if decision.probe:
+            rollout.probe_excess_s += step_s[gamma] - (1.0 + sum(accepted) / batch) * step_s[0]
+        step_tokens, done = 0, []
+        for slot, count in zip(running, accepted):
+            emitted = min(count + 1, slot.left)
+            slot.left -= emitted
+            slot.generated += emitted
+            slot.context_tokens += emitted
+            step_tokens += emitted
+            if not slot.left:
+                done.append(slot)
+        rollout.tokens += step_tokens
+        running_tokens += step_tokens
+        if done:
+            running = [slot for slot in running if slot.left]
+        for slot in done:
+            running_tokens -= slot.context_tokens
+            slot.turn += 1
+            if slot.turn < len(slot.request.turns):
+                slot.left, slot.prefill_tokens = slot.request.turns[slot.turn], slot.request.turn_prompt_tokens
+                heapq.heappush(away, (rollout.time_s + slot.request.turn_wait_s, slot.index, slot))
+    return rollout
+
+
+def _accepted(slot: _Slot, gamma: int) -> int:
+    alphas, hardness, first = slot.request.alphas, slot.hardness, slot.generated
+    deepest, total, count = len(alphas) - 1, len(hardness), 0  # drafts past the end are as hard as the first tokens
+    while count < gamma and hardness[(first + count) % total] < alphas[min(count, deepest)]:
+        count += 1
+    return count
+
+
+_EXAMPLES = """examples:
+  A synchronous GRPO batch, 128 responses with a long tail:
+    er-sglang simulate --profile profile.json --requests 128 --lengths lognormal:1500:0.9:8192 --alpha 0.92
+  A refilled pool (asynchronous RL), 1000 responses at 64 a time, the longest of which accept least:
+    er-sglang simulate --profile profile.json --requests 1000 --max-running 64 --alpha 0.92 --tail-alpha 0.6
+  Multi-turn agents: four turns, two seconds in the environment after each:
+    er-sglang simulate --profile profile.json --turns 4 --turn-wait-s 2 --turn-prompt-tokens 300
+  A table measured elsewhere: --profile table.csv with the columns phase,gamma,batch,context_tokens,seconds, where phase
+  is target (gamma 0), draft (seconds of one drafted token) or verify.
+"""
+
+
+def add_command(subparsers: argparse._SubParsersAction) -> None:
+    parser = subparsers.add_parser(
+        "simulate",
+        help="predict rollout time per policy mode from a profile",
+        description=__doc__,
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--profile", required=True, type=Path, help="JSON of `er-sglang calibrate`, or a CSV of the same quantities")
+    add("--requests", type=int, default=128, help="requests of one rollout (default %(default)s)")
+    add(
+        "--lengths",
+        default="lognormal:1500:0.9:8192",
+        help="tokens to generate: fixed:N, uniform:LOW:HIGH, lognormal:MEDIAN:SIGMA:MAX, or a file with one length per "
+        "line (default %(default)s)",
+    )
+    add("--prompt-tokens", type=int, default=512, help="prompt length (default %(default)s)")
+    add(
+        "--alpha",
+        default="0.9",
+        help="acceptance per drafted token; a list is per draft position: 0.92,0.9,0.88 (default %(default)s)",
+    )
+    add(
+        "--tail-alpha",
+        type=float,
+        help="acceptance of the longest request; it falls towards it with length (default: no fall)",
+    )
+    add("--max-running", type=int, default=1 << 30, help="requests decoded at once (default: all)")
+    add("--turns", type=int, default=1, help="turns that each request's tokens are split into (default %(default)s)")
+    add("--turn-wait-s", type=float, default=0.0, help="seconds in the environment between turns (default %(default)s)")
+    add(
+        "--turn-prompt-tokens",
+        type=int,
+        default=0,
+        help="tokens that the environment adds per turn (default %(default)s)",
+    )
+    add("--prefill-tokens-per-s", type=float, default=inf, help="prefill speed (default: instant)")
+    add(
+        "--rollouts",
+        type=int,
+        default=4,
+        help="rollouts in a row, a policy update before each but the first; times are sums (default %(default)s)",
+    )
+    add("--modes", default="off,always,auto", help="comma-separated, of auto, always, off, threshold, paper (default %(default)s)")
+    add("--ladder", help="draft lengths of auto (default: all that the profile holds)")
+    add("--fixed-gamma", type=int, default=5, help="draft length of always and threshold (default %(default)s)")
+    add("--threshold-batch", type=int, default=32, help="batch of mode threshold (default %(default)s)")
+    add("--seed", type=int, default=0)
+    add("--json", type=Path, help="also write all figures to this file")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    profile = Profile.read(args.profile)
+    alphas = [float(alpha) for alpha in args.alpha.split(",")]
+    ladder = tuple(int(gamma) for gamma in args.ladder.split(",")) if args.ladder else profile.gammas
+    results = {}
+    for mode in args.modes.split(","):
+        config = PolicyConfig(
+            mode=mode, ladder=ladder, fixed_gamma=args.fixed_gamma, threshold_batch=args.threshold_batch
+        )
+        controller = Controller(config, profile)
+        rollouts = []
+        for index in tqdm(range(args.rollouts), desc=mode, leave=False):
+            if index:
+                controller.policy_updated()
+            requests = make_requests(
+                draw_lengths(args.lengths, args.requests, seed=args.seed + index),
+                alphas,
+                tail_alpha=args.tail_alpha,
+                prompt_tokens=args.prompt_tokens,
+                turns=args.turns,
+                turn_prompt_tokens=args.turn_prompt_tokens,
+                turn_wait_s=args.turn_wait_s,
+            )
+            rollouts.append(
+                simulate(
+                    profile,
+                    requests,
+                    controller,
+                    max_running=args.max_running,
+                    prefill_tokens_per_s=args.prefill_tokens_per_s,
+                    seed=args.seed + index,
+                ).summary()
+            )
+        results[mode] = {"time_s": sum(rollout["time_s"] for rollout in rollouts), "rollouts": rollouts}
+    print(format_table(results))
+    if args.json:
+        args.json.write_text(json.dumps(results, indent=1))
+    return 0
+
+
+def format_table(results: dict[str, dict]) -> str:
+    """A line per mode; speed is relative to the first mode."""
+    first_s = next(iter(results.values()))["time_s"]
+    lines = [f"{'mode':<10}{'time':>11}{'speed':>8}{'drafting':>10}{'accept length':>15}{'switches':>10}"]
+    for mode, result in results.items():
+        last = result["rollouts"][-1]
+        length = f"{last['accept_length']:.2f}" if last["accept_length"] else "-"
+        lines.append(
+            f"{mode:<10}{result['time_s']:>9.1f} s{first_s / result['time_s']:>7.2f}x{last['drafting_share']:>10.0%}"
+            f"{length:>15}{last['switches']:>10}"
+        )
+    return "\n".join([*lines, "drafting (share of steps), accept length and switches are of the last rollout"])

@@ -1,0 +1,112 @@
+"""Every decode step passes here twice: to be given its gamma, and to report what came of it.
+
+    step = steering.launch(committed_tokens, blocker)      # Launched: gamma, and why
+    steering.finished(accepted)                            # the oldest step's result is on the host
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from sglang.srt.distributed import get_tp_group
+
+from er_sglang.agreement import Agreement
+from er_sglang.config import SelfQuantConfig
+from er_sglang.metrics import Launched, Metrics, PrometheusExporter
+from er_sglang.policy import Controller, Reason, State
+from er_sglang.profile import Profile
+from er_sglang.trace import Trace
+
+
+class Steering:
+    """The policy, fed with host data that all ranks share, and those who watch it."""
+
+    def __init__(
+        self,
+        controller: Controller,
+        metrics: Metrics,
+        *,
+        max_draft_batch: int,
+        agreement: Agreement,
+        trace: Trace | None,
+    ) -> None:
+        self.controller = controller
+        self.metrics = metrics
+        self._max_draft_batch = max_draft_batch
+        self._agreement = agreement
+        self._trace = trace
+        self._busy = False
+
+    @property
+    def busy(self) -> bool:
+        """Whether a step was launched since the server last ran idle."""
+        return self._busy
+
+    def launch(self, committed_tokens: Sequence[int], blocker: str | None) -> Launched:
+        """How the next step is to be taken.
+
+        committed_tokens: of each running request, tokens in the KV cache that the host knows of.
+        blocker: why this batch must not be drafted for, None if it may.
+        """
+        batch = len(committed_tokens)
+        state = State(
+            batch=batch,
+            mean_context_tokens=sum(committed_tokens) / batch,
+            forbid_reason=blocker,
+            gamma_limit=0 if batch > self._max_draft_batch else None,
+        )
+        decision = self.controller.decide(state)
+        self._agreement.add((state, decision.gamma))
+        self._agreement.check()
+        profile = self.controller.profile
+        step = Launched(
+            gamma=decision.gamma,
+            reason=blocker if decision.reason is Reason.FORBIDDEN else decision.reason.value,
+            batch=batch,
+            context_tokens=state.mean_context_tokens,
+            expected_speedup=decision.expected_speedup,
+            outside=decision.outside,
+            probe=decision.probe,
+            plain_s=profile.target_s(batch, state.mean_context_tokens) if profile else None,
+        )
+        self._busy = True
+        self.metrics.launched(step)
+        return step
+
+    def finished(self, accepted: Sequence[int]) -> None:
+        """accepted: drafts accepted of each request of the oldest step not yet reported."""
+        step = self.metrics.finished(accepted)
+        self._agreement.add(accepted)
+        if step.gamma:
+            self.controller.observe(accepted, step.gamma)
+        if self._trace:
+            self._trace.write(step, sum(accepted))
+
+    def policy_updated(self) -> None:
+        """The drafter follows new weights of the policy."""
+        self.controller.policy_updated()
+
+    def idle(self) -> None:
+        """No request is left, running or waiting."""
+        if self._busy:
+            self._busy = False
+            self.metrics.interrupted()
+            self.controller.idle()
+
+
+def create_steering(config: SelfQuantConfig, profile: Profile | None, server_args) -> Steering:
+    """Rank 0 exports and traces; the ranks of a tensor-parallel group check each other."""
+    group = get_tp_group()
+    exporter = trace = None
+    if group.rank_in_group == 0:
+        if server_args.enable_metrics:
+            exporter = PrometheusExporter({"model_name": server_args.served_model_name, "tp_rank": "0"})
+        if config.trace:
+            trace = Trace(config.trace)
+    return Steering(
+        Controller(config.policy, profile),
+        Metrics(config.gamma_max, exporter),
+        max_draft_batch=config.max_draft_batch,
+        agreement=Agreement(group.cpu_group if group.world_size > 1 and config.policy.gammas else None),
+        trace=trace,
+    )

@@ -1,0 +1,38 @@
+"""A line of JSON per decode step, for plots and for questions that counters cannot answer."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+from er_sglang.metrics import Launched
+
+
+class Trace:
+    """Appends to a file. A line holds
+
+    time_s: Unix time at which the step's result reached the host.
+    batch, context_tokens: running requests and their mean context.
+    gamma, reason: drafted tokens per request, and why as many.
+    expected_speedup: over plain decoding, as predicted; null where the mode predicts nothing.
+    outside: the prediction is extrapolated from the measured table.
+    accepted: drafts accepted, all requests together; the step emitted accepted + batch tokens.
+    """
+
+    def __init__(self, path: str) -> None:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        self._file = open(path, "a", buffering=1)
+
+    def write(self, step: Launched, accepted: int) -> None:
+        line = {
+            "time_s": round(time.time(), 6),
+            "batch": step.batch,
+            "context_tokens": round(step.context_tokens, 1),
+            "gamma": step.gamma,
+            "reason": step.reason,
+            "expected_speedup": step.expected_speedup,
+            "outside": step.outside,
+            "accepted": accepted,
+        }
+        self._file.write(json.dumps(line) + "\n")

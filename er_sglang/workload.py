@@ -1,0 +1,73 @@
+"""What a simulated rollout consists of: requests, their lengths, and how well they are drafted for."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Request:
+    """A conversation to simulate.
+
+    turns: tokens to generate in each turn. Between turns the request is away for turn_wait_s and returns with
+    turn_prompt_tokens more.
+    alphas: true conditional acceptance per draft position; the last one holds for all deeper positions.
+    """
+
+    prompt_tokens: int
+    turns: tuple[int, ...]
+    alphas: tuple[float, ...]
+    turn_prompt_tokens: int = 0
+    turn_wait_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.prompt_tokens < 1 or not self.turns or min(self.turns) < 1:
+            raise ValueError("a request needs a prompt and at least one token to generate in each turn")
+        if not self.alphas or not all(0.0 <= alpha <= 1.0 for alpha in self.alphas):
+            raise ValueError(f"acceptance must be one or more numbers from 0 to 1, got {self.alphas}")
+
+
+def draw_lengths(text: str, count: int, seed: int) -> list[int]:
+    """`count` lengths: "fixed:N", "uniform:LOW:HIGH", "lognormal:MEDIAN:SIGMA:MAX", or a file with one per line."""
+    rng = random.Random(seed)
+    kind, *numbers = text.split(":")
+    if kind not in ("fixed", "uniform", "lognormal"):
+        lengths = [int(line) for line in Path(text).read_text().split()]
+        return [lengths[i % len(lengths)] for i in range(count)]
+    values = [float(number) for number in numbers]
+    if len(values) != {"fixed": 1, "uniform": 2, "lognormal": 3}[kind]:
+        raise ValueError(f"{text!r}: write fixed:N, uniform:LOW:HIGH or lognormal:MEDIAN:SIGMA:MAX")
+    if kind == "fixed":
+        return [int(values[0])] * count
+    if kind == "uniform":
+        return [rng.randint(int(values[0]), int(values[1])) for _ in range(count)]
+    median_tokens, sigma, longest = values
+    return [max(1, min(int(longest), int(median_tokens * rng.lognormvariate(0.0, sigma)))) for _ in range(count)]
+
+
+def make_requests(
+    lengths: Sequence[int],
+    alphas: Sequence[float],
+    *,
+    tail_alpha: float | None = None,
+    prompt_tokens: int = 512,
+    turns: int = 1,
+    turn_prompt_tokens: int = 0,
+    turn_wait_s: float = 0.0,
+) -> list[Request]:
+    """One request per length, split into `turns`. `tail_alpha`: acceptance of the longest; it falls with length."""
+    longest = max(lengths)
+    drop = 0.0 if tail_alpha is None else 1.0 - tail_alpha / alphas[0]
+    return [
+        Request(
+            prompt_tokens=prompt_tokens,
+            turns=(max(1, length // turns),) * turns,
+            alphas=tuple(alpha * (1.0 - drop * length / longest) for alpha in alphas),
+            turn_prompt_tokens=turn_prompt_tokens,
+            turn_wait_s=turn_wait_s,
+        )
+        for length in lengths
+    ]

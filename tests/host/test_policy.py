@@ -1,0 +1,163 @@
+"""The measured policy in a real server: calibration, its cache, switching both ways, and what is seen of it.
+
+Real step times of a tiny model on a CPU never make drafting pay, so the second server decides by crafted ones: drafting
+gains for up to CROSSOVER requests and loses beyond.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+
+import pytest
+
+from er_sglang.agreement import CHECK_EVERY_STEPS
+from er_sglang.cli import main
+from er_sglang.config import CACHE_ENV, CONFIG_ENV
+from er_sglang.profile import Profile
+from tests.host.servers import ARGS, ENV, self_quant
+
+GAMMA_MAX = 3
+CROSSOVER = 8
+PROMPT = [7, 30, 30, 2, 51]
+MANY, FEW = 24, 3
+SHORT, LONG = 16, 200
+
+
+def load(server, extra: dict = {}) -> list[dict]:
+    """A batch with a tail: MANY + FEW requests run at first, FEW at last."""
+    settings = [
+        {"temperature": 1, "max_new_tokens": length, "ignore_eos": True, **extra} for length in [SHORT] * MANY + [LONG] * FEW
+    ]
+    return server.generate({"input_ids": [PROMPT] * len(settings), "sampling_params": settings})
+
+
+def crafted(profile: Profile, path, **fingerprint) -> None:
+    content = {
+        "format": 1,
+        "fingerprint": {**profile.fingerprint, **fingerprint},
+        "batches": [1, CROSSOVER, CROSSOVER + 1, 64],
+        "contexts_tokens": [1, 1000],
+        "forward_s": {"0": [[1e-2] * 2] * 4, **{str(g): [[1e-2] * 2] * 2 + [[1e-1] * 2] * 2 for g in profile.gammas}},
+        "draft_s": [[1e-4] * 2] * 4,
+        "unavailable": [],
+        "outliers": [],
+    }
+    path.write_text(json.dumps(content))
+
+
+@pytest.fixture(scope="module")
+def calibrated(qwen3, folder):
+    """The profile that `er-sglang calibrate` measured and the cache that it left."""
+    cache, out = folder / "cache", folder / "profile.json"
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {**ENV, CACHE_ENV: str(cache)}.items():
+            patch.setenv(name, value)
+        words = [word for name, value in ARGS.items() for word in (f"--{name}", *([] if value is True else [str(value)]))]
+        patch.setenv(CONFIG_ENV, json.dumps({"max_draft_batch": 2048}))
+        command = ["calibrate", "--model-path", str(qwen3), "--out", str(out), "--", "--speculative-num-steps", str(GAMMA_MAX)]
+        assert main([*command, *words]) == 0
+    return Profile.load(out), cache
+
+
+@pytest.fixture(scope="module")
+def steered(qwen3, folder, calibrated):
+    """A server that finds the crafted times in its cache."""
+    profile, cache = calibrated
+    (cached,) = (cache / "profiles").iterdir()
+    crafted(profile, cached)
+    trace = folder / "trace.jsonl"
+    with self_quant(
+        qwen3,
+        folder / "steered.log",
+        {"trace": str(trace)},
+        GAMMA_MAX,
+        args={"enable-metrics": True},
+        env={CACHE_ENV: str(cache)},
+    ) as server:
+        server.trace = trace
+        yield server
+
+
+def test_calibration_measures_every_gamma(calibrated):
+    profile, cache = calibrated
+    assert profile.gammas == (1, 2, 3) and len(profile.batches) > 1 and len(profile.contexts_tokens) > 1
+    assert not profile.unavailable
+    assert profile.fingerprint["gammas"] == [1, 2, 3] and profile.fingerprint["tp_size"] == 1
+    # A verify computes more than a plain step, and a chain of drafts takes as long as several plain steps.
+    for batch in profile.batches:
+        for context in profile.contexts_tokens:
+            step_s, outside = profile.costs(batch, context)
+            assert not outside and step_s[0] < step_s[1] < step_s[3]
+
+
+def test_a_second_start_reads_the_cache(steered):
+    assert "Measuring step times" not in steered.log()
+    assert "Step times are those of" in steered.log()
+
+
+def test_it_switches_both_ways(steered):
+    before = steered.self_quant()
+    for _ in range(2):
+        load(steered)
+    after = steered.self_quant()
+    assert after["switches"] - before["switches"] >= 3  # on in the first tail, off for the second batch, on in its tail
+    steps = [json.loads(line) for line in steered.trace.read_text().splitlines()]
+    full = [step for step in steps if step["batch"] == MANY + FEW]
+    tail = [step for step in steps if step["batch"] == FEW]
+    assert sum(step["gamma"] == 0 for step in full) / len(full) > 0.8
+    assert sum(step["gamma"] > 0 for step in tail) / len(tail) > 0.8
+    assert {step["reason"] for step in tail} <= {"pays", "held", "slower", "probe"}
+
+
+def test_the_trace_and_the_counters_agree(steered):
+    load(steered, {"frequency_penalty": 0.5})
+    state = steered.self_quant()
+    steps = [json.loads(line) for line in steered.trace.read_text().splitlines()]
+    assert Counter(f"gamma={step['gamma']}:{step['reason']}" for step in steps) == state["decisions"]
+    assert sum(step["accepted"] for step in steps) == state["accepted_tokens"]
+    assert sum(step["accepted"] + step["batch"] for step in steps) == state["emitted_tokens"]
+    assert sum(step["reason"] == "probe" for step in steps) == state["probes"]
+    assert state["decisions"]["gamma=0:penalties"] >= LONG - 1
+    assert not any(step["gamma"] for step in steps if step["reason"] == "penalties")
+    assert all(step["expected_speedup"] > 1 for step in steps if step["reason"] == "pays")
+
+
+def test_predicted_and_measured_speedup_are_told(steered):
+    load(steered)
+    state = steered.self_quant()
+    assert state["mode"] == "auto" and state["profile"].endswith(".json")
+    assert state["predicted_speedup"] > 1 and state["measured_speedup"] > 0 and state["plain_step_ratio"] > 0
+    assert 0 < state["acceptance"]["alpha"][0] < 1 and state["acceptance"]["tried"][0] > 0
+    exported = {line.split("{")[0]: line for line in steered.metrics().splitlines() if "self_quant" in line and line[0] != "#"}
+    for name, value in (("switches", state["switches"]), ("probes", state["probes"]), ("gamma", state["gamma"])):
+        line = exported.get(f"sglang:self_quant_{name}_total") or exported[f"sglang:self_quant_{name}"]
+        assert float(line.split()[-1]) == value
+    assert {"sglang:self_quant_predicted_speedup", "sglang:self_quant_measured_speedup"} <= exported.keys()
+
+
+def test_a_profile_from_elsewhere_is_refused(qwen3, folder, calibrated):
+    elsewhere = folder / "elsewhere.json"
+    crafted(calibrated[0], elsewhere, device="NVIDIA H200")
+    server = self_quant(qwen3, folder / "elsewhere.log", {"profile": str(elsewhere)}, GAMMA_MAX)
+    with pytest.raises(RuntimeError, match="device: profile 'NVIDIA H200', here"):
+        with server:
+            pass
+
+
+def test_two_ranks_decide_alike(qwen3, folder, calibrated):
+    """Both take rank 0's table; a disagreement would stop the server at a check, a differing gamma hang it."""
+    profile = folder / "two-ranks.json"
+    crafted(calibrated[0], profile, tp_size=2)
+    cores = sorted(os.sched_getaffinity(0))
+    env = {
+        "SGLANG_CPU_OMP_THREADS_BIND": f"{cores[0]}|{cores[-1]}",  # else one rank per NUMA node
+        "SGLANG_NCCL_SO_PATH": "/none",  # SGLang tries NCCL wherever it finds the library, on CPU too
+    }
+    with self_quant(qwen3, folder / "two-ranks.log", {"profile": str(profile)}, GAMMA_MAX, {"tp-size": 2}, env) as server:
+        load(server)
+        load(server)
+        state = server.self_quant()
+    assert state["switches"] >= 3
+    assert sum(state["decisions"].values()) > 2 * CHECK_EVERY_STEPS

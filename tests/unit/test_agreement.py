@@ -1,0 +1,36 @@
+"""Ranks that saw the same agree; ranks that drifted apart fail, all of them, and none hangs."""
+
+import pytest
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from er_sglang.agreement import CHECK_EVERY_STEPS, Agreement, RanksDisagree
+
+
+def run(rank: int, file: str, drifted_at: int | None, outcomes) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
+    agreement = Agreement(dist.group.WORLD)
+    outcome = "agreed"
+    try:
+        for step in range(3 * CHECK_EVERY_STEPS):
+            agreement.add((step, rank if step == drifted_at else 0))
+            agreement.check()
+    except RanksDisagree as error:
+        outcome = str(error)
+    outcomes[rank] = outcome
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(("drifted_at", "expected"), [(None, "agreed"), (CHECK_EVERY_STEPS + 1, f"step {2 * CHECK_EVERY_STEPS}")])
+def test_two_ranks(tmp_path, drifted_at, expected):
+    with mp.get_context("spawn").Manager() as manager:
+        outcomes = manager.dict()
+        mp.spawn(run, (str(tmp_path / "store"), drifted_at, outcomes), nprocs=2)
+        assert len(outcomes) == 2 and all(expected in outcome for outcome in outcomes.values())
+
+
+def test_a_single_rank_agrees_with_itself():
+    agreement = Agreement(None)
+    for step in range(CHECK_EVERY_STEPS):
+        agreement.add(step)
+        agreement.check()

@@ -1,0 +1,62 @@
+"""What the plots show: the best gamma of a cell, the bins of a trace; and that the commands write pictures."""
+
+import json
+
+import pytest
+
+from er_sglang.cli import main
+from er_sglang.plots import best_gamma, binned, read_trace
+from er_sglang.profile import Profile, Sample
+
+GAMMAS = (1, 3)
+
+
+@pytest.fixture
+def profile():
+    """A token costs 1 ms to compute beyond the 10th; reading the weights takes 10 ms, the drafter's 3 ms."""
+    rows = []
+    for b in (1, 4, 16, 64):
+        for c in (256, 4096):
+            rows.append(Sample("draft", 0, b, c, 3e-3))
+            for g in (0, *GAMMAS):
+                rows.append(Sample("verify" if g else "target", g, b, c, 1e-3 * max(10, b * (g + 1))))
+    rows = [row for row in rows if (row.batch, row.context_tokens) != (64, 4096)]
+    return Profile.from_samples(rows, {"device": "H200"})
+
+
+def test_best_gamma(profile):
+    assert best_gamma(profile, 1, 256, [0.9] * 3)[0] == 3
+    assert best_gamma(profile, 64, 256, [0.9] * 3)[0] == 0
+    gamma, speedup = best_gamma(profile, 1, 256, [0.5] * 3)
+    assert gamma == 1 and speedup == pytest.approx(1.5 * 10 / 13)
+
+
+STEPS = [
+    {"time_s": 100.0, "batch": 8, "gamma": 0, "accepted": 0},
+    {"time_s": 101.0, "batch": 8, "gamma": 0, "accepted": 0},
+    {"time_s": 103.0, "batch": 4, "gamma": 3, "accepted": 6},
+    {"time_s": 104.0, "batch": 2, "gamma": 1, "accepted": 2},
+]
+
+
+def test_bins():
+    first, last = binned(STEPS, 2)
+    assert (first.time_s, first.batch, first.gamma, first.accept_length, first.tokens_per_s) == (1.0, 8.0, 0.0, None, 8.0)
+    assert (last.batch, last.gamma) == (3.0, 2.0)
+    assert last.accept_length == pytest.approx(1 + 8 / 6) and last.tokens_per_s == pytest.approx((10 + 4) / 2)
+    assert sum(each.tokens_per_s * 1.0 for each in binned(STEPS, 4)) == sum(s["batch"] + s["accepted"] for s in STEPS)
+
+
+def test_an_empty_trace_is_refused(tmp_path):
+    (tmp_path / "trace.jsonl").write_text("")
+    with pytest.raises(ValueError, match="nothing to plot"):
+        read_trace(tmp_path / "trace.jsonl")
+
+
+def test_commands(profile, tmp_path):
+    pytest.importorskip("matplotlib", reason="plots need matplotlib")
+    profile.save(tmp_path / "14b.json")
+    assert main(["plot", "crossover", str(tmp_path / "14b.json"), "--out", str(tmp_path / "map.png")]) == 0
+    (tmp_path / "trace.jsonl").write_text("\n".join(map(json.dumps, STEPS)))
+    assert main(["plot", "timeline", str(tmp_path / "trace.jsonl"), "--out", str(tmp_path / "time.png")]) == 0
+    assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in ("map.png", "time.png"))

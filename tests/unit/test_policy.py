@@ -1,0 +1,357 @@
+"""The decision: an oracle, hysteresis, probes, the other modes, and the paper's rule."""
+
+import random
+import timeit
+from functools import partial
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from er_sglang.acceptance import AcceptanceEstimator
+from er_sglang.paper_policy import PaperRule, Roofline, fit_roofline
+from er_sglang.policy import Controller, Memory, Reason, State, decide
+from er_sglang.policy_config import PolicyConfig
+from er_sglang.profile import Profile, Sample
+
+LADDER = (1, 2, 3, 5, 7)
+NO_CREDIT = Memory(probe_credit_s=0.0)
+
+
+def make_profile(
+    target_s, draft_s, verify_s, gammas=LADDER, batches=(1, 8, 32, 64, 128), contexts=(512, 4096)
+) -> Profile:
+    rows = []
+    for b in batches:
+        for c in contexts:
+            rows.append(Sample("target", 0, b, c, target_s(b, c)))
+            rows.append(Sample("draft", 0, b, c, draft_s(b, c)))
+            rows += [Sample("verify", g, b, c, verify_s(b, c, g)) for g in gammas]
+    return Profile.from_samples(rows)
+
+
+# Reading the weights takes 10 ms (the drafter's 4 ms), computing a token 0.2 ms: drafting pays at small batches only.
+PROFILE = make_profile(
+    lambda b, c: max(10e-3, 2e-4 * b), lambda b, c: max(4e-3, 2e-4 * b), lambda b, c, g: max(10e-3, 2e-4 * b * (g + 1))
+)
+SMALL, LARGE = State(batch=4, mean_context_tokens=1000.0), State(batch=128, mean_context_tokens=1000.0)
+
+
+class Acceptance:
+    """Stands in for the estimator: the alphas are as given."""
+
+    def __init__(self, alphas, upper=None):
+        self._alphas, self._upper = tuple(alphas), tuple(upper or alphas)
+
+    def alphas(self):
+        return self._alphas
+
+    def bounds(self, z):
+        return self._alphas, self._upper
+
+
+def cycle(controller: Controller, rng: random.Random, alpha: float, batch: int, gamma: int) -> float:
+    """One cycle, observed; its mean emitted tokens."""
+    accepted = []
+    for _ in range(batch):
+        count = 0
+        while count < gamma and rng.random() < alpha:
+            count += 1
+        accepted.append(count)
+    controller.observe(accepted, gamma)
+    return 1.0 + sum(accepted) / batch
+
+
+times = st.floats(1e-3, 1e-1)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    target=times,
+    draft=times,
+    verify=st.lists(times, min_size=5, max_size=5),
+    alphas=st.lists(st.floats(0, 1), min_size=7, max_size=7),
+)
+def test_the_choice_is_the_oracles(target, draft, verify, alphas):
+    by_gamma = dict(zip(LADDER, verify))
+    profile = make_profile(lambda b, c: target, lambda b, c: draft, lambda b, c, g: by_gamma[g])
+    rates = {0: 1.0 / target}
+    for gamma in LADDER:
+        tokens, reached = 1.0, 1.0
+        for alpha in alphas[:gamma]:
+            reached *= alpha
+            tokens += reached
+        rates[gamma] = tokens / (gamma * draft + by_gamma[gamma])
+    _, memory = decide(SMALL, profile, Acceptance(alphas), PolicyConfig(margin=0.0, patience=0.0), NO_CREDIT)
+    assert rates[memory.gamma] == pytest.approx(max(rates.values()))
+
+
+def test_expected_speedup_is_the_closed_form():
+    decision, _ = decide(SMALL, PROFILE, Acceptance([0.9] * 7), PolicyConfig(ladder=(3,)), NO_CREDIT)
+    assert (decision.gamma, decision.reason) == (3, Reason.PAYS)
+    assert decision.expected_speedup == pytest.approx((1 - 0.9**4) / (1 - 0.9) * 10 / (3 * 4 + 10))
+
+
+def test_margin_is_asked_of_drafting_and_not_between_rungs():
+    profile = make_profile(lambda b, c: 1.0, lambda b, c: 0.5, lambda b, c, g: 1.3)
+    acceptance = Acceptance([0.88] * 7)  # gamma 1: 1.88 / 1.8 = 1.044; gamma 2: 2.65 / 2.3 = 1.154
+    assert decide(SMALL, profile, acceptance, PolicyConfig(margin=0.1, patience=0.0), NO_CREDIT)[0].gamma > 1
+    assert decide(SMALL, profile, acceptance, PolicyConfig(margin=0.3, patience=0.0), NO_CREDIT)[0].gamma == 0
+
+
+@pytest.mark.parametrize(
+    ("limit", "gamma", "reason"), [(None, 7, "pays"), (6, 5, "pays"), (1, 1, "pays"), (0, 0, "limited")]
+)
+def test_never_more_than_the_limit(limit, gamma, reason):
+    state = State(batch=1, mean_context_tokens=1000.0, gamma_limit=limit)
+    config = PolicyConfig(patience=0.0)
+    decision, _ = decide(state, PROFILE, Acceptance([0.98] * 7), config, Memory(gamma=7))
+    assert (decision.gamma, decision.reason.value) == (gamma, reason)
+
+
+def test_a_limit_falls_back_to_the_next_rung_at_once():
+    acceptance, config = Acceptance([0.6] * 7), PolicyConfig()
+    _, memory = decide(SMALL, PROFILE, acceptance, config, Memory(gamma=7, probe_credit_s=0.0))
+    limited = State(batch=4, mean_context_tokens=1000.0, gamma_limit=3)
+    assert decide(limited, PROFILE, acceptance, config, memory)[0].gamma in (1, 2, 3)
+
+
+@pytest.mark.parametrize("mode", ["auto", "always", "threshold", "paper"])
+def test_a_batch_that_forbids_drafting_is_not_drafted_for(mode):
+    profile = make_profile(lambda b, c: 10e-3, lambda b, c: 1e-3, lambda b, c, g: 10e-3, gammas=(1, 2, 3, 5, 7, 9, 11))
+    controller = Controller(PolicyConfig(mode=mode), profile)
+    for state in (LARGE, SMALL):
+        controller.decide(state)
+    free = controller.decide(SMALL)
+    forbidden = controller.decide(State(batch=4, mean_context_tokens=1000.0, forbid_reason="grammar"))
+    assert free.gamma > 0 and (forbidden.gamma, forbidden.reason) == (0, Reason.FORBIDDEN)
+    assert controller.decide(SMALL).gamma == free.gamma
+
+
+def test_a_large_change_acts_at_once_and_both_ways():
+    config, acceptance = PolicyConfig(), Acceptance([0.9] * 7)
+    gammas, memory = [], NO_CREDIT
+    for state in (SMALL, LARGE, SMALL, LARGE):  # a refilled batch, a drained one
+        decision, memory = decide(state, PROFILE, acceptance, config, memory)
+        gammas.append(decision.gamma)
+    assert gammas[0] == gammas[2] > 0 == gammas[1] == gammas[3]
+
+
+def test_a_small_advantage_acts_after_patience():
+    profile = make_profile(lambda b, c: 1.0, lambda b, c: 0.4, lambda b, c, g: 1.0)
+    acceptance = Acceptance([0.45])  # gamma 1: 1.45 / 1.4 = 1.036
+    config, memory, gammas = PolicyConfig(ladder=(1,), margin=0.0, patience=0.25), NO_CREDIT, []
+    for _ in range(10):
+        _, memory = decide(SMALL, profile, acceptance, config, memory)
+        gammas.append(memory.gamma)
+    assert gammas == [0] * 6 + [1] * 4  # 7 x 0.036 exceeds 0.25
+
+
+@settings(max_examples=200, deadline=None)
+@given(path=st.lists(st.floats(0.0, 1.0), min_size=50, max_size=300), patience=st.floats(0.05, 1.0))
+def test_switches_are_bounded_by_what_they_gain_for_any_path(path, patience):
+    config, memory, switches, gains = PolicyConfig(patience=patience), NO_CREDIT, 0, 0.0
+    for alpha in path:
+        before, acceptance = memory.gamma, Acceptance([alpha] * 7)
+        ideal = decide(
+            SMALL, PROFILE, acceptance, PolicyConfig(patience=0.0), Memory(gamma=before, probe_credit_s=0.0)
+        )[1].gamma
+        gains += _value(ideal, alpha) / _value(before, alpha) - 1.0
+        _, memory = decide(SMALL, PROFILE, acceptance, config, memory)
+        switches += memory.gamma != before
+    assert switches <= gains / patience + 1e-6
+
+
+def _value(gamma: int, alpha: float) -> float:
+    tokens = sum(alpha**i for i in range(gamma + 1))
+    return tokens / PROFILE.costs(SMALL.batch, SMALL.mean_context_tokens).step_s[gamma] / (1.01 if gamma else 1.0)
+
+
+@settings(max_examples=100, deadline=None)
+@given(wander=st.lists(st.floats(0.0, 1.0), min_size=400, max_size=400))
+def test_no_flapping_within_the_uncertainty_of_the_estimate(wander):
+    """64 running requests, known for a while, at the crossover: whatever path the estimate takes between its bounds."""
+    estimator = AcceptanceEstimator(1)
+    for _ in range(200):
+        estimator.observe([1] * 29 + [0] * 35, 1)
+    (low,), (high,) = estimator.bounds()
+    profile = make_profile(lambda b, c: 1.0, lambda b, c: 0.44, lambda b, c, g: 1.0)
+    config, memory, switches = PolicyConfig(ladder=(1,)), NO_CREDIT, 0
+    for u in wander:
+        before = memory.gamma
+        _, memory = decide(SMALL, profile, Acceptance([low + u * (high - low)]), config, memory)
+        switches += memory.gamma != before
+    assert high > 1.44 * 1.01 - 1.0 > low  # the decision is open within these bounds
+    assert switches <= 1 + len(wander) * (high - low) / (1.0 + low) / config.patience
+
+
+def test_a_noisy_estimate_at_the_crossover_switches_rarely():
+    rng = random.Random(0)
+    profile = make_profile(lambda b, c: 1.0, lambda b, c: 0.44, lambda b, c, g: 1.0)
+    controller, gammas = Controller(PolicyConfig(ladder=(1,)), profile), []
+    for _ in range(4000):
+        gammas.append(controller.decide(SMALL).gamma)
+        if gammas[-1]:
+            cycle(controller, rng, 0.45, 4, 1)
+    assert sum(a != b for a, b in zip(gammas, gammas[1:])) < 200
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 0.72])  # 0.72 loses 4 %: hard to rule out, so always worth a probe
+@pytest.mark.parametrize("batch", [1, 16, 40])
+def test_probes_cost_less_than_their_budget(alpha, batch):
+    rng, config = random.Random(1), PolicyConfig()
+    profile = make_profile(lambda b, c: 1.0, lambda b, c: 0.7, lambda b, c, g: 1.0 + 0.1 * g)
+    controller, state = Controller(config, profile), State(batch=batch, mean_context_tokens=1000.0)
+    plain_s, excess_s, probes = 0.0, 0.0, 0
+    for _ in range(20_000):
+        decision = controller.decide(state)
+        if not decision.gamma:
+            plain_s += 1.0
+            continue
+        tokens = cycle(controller, rng, alpha, batch, decision.gamma)
+        if decision.probe:
+            excess_s += profile.costs(batch, 1000.0).step_s[decision.gamma] - tokens
+            probes += 1
+    assert probes > 5
+    assert excess_s < config.probe_budget * plain_s
+
+
+def test_probes_find_out_that_drafting_pays_again():
+    rng, controller = random.Random(0), Controller(PolicyConfig(), PROFILE)
+    state = State(batch=8, mean_context_tokens=1000.0)
+    for _ in range(2000):
+        if gamma := controller.decide(state).gamma:
+            cycle(controller, rng, 0.1, 8, gamma)
+    assert controller.decide(state).gamma == 0
+    drafting = 0
+    for _ in range(3000):
+        if gamma := controller.decide(state).gamma:
+            drafting += 1
+            cycle(controller, rng, 0.95, 8, gamma)
+    assert drafting > 1500
+
+
+def test_no_probe_where_not_even_perfect_acceptance_pays():
+    controller = Controller(PolicyConfig(), PROFILE)
+    assert {controller.decide(LARGE).reason for _ in range(5000)} == {Reason.SLOWER}
+
+
+def test_a_policy_update_allows_one_burst_at_once():
+    rng, controller = (
+        random.Random(0),
+        Controller(PolicyConfig(probe_budget=0.0, update_keep=0.0, prior_alpha=0.3), PROFILE),
+    )
+    state = State(batch=16, mean_context_tokens=1000.0)
+
+    def probes() -> int:
+        count = 0
+        for _ in range(1000):
+            decision = controller.decide(state)
+            if decision.gamma:
+                count += decision.probe
+                cycle(controller, rng, 0.1, 16, decision.gamma)
+        return count
+
+    first, second = probes(), probes()
+    controller.policy_updated()
+    assert first > 0 == second and probes() > 0
+
+
+def test_ranks_with_the_same_inputs_take_the_same_decisions():
+    ranks, rngs = [Controller(PolicyConfig(), PROFILE) for _ in range(2)], [random.Random(5), random.Random(5)]
+    traces = [[], []]
+    for rank, controller in enumerate(ranks):
+        for step in range(2000):
+            batch = 1 + (step * 7919) % 60
+            decision = controller.decide(State(batch=batch, mean_context_tokens=500.0 + step))
+            traces[rank].append(decision)
+            if decision.gamma:
+                cycle(controller, rngs[rank], 0.8, batch, decision.gamma)
+    assert traces[0] == traces[1] and len({decision.gamma for decision in traces[0]}) > 2
+
+
+def test_deciding_takes_less_than_50_microseconds():
+    controllers = [Controller(PolicyConfig(), PROFILE) for _ in range(2)]
+    for controller, state in zip(controllers, (SMALL, State(batch=20, mean_context_tokens=2000.0))):
+        seconds = min(timeit.repeat(partial(controller.decide, state), number=500, repeat=10)) / 500
+        assert seconds < 50e-6
+
+
+def test_outside_the_table_is_said():
+    assert decide(
+        State(batch=256, mean_context_tokens=1000.0), PROFILE, Acceptance([0.9] * 7), PolicyConfig(), NO_CREDIT
+    )[0].outside
+
+
+def test_simple_modes():
+    assert Controller(PolicyConfig(mode="off")).decide(SMALL).gamma == 0
+    assert Controller(PolicyConfig(mode="always", fixed_gamma=3)).decide(LARGE).gamma == 3
+    threshold = Controller(PolicyConfig(mode="threshold", fixed_gamma=2, threshold_batch=8))
+    assert [threshold.decide(state).gamma for state in (SMALL, LARGE, SMALL)] == [2, 0, 2]
+
+
+def test_gammas_are_those_the_mode_can_take():
+    modes = {
+        mode: PolicyConfig(mode=mode, fixed_gamma=4).gammas for mode in ("auto", "always", "off", "threshold", "paper")
+    }
+    assert modes == {"auto": (1, 2, 3, 5, 7), "always": (4,), "off": (), "threshold": (4,), "paper": (5, 7, 9, 11)}
+
+
+@pytest.mark.parametrize(
+    "settings_",
+    [
+        {"mode": "on"},
+        {"ladder": ()},
+        {"ladder": (3, 2)},
+        {"paper_ladder": (0, 5)},
+        {"fixed_gamma": 0},
+        {"margin": -0.1},
+        {"probe_budget": 1.5},
+        {"prior_alpha": 1.0},
+        {"half_life_cycles": 0.0},
+    ],
+)
+def test_settings_out_of_range_are_refused(settings_):
+    with pytest.raises(ValueError, match=next(iter(settings_))):
+        PolicyConfig(**settings_)
+
+
+def test_a_profile_without_the_ladder_is_refused():
+    with pytest.raises(ValueError, match=r"\[9, 11\].*calibrate"):
+        Controller(PolicyConfig(mode="paper"), PROFILE)
+    with pytest.raises(ValueError, match="calibrate"):
+        Controller(PolicyConfig())
+
+
+ROOFLINE = Roofline(18.9e-3, 7.9e-3, 3e-8, 1.2e-4, 5e-5, 1.5e-4, 2.3e-4)
+
+
+def test_the_roofline_fit_recovers_a_roofline():
+    profile = make_profile(ROOFLINE.target, ROOFLINE.draft, ROOFLINE.verify, gammas=(5, 7, 9, 11))
+    fitted = fit_roofline(profile, (5, 7, 9, 11))
+    for batch in (1, 16, 50, 128):
+        for context in (600, 3000):
+            speedup = ROOFLINE.speedup(batch, context, 7, 6.0)
+            assert fitted.speedup(batch, context, 7, 6.0) == pytest.approx(speedup, rel=0.03)
+
+
+def test_the_papers_toggle_is_armed_by_a_full_batch_and_one_way():
+    rule = PaperRule(ROOFLINE, (5, 7, 9, 11))
+    assert {rule.gamma(batch, 1000.0) for batch in (1, 8, 32)} == {0}  # never above 32 requests: never on
+    assert rule.gamma(128, 1000.0) == 0
+    crossover = next(batch for batch in range(128, 0, -1) if rule.gamma(batch, 1000.0))
+    assert ROOFLINE.speedup(crossover, 1000.0, 5, 5.0) >= 1.05 > ROOFLINE.speedup(crossover + 1, 1000.0, 5, 5.0)
+    assert rule.gamma(128, 1000.0) == 5
+    rule.next_rollout()
+    assert rule.gamma(4, 1000.0) == 0
+
+
+def test_the_papers_ladder_moves_after_two_rollouts():
+    rule, gammas = PaperRule(ROOFLINE, (5, 7, 9, 11)), []
+    for rate in (0.95, 0.9, 0.95, 0.95, 0.95, 0.95, 0.9, 0.8, 0.8, 0.8, 0.8, 0.8, 0.8):
+        rule.gamma(40, 1000.0)
+        gamma = rule.gamma(1, 1000.0)
+        gammas.append(gamma)
+        rule.observe(accepted=round(1000 * gamma * rate), requests=1000)
+        rule.next_rollout()
+    assert gammas == [5, 5, 5, 5, 7, 7, 9, 9, 9, 7, 7, 5, 5]

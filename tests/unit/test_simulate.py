@@ -1,0 +1,243 @@
+"""The simulator: closed forms, request patterns, the paper's ablation, and the property that auto does not lose."""
+
+import argparse
+import json
+import os
+import random
+
+import pytest
+
+from er_sglang.acceptance import emitted
+from er_sglang.policy import Controller
+from er_sglang.policy_config import PolicyConfig
+from er_sglang.profile import Profile, Sample
+from er_sglang.simulate import add_command, simulate
+from er_sglang.workload import Request, draw_lengths, make_requests
+
+LADDER = (1, 2, 3, 5, 7)
+PROPERTY_CASES = int(os.environ.get("ER_SGLANG_PROPERTY_CASES", "500"))
+
+
+def flat_profile(target_s=1.0, draft_s=0.3, verify_s=1.1, gammas=LADDER) -> Profile:
+    rows = []
+    for batch in (1, 8):
+        for context in (100, 1000):
+            rows.append(Sample("target", 0, batch, context, target_s))
+            rows.append(Sample("draft", 0, batch, context, draft_s))
+            rows += [Sample("verify", gamma, batch, context, verify_s) for gamma in gammas]
+    return Profile.from_samples(rows)
+
+
+def a100_14b_profile(gammas=(1, 2, 3, 5, 7, 9, 11)) -> Profile:
+    """A100-80GB, Qwen2.5-14B in bf16 with an int4 drafter, tensor parallelism 1.
+
+    The roofline constants that the authors of arXiv 2606.18967 fitted to their own sweep and published beside their
+    code: bandwidth 1.564 TB/s, 233.5 TFLOP/s, weights 29.54 GB (drafter 9.72 GB, times 1.271 for its kernel), 48,070
+    bytes of KV cache per token, 27.98 GFLOP per token and 0.98 MFLOP per token of context, and 50, 153.9 and 232.3 us
+    per request of a target, draft and verify step.
+    """
+    bandwidth, flops, kv_bytes = 1.564e12, 233.5e12, 48_070
+    rows = []
+    for b in (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128):
+        for c in (256, 1024, 4096, 8192):
+            compute_s = b * (27.98e9 + 0.98e6 * c) / flops
+            read_s = (29.54e9 + kv_bytes * b * c) / bandwidth
+            draft_read_s = (1.271 * 9.72e9 + kv_bytes * b * c) / bandwidth
+            rows.append(Sample("target", 0, b, c, max(read_s, compute_s) + 50e-6 * b))
+            rows.append(Sample("draft", 0, b, c, max(draft_read_s, compute_s) + 153.9e-6 * b))
+            rows += [Sample("verify", g, b, c, max(read_s, (g + 1) * compute_s) + 232.3e-6 * b) for g in gammas]
+    return Profile.from_samples(rows)
+
+
+def run(config: PolicyConfig, profile: Profile, requests, **kwargs):
+    return simulate(profile, requests, Controller(config, profile), **kwargs)
+
+
+def test_plain_decoding_takes_a_step_per_token():
+    requests = make_requests([10, 30, 20], [0.9])
+    rollout = run(PolicyConfig(mode="off"), flat_profile(target_s=0.5), requests)
+    assert rollout.time_s == pytest.approx(15.0) and rollout.tokens == 60
+    assert [batch for _, batch, _ in rollout.timeline] == [3] * 10 + [2] * 10 + [1] * 10
+
+
+@pytest.mark.parametrize(("alpha", "cycles"), [(1.0, 20), (0.0, 80)])
+def test_always_at_the_two_ends_of_acceptance(alpha, cycles):
+    rollout = run(PolicyConfig(mode="always", fixed_gamma=3), flat_profile(), make_requests([80], [alpha]))
+    assert rollout.time_s == pytest.approx(cycles * (3 * 0.3 + 1.1)) and rollout.tokens == 80
+
+
+def test_the_accept_length_is_the_closed_form():
+    alphas = (0.9, 0.8, 0.6)
+    rollout = run(PolicyConfig(mode="always"), flat_profile(), make_requests([20_000] * 4, alphas))
+    assert rollout.summary()["accept_length"] == pytest.approx(emitted([0.9, 0.8, 0.6, 0.6, 0.6])[5], rel=0.02)
+
+
+def test_a_refilled_pool_stays_full_until_the_queue_is_empty():
+    rollout = run(PolicyConfig(mode="off"), flat_profile(), make_requests([10] * 12, [0.9]), max_running=4)
+    assert rollout.time_s == pytest.approx(30.0) and {batch for _, batch, _ in rollout.timeline} == {4}
+
+
+def test_turns_wait_grow_the_context_and_prefill():
+    request = Request(prompt_tokens=50, turns=(10, 20), alphas=(0.9,), turn_prompt_tokens=30, turn_wait_s=7.0)
+    rollout = run(PolicyConfig(mode="off"), flat_profile(), [request], prefill_tokens_per_s=10.0)
+    assert rollout.time_s == pytest.approx(5.0 + 10.0 + 7.0 + 3.0 + 20.0) and rollout.tokens == 30
+
+
+def test_longer_contexts_take_longer_steps():
+    rows = [Sample("draft", 0, b, c, 1.0) for b in (1, 2) for c in (100, 200)]
+    rows += [Sample("target", 0, b, c, c / 100) for b in (1, 2) for c in (100, 200)]
+    rows += [Sample("verify", 1, b, c, c / 100) for b in (1, 2) for c in (100, 200)]
+    profile = Profile.from_samples(rows)
+    short, long = (Request(prompt_tokens=n, turns=(n // 10,), alphas=(0.9,)) for n in (100, 200))
+    rollout = run(PolicyConfig(mode="off"), profile, [short, long])
+    both, alone = sum((150 + i) / 100 for i in range(10)), sum((200 + i) / 100 for i in range(10, 20))
+    assert rollout.time_s == pytest.approx(both + alone)
+
+
+def test_tail_requests_accept_least():
+    short, long = make_requests([100, 1000], [0.9, 0.8], tail_alpha=0.6)
+    assert long.alphas == pytest.approx((0.6, 0.6 / 0.9 * 0.8)) and short.alphas[0] == pytest.approx(0.87)
+
+
+def test_length_distributions(tmp_path):
+    assert draw_lengths("fixed:7", 3, seed=0) == [7, 7, 7]
+    assert all(5 <= length <= 9 for length in draw_lengths("uniform:5:9", 100, seed=0))
+    lengths = sorted(draw_lengths("lognormal:1000:0.8:4000", 2001, seed=0))
+    assert lengths[1000] == pytest.approx(1000, rel=0.1) and lengths[-1] == 4000
+    (tmp_path / "trace").write_text("3\n4\n")
+    assert draw_lengths(str(tmp_path / "trace"), 3, seed=0) == [3, 4, 3]
+    with pytest.raises(ValueError, match="uniform:LOW:HIGH"):
+        draw_lengths("uniform:5", 3, seed=0)
+
+
+def test_the_papers_ablation():
+    """14B on A100s, 128 requests per GPU, high acceptance: off, always, toggle, toggle and ladder, auto.
+
+    Published: always 6.7 % slower than off, the full method 16.8 % faster. The lengths are ours, chosen for the first
+    figure.
+    """
+    profile = a100_14b_profile()
+    arms = {
+        "off": PolicyConfig(mode="off"),
+        "always": PolicyConfig(mode="always", fixed_gamma=5),
+        "toggle": PolicyConfig(mode="paper", paper_ladder=(5,)),
+        "ladder": PolicyConfig(mode="paper"),
+        "auto": PolicyConfig(ladder=(1, 2, 3, 5, 7, 9, 11)),
+    }
+    time_s = {}
+    for arm, config in arms.items():
+        controller = Controller(config, profile)
+        time_s[arm] = 0.0
+        for index in range(6):
+            requests = make_requests(
+                draw_lengths("lognormal:700:0.45:8192", 128, seed=index), [0.985], prompt_tokens=200
+            )
+            time_s[arm] += simulate(profile, requests, controller, seed=index).time_s
+            controller.policy_updated()
+    relative = {arm: seconds / time_s["off"] for arm, seconds in time_s.items()}
+    assert relative["auto"] < relative["ladder"] < relative["toggle"] < 0.85 < 1.0 < relative["always"], relative
+    assert relative["always"] == pytest.approx(1.067, abs=0.02)
+
+
+def test_hard_survivors_switch_drafting_off_again():
+    """The tail accepts so little that drafting stops paying, where a one-way toggle would go on."""
+    profile = a100_14b_profile()
+    requests = make_requests([*range(100, 600, 10), *[3000] * 4], [0.95], tail_alpha=0.3)
+    auto = run(PolicyConfig(), profile, requests)
+    toggle = run(PolicyConfig(mode="paper", paper_ladder=(5,)), profile, requests)
+    middle = [gamma for _, batch, gamma in auto.timeline if 6 <= batch <= 16]
+    tail = [gamma for _, batch, gamma in auto.timeline if batch <= 4]
+    assert middle.count(0) / len(middle) < 0.2 and tail.count(0) / len(tail) > 0.8
+    assert auto.time_s < 0.8 * toggle.time_s
+
+
+def random_profile(rng: random.Random) -> Profile:
+    """Rooflines with fixed costs and 3 % of noise: from drafting that never pays to drafting that always does."""
+    draft, compute, kv, fixed = (
+        rng.uniform(0.2, 1.0),
+        rng.uniform(0.002, 0.15),
+        rng.uniform(0, 2e-5),
+        rng.uniform(0, 0.3),
+    )
+    draft_fixed = fixed * rng.uniform(0.2, 1.0)
+    rows = []
+    for b in (1, 4, 16):
+        for c in (128, 2048):
+
+            def noisy(seconds: float) -> float:
+                return seconds * rng.uniform(0.97, 1.03)
+
+            rows.append(Sample("draft", 0, b, c, noisy(max(draft + kv * b * c, compute * b) + draft_fixed)))
+            for g in (0, *LADDER):
+                phase = "verify" if g else "target"
+                rows.append(Sample(phase, g, b, c, noisy(max(1.0 + kv * b * c, compute * b * (g + 1)) + fixed)))
+    return Profile.from_samples(rows)
+
+
+def random_requests(rng: random.Random) -> tuple[list[Request], int]:
+    """Synchronous, refilled or multi-turn; even or long-tailed; acceptance that falls with depth and length, or not."""
+    count, longest, skew = rng.choice((1, 2, 4, 8, 12)), rng.randint(150, 400), rng.choice((0.3, 1.0, 3.0))
+    lengths = [longest, *(max(20, int(longest * rng.random() ** skew)) for _ in range(count - 1))]
+    alpha, fall = rng.uniform(0.1, 0.99), rng.choice((0.0, 0.0, 0.1))
+    pattern = rng.choice(("batch", "pool", "turns"))
+    requests = make_requests(
+        lengths,
+        [max(0.02, alpha - fall * i) for i in range(max(LADDER))],
+        tail_alpha=rng.choice((None, alpha * rng.uniform(0.4, 1.0))),
+        prompt_tokens=rng.randint(50, 800),
+        turns=rng.randint(2, 4) if pattern == "turns" else 1,
+        turn_prompt_tokens=rng.randint(0, 100),
+        turn_wait_s=rng.uniform(0.0, 40.0),
+    )
+    return requests, max(1, count // 2) if pattern == "pool" else count
+
+
+def test_auto_never_loses_to_off_or_always():
+    """On a server that has seen such requests before: 0.98 of the better of the two, but for what estimating costs.
+
+    These rollouts are a few hundred steps, some of a single request: shorter than it takes to tell two acceptances 3 %
+    apart. So a loss of 15 steps is allowed however short the rollout, and the whole of the cases is held to more: 95 %
+    of them within 0.98 with no allowance, and a gain on average.
+    """
+    gains = []
+    for seed in range(PROPERTY_CASES):
+        rng = random.Random(seed)
+        profile = random_profile(rng)
+        (requests, max_running), gamma = random_requests(rng), rng.choice(LADDER)
+        auto = Controller(PolicyConfig(), profile)
+        simulate(profile, requests, auto, max_running=max_running, seed=-seed - 1)
+        auto_s, off_s, always_s = (
+            simulate(profile, requests, controller, max_running=max_running, seed=seed).time_s
+            for controller in (
+                auto,
+                Controller(PolicyConfig(mode="off"), profile),
+                Controller(PolicyConfig(mode="always", fixed_gamma=gamma), profile),
+            )
+        )
+        best_s = min(off_s, always_s)
+        assert auto_s <= best_s / 0.98 + 15 * profile.target_s(1, 500), (seed, auto_s / best_s)
+        gains.append(best_s / auto_s)
+    assert sum(gains) / len(gains) > 1.0 and sorted(gains)[len(gains) // 20] > 0.98
+
+
+def test_command_line(tmp_path, capsys):
+    a100_14b_profile().save(tmp_path / "profile.json")
+    parser = argparse.ArgumentParser()
+    add_command(parser.add_subparsers())
+    arguments = [
+        "simulate",
+        "--profile",
+        str(tmp_path / "profile.json"),
+        "--requests",
+        "16",
+        "--lengths",
+        "uniform:50:200",
+    ]
+    args = parser.parse_args(
+        [*arguments, "--modes", "off,always,threshold,paper,auto", "--json", str(tmp_path / "out.json")]
+    )
+    assert args.run(args) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[1:6]] == ["off", "always", "threshold", "paper", "auto"]
+    results = json.loads((tmp_path / "out.json").read_text())
+    assert results["auto"]["time_s"] < results["off"]["time_s"]
