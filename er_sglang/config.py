@@ -22,6 +22,7 @@ from er_sglang.policy_config import PolicyConfig
 CONFIG_ENV = "ER_SGLANG_CONFIG"
 CACHE_ENV = "ER_SGLANG_CACHE"
 SIMULATE_ACCEPTANCE_ENV = "ER_SGLANG_SIMULATE_ACCEPTANCE"
+SERVED_MODE = "threshold"  # until "auto" has been run on GPUs
 WEIGHT_FORMATS = ("int4", "int4_asym", "fp8")
 
 
@@ -55,9 +56,9 @@ class SelfQuantConfig:
     trace: file to append a line of JSON to for every decode step.
     """
 
-    gamma_max: int = 7
+    gamma_max: int = 3
     max_draft_batch: int = 128
-    policy: PolicyConfig = field(default_factory=PolicyConfig)
+    policy: PolicyConfig = field(default_factory=lambda: PolicyConfig(mode=SERVED_MODE))
     drafter: DrafterConfig = field(default_factory=DrafterConfig)
     profile: str | None = None
     trace: str | None = None
@@ -95,7 +96,7 @@ def load_config(path: str | None, gamma_max: int | None, env: Mapping[str, str] 
     values = _checked(SelfQuantConfig, {"policy": {}, "drafter": {}, **values}, source)
     limit = max(1, values.get("gamma_max", SelfQuantConfig().gamma_max))
     ladder = tuple(gamma for gamma in PolicyConfig().ladder if gamma <= limit)
-    values["policy"] = PolicyConfig(**{"ladder": ladder, "fixed_gamma": limit, **values["policy"]})
+    values["policy"] = PolicyConfig(**{"mode": SERVED_MODE, "ladder": ladder, "fixed_gamma": limit, **values["policy"]})
     values["drafter"] = DrafterConfig(**values["drafter"])
     return SelfQuantConfig(**values)
 

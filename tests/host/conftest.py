@@ -42,7 +42,7 @@ def qwen3_oracle(qwen3):
 @pytest.fixture(scope="session")
 def switching(qwen3, folder):
     """gamma changes at every step, between 0 and 7."""
-    config = {"mode": "cycle", "cycle": [3, 1, 7, 0, 2, 7]}
+    config = {"policy": {"mode": "cycle", "cycle": [3, 1, 7, 0, 2, 7]}}
     with self_quant(qwen3, folder / "switching.log", config, 7) as server:
         yield server
 
@@ -63,5 +63,5 @@ def saboteur(qwen3, folder):
     rule_file = folder / "sabotage.txt"
     rule_file.write_text("none")
     env = {"PYTHONPATH": str(Path(__file__).parent / "sabotage"), "ER_SABOTAGE_FILE": str(rule_file)}
-    with self_quant(qwen3, folder / "sabotage.log", {"mode": "always"}, 3, env=env) as server:
+    with self_quant(qwen3, folder / "sabotage.log", {"policy": {"mode": "always"}}, 3, env=env) as server:
         yield Saboteur(server, rule_file)

@@ -35,7 +35,7 @@ PENALTIES = {
 def longest(qwen3, folder):
     """gamma = 7 in every step, overlap scheduling on."""
     overlap = {"disable-overlap-schedule": False}
-    with self_quant(qwen3, folder / "longest.log", {"mode": "always"}, 7, overlap) as server:
+    with self_quant(qwen3, folder / "longest.log", {"policy": {"mode": "always"}}, 7, overlap) as server:
         yield server
 
 

@@ -40,7 +40,7 @@ class Case:
 def case(request, folder):
     family = request.param
     policy = make_policy(folder, family, seed=1, tied=family == "qwen3", max_positions=CONTEXT_TOKENS)
-    config = {"mode": "cycle", "cycle": [3, 0, 1, 2, 3]}
+    config = {"policy": {"mode": "cycle", "cycle": [3, 0, 1, 2, 3]}}
     with self_quant(policy, folder / f"{family}.log", config, 3, SERVERS[family]) as server:
         yield Case(family, policy, server)
         server.empty()  # an idle SGLang checks that no KV slot has leaked

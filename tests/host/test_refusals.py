@@ -63,14 +63,14 @@ SETTINGS = {
 # SGLang itself refuses it where SELF_QUANT is supported.
 REFUSED_BEFORE = {"dcp_size"}
 CONFIGS = {
-    '{"modus": "always"}': "unknown setting modus; known: cycle, drafter,",
+    '{"modus": "always"}': "unknown setting modus; known: drafter,",
     '{"drafter": {"bits": 4}}': "unknown setting bits; known: group_size, weights",
-    '{"mode": "sometimes"}': "choose one of always, off, cycle",
-    '{"mode": 3}': "mode must be of type str",
+    '{"policy": {"mode": "sometimes"}}': "choose one of auto, always, off",
+    '{"policy": {"mode": 3}}': "mode must be of type str",
     '{"drafter": {"weights": "int3"}}': "choose one of int4, int4_asym, fp8",
     '{"drafter": {"group_size": 100}}': "choose 32, 64 or 128",
-    '{"mode": "cycle", "cycle": [1, 9]}': "must stay within 0 and --speculative-num-steps (3)",
-    '{"mode": "cycle"}': "give both or neither",
+    '{"policy": {"mode": "cycle", "cycle": [1, 9]}}': "more than --speculative-num-steps (3)",
+    '{"policy": {"mode": "cycle"}}': "give both or neither",
     '{"gamma_max": 5}': "give one of them",
     '{"max_draft_batch": 0}': "it must be at least 1",
     "{not json}": "is not JSON",

@@ -14,7 +14,7 @@ CORES = sorted(os.sched_getaffinity(0))
 
 @pytest.fixture(scope="module")
 def server(qwen3, folder):
-    config = {"mode": "cycle", "cycle": [3, 0, 1, 2]}
+    config = {"policy": {"mode": "cycle", "cycle": [3, 0, 1, 2]}}
     env = {
         "SGLANG_CPU_OMP_THREADS_BIND": f"{CORES[0]}|{CORES[-1]}",  # else one rank per NUMA node
         "SGLANG_NCCL_SO_PATH": "/none",  # SGLang tries NCCL wherever it finds the library, on CPU too

@@ -27,7 +27,7 @@ def expected(policies):
 @pytest.fixture
 def server(policies, folder, request):
     log = folder / f"{request.node.name}.log"
-    with self_quant(policies["A"], log, {"mode": "always"}, 3) as server:
+    with self_quant(policies["A"], log, {"policy": {"mode": "always"}}, 3) as server:
         yield server
 
 

@@ -14,27 +14,28 @@ def load(settings: dict, gamma_max: int | None = None):
 
 def test_defaults():
     config = load_config(None, None, {})
-    assert (config.policy.mode, config.gamma_max) == ("auto", 7)
-    assert config.policy.gammas == (1, 2, 3, 5, 7)
+    assert (config.policy.mode, config.gamma_max) == ("threshold", 3)
+    assert config.policy.gammas == (3,)
     assert config.drafter.weights == "int4" and config.profile is None and config.trace is None
 
 
 @pytest.mark.parametrize(("gamma_max", "ladder"), [(1, (1,)), (4, (1, 2, 3)), (7, (1, 2, 3, 5, 7)), (15, (1, 2, 3, 5, 7))])
 def test_open_draft_lengths_follow_the_largest_gamma(gamma_max, ladder):
-    assert load({}, gamma_max).policy.gammas == ladder
+    assert load({"policy": {"mode": "auto"}}, gamma_max).policy.gammas == ladder
     assert load({"policy": {"mode": "always"}}, gamma_max).policy.gammas == (gamma_max,)
     assert load({"policy": {"mode": "threshold"}, "gamma_max": gamma_max}).policy.gammas == (gamma_max,)
 
 
 def test_given_draft_lengths_hold():
-    assert load({"policy": {"ladder": [2, 4]}}, 5).policy.gammas == (2, 4)
+    assert load({"policy": {"mode": "auto", "ladder": [2, 4]}}, 5).policy.gammas == (2, 4)
     assert load({"policy": {"mode": "always", "fixed_gamma": 2}}, 5).policy.gammas == (2,)
     assert load({"policy": {"mode": "cycle", "cycle": [3, 0, 1, 3]}}, 5).policy.gammas == (1, 3)
     assert load({"policy": {"mode": "off"}}, 5).policy.gammas == ()
 
 
 @pytest.mark.parametrize(
-    "policy", [{"ladder": [1, 4]}, {"mode": "always", "fixed_gamma": 4}, {"mode": "cycle", "cycle": [0, 4]}, {"mode": "paper"}]
+    "policy",
+    [{"mode": "auto", "ladder": [1, 4]}, {"mode": "always", "fixed_gamma": 4}, {"mode": "cycle", "cycle": [0, 4]}, {"mode": "paper"}]
 )
 def test_draft_lengths_above_the_largest_gamma_are_refused(policy):
     with pytest.raises(ConfigError, match=r"more than --speculative-num-steps \(3\)"):

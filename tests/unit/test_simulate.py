@@ -68,7 +68,7 @@ def test_always_at_the_two_ends_of_acceptance(alpha, cycles):
 
 def test_the_accept_length_is_the_closed_form():
     alphas = (0.9, 0.8, 0.6)
-    rollout = run(PolicyConfig(mode="always"), flat_profile(), make_requests([20_000] * 4, alphas))
+    rollout = run(PolicyConfig(mode="always", fixed_gamma=5), flat_profile(), make_requests([20_000] * 4, alphas))
     assert rollout.summary()["accept_length"] == pytest.approx(emitted([0.9, 0.8, 0.6, 0.6, 0.6])[5], rel=0.02)
 
 

@@ -25,9 +25,9 @@ def activate() -> None:
 
 def _compare_all(result, worker) -> None:
     chain = worker._chain
-    _fill_kv(worker._runner.token_to_kv_pool, worker.device)
+    _fill_kv(worker.runner.token_to_kv_pool, worker.device)
     for size in chain._graph_batches or (1, 2):  # without graphs, on CPU: eager against eager, to try this plugin
-        for gamma in worker.config.gammas:
+        for gamma in worker.config.policy.gammas:
             step = _make_step(worker, size)
             _same(f"draft of {gamma} at batch {size}", _draft(worker, step, gamma, True), _draft(worker, step, gamma, False))
             _same(f"verify of {gamma} at batch {size}", _verify(worker, step, gamma, True), _verify(worker, step, gamma, False))
@@ -53,7 +53,7 @@ def _make_step(worker, size: int) -> Step:
     device, width = worker.device, worker.config.gamma_max + 1
     rows = torch.arange(size, device=device)
     slots = 1 + torch.arange(size * (CONTEXT_TOKENS + width), device=device).view(size, -1)
-    worker._req_to_token[:size, : CONTEXT_TOKENS + width] = slots.to(worker._req_to_token.dtype)
+    worker.req_to_token[:size, : CONTEXT_TOKENS + width] = slots.to(worker.req_to_token.dtype)
     return Step(
         req_pool_indices_B=rows,
         seq_lens_B=torch.full((size,), CONTEXT_TOKENS, device=device),
@@ -71,7 +71,7 @@ def _make_step(worker, size: int) -> Step:
 
 def _draft(worker, step: Step, gamma: int, graph: bool) -> list[torch.Tensor]:
     chain = worker._chain
-    worker._random.state[1] = 5
+    worker.random.state[1] = 5
     batches, chain._graph_batches = chain._graph_batches, chain._graph_batches if graph else []
     draft = chain.draft(chain.prepare(step, gamma), step.batch_size)
     chain._graph_batches = batches

@@ -26,7 +26,7 @@ def _install(result, scheduler) -> None:
     from er_sglang.worker import SelfQuantWorker
 
     judge, residual, verify = reference.ReferenceSampler.judge, reference.residual, Verifier.forward
-    cycle, blocker = SelfQuantWorker._cycle, SelfQuantWorker._blocker
+    cycle, blocker = SelfQuantWorker.cycle, SelfQuantWorker._blocker
 
     def wrong_judge(self, logits_BNV, draft, params, random):
         self.simulated_acceptance = 1.0 if _rule() == "accept-always" else None
@@ -68,5 +68,5 @@ def _install(result, scheduler) -> None:
     reference.ReferenceSampler.judge = wrong_judge
     reference.residual = wrong_residual
     Verifier.forward = wrong_verify
-    SelfQuantWorker._cycle = wrong_cycle
+    SelfQuantWorker.cycle = wrong_cycle
     SelfQuantWorker._blocker = wrong_blocker
