@@ -73,8 +73,6 @@ SEAMS = (
     _seam("managers.scheduler:Scheduler.get_internal_state", "self recv_req"),
     _seam("managers.scheduler:Scheduler.continue_generation", "self recv_req"),
     _seam("managers.schedule_batch:Req.update_finish_state", "self new_accepted_len"),
-    _seam("managers.scheduler:Scheduler.on_idle", "self"),
-    _seam("managers.scheduler:Scheduler.is_fully_idle", "self"),
     *(
         _seam(f"managers.scheduler_components.weight_updater:SchedulerWeightUpdaterManager.{name}", "self recv_req")
         for name in (
@@ -86,6 +84,8 @@ SEAMS = (
             "resume_memory_occupation",
         )
     ),
+    _seam("managers.scheduler:Scheduler.on_idle", "self"),
+    _seam("managers.scheduler:Scheduler.is_fully_idle", "self"),
     _seam("mem_cache.memory_pool:MHATokenToKVPool._init_kv_copy_and_warmup", "self"),
     _seam(
         "speculative.triton_ops.cache_locs:assign_req_to_token_pool_func",

@@ -19,6 +19,7 @@ from er_sglang.profile import Profile
 from tests.host.servers import ARGS, ENV, self_quant
 
 GAMMA_MAX = 3
+AUTO = {"mode": "auto"}
 CROSSOVER = 8
 PROMPT = [7, 30, 30, 2, 51]
 MANY, FEW = 24, 3
@@ -55,7 +56,7 @@ def calibrated(qwen3, folder):
         for name, value in {**ENV, CACHE_ENV: str(cache)}.items():
             patch.setenv(name, value)
         words = [word for name, value in ARGS.items() for word in (f"--{name}", *([] if value is True else [str(value)]))]
-        patch.setenv(CONFIG_ENV, json.dumps({"max_draft_batch": 2048}))
+        patch.setenv(CONFIG_ENV, json.dumps({"max_draft_batch": 2048, "policy": AUTO}))
         command = ["calibrate", "--model-path", str(qwen3), "--out", str(out), "--", "--speculative-num-steps", str(GAMMA_MAX)]
         assert main([*command, *words]) == 0
     return Profile.load(out), cache
@@ -71,7 +72,7 @@ def steered(qwen3, folder, calibrated):
     with self_quant(
         qwen3,
         folder / "steered.log",
-        {"trace": str(trace)},
+        {"trace": str(trace), "policy": AUTO},
         GAMMA_MAX,
         args={"enable-metrics": True},
         env={CACHE_ENV: str(cache)},
@@ -141,7 +142,7 @@ def test_predicted_and_measured_speedup_are_told(steered):
 def test_a_profile_from_elsewhere_is_refused(qwen3, folder, calibrated):
     elsewhere = folder / "elsewhere.json"
     crafted(calibrated[0], elsewhere, device="NVIDIA H200")
-    server = self_quant(qwen3, folder / "elsewhere.log", {"profile": str(elsewhere)}, GAMMA_MAX)
+    server = self_quant(qwen3, folder / "elsewhere.log", {"profile": str(elsewhere), "policy": AUTO}, GAMMA_MAX)
     with pytest.raises(RuntimeError, match="device: profile 'NVIDIA H200', here"):
         with server:
             pass
@@ -156,7 +157,7 @@ def test_two_ranks_decide_alike(qwen3, folder, calibrated):
         "SGLANG_CPU_OMP_THREADS_BIND": f"{cores[0]}|{cores[-1]}",  # else one rank per NUMA node
         "SGLANG_NCCL_SO_PATH": "/none",  # SGLang tries NCCL wherever it finds the library, on CPU too
     }
-    with self_quant(qwen3, folder / "two-ranks.log", {"profile": str(profile)}, GAMMA_MAX, {"tp-size": 2}, env) as server:
+    with self_quant(qwen3, folder / "two-ranks.log", {"profile": str(profile), "policy": AUTO}, GAMMA_MAX, {"tp-size": 2}, env) as server:
         load(server)
         load(server)
         state = server.self_quant()
