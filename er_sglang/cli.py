@@ -9,7 +9,8 @@ from er_sglang import __version__
 
 
 def main(argv: list[str] | None = None) -> int:
-    from er_sglang import autoload, calibrate, patching, plots, simulate
+    from er_sglang import autoload
+    from er_sglang.tools import calibrate, patching, plots, simulate
 
     parser = argparse.ArgumentParser(prog="er-sglang", description="Self-quantized speculative decoding for SGLang.")
     parser.add_argument("--version", action="version", version=__version__)

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from er_sglang.errors import ConfigError
-from er_sglang.policy_config import PolicyConfig
+from er_sglang.policy.config import PolicyConfig
 
 CONFIG_ENV = "ER_SGLANG_CONFIG"
 CACHE_ENV = "ER_SGLANG_CACHE"

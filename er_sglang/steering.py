@@ -13,8 +13,8 @@ from sglang.srt.distributed import get_tp_group
 from er_sglang.agreement import Agreement
 from er_sglang.config import SelfQuantConfig
 from er_sglang.metrics import Launched, Metrics, PrometheusExporter
-from er_sglang.policy import Controller, Reason, State
-from er_sglang.profile import Profile
+from er_sglang.policy.decide import Controller, Reason, State
+from er_sglang.policy.profile import Profile
 from er_sglang.trace import Trace
 
 

@@ -19,7 +19,7 @@ from er_sglang.chain import DraftChain
 from er_sglang.config import load_config, simulated_acceptance
 from er_sglang.drafter import Drafter
 from er_sglang.logprobs import attach_logprobs
-from er_sglang.measure import obtain_profile
+from er_sglang.calibration.measure import obtain_profile
 from er_sglang.quantize import create_format
 from er_sglang.relay import SelfQuantDraftInput
 from er_sglang.sampling import RandomState, create_sampler

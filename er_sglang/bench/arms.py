@@ -12,7 +12,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from er_sglang.acceptance import emitted
+from er_sglang.policy.acceptance import emitted
 from er_sglang.config import CONFIG_ENV, SIMULATE_ACCEPTANCE_ENV
 
 POLICY_MODES = {"self_quant": "always", "auto": "auto", "paper": "paper"}

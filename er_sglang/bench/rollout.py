@@ -16,11 +16,11 @@ from er_sglang.bench.load import Request, random_prompts
 from er_sglang.bench.run import SEED, STREAM_INTERVAL_TOKENS, WARM_UP_TOKENS, arm_argument
 from er_sglang.bench.serving import Server
 from er_sglang.bench.shapes import SHAPES, write_model
-from er_sglang.policy import Controller
-from er_sglang.policy_config import PolicyConfig
-from er_sglang.profile import Profile
-from er_sglang.simulate import simulate
-from er_sglang.workload import draw_lengths, make_requests
+from er_sglang.policy.decide import Controller
+from er_sglang.policy.config import PolicyConfig
+from er_sglang.policy.profile import Profile
+from er_sglang.tools.simulate import simulate
+from er_sglang.tools.workload import draw_lengths, make_requests
 
 ON_CPU = not torch.cuda.is_available()
 

@@ -15,7 +15,7 @@ import pytest
 from er_sglang.agreement import CHECK_EVERY_STEPS
 from er_sglang.cli import main
 from er_sglang.config import CACHE_ENV, CONFIG_ENV
-from er_sglang.profile import Profile
+from er_sglang.policy.profile import Profile
 from tests.host.servers import ARGS, ENV, self_quant
 
 GAMMA_MAX = 3

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from er_sglang.acceptance import AcceptanceEstimator, emitted
+from er_sglang.policy.acceptance import AcceptanceEstimator, emitted
 
 
 def draw_cycle(rng: random.Random, alphas, batch: int, gamma: int) -> list[int]:

@@ -10,12 +10,12 @@ import pytest
 PACKAGE = Path(__file__).parents[2] / "er_sglang"
 
 PURE = (
-    "acceptance config errors host metrics paper_policy policy policy_config profile refusals simulate tables "
-    "trace updates workload"
+    "config errors host metrics policy.acceptance policy.config policy.decide policy.paper policy.profile policy.tables "
+    "refusals tools.simulate tools.workload trace updates"
 ).split()
 KNOWS_SGLANG = {
-    *("algorithm autoload chain drafter fingerprint hooks logprobs measure relay steering verifier worker".split()),
-    *("quantize.marlin quantize.scaled_mm".split()),
+    *("algorithm autoload chain drafter hooks logprobs relay steering verifier worker".split()),
+    *("calibration.fingerprint calibration.measure quantize.marlin quantize.scaled_mm".split()),
 }
 
 

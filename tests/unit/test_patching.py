@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from er_sglang import patching
+from er_sglang.tools import patching
 
 RELEASE = "0.5.15.post1"
 SPEC_INFO = "sglang/srt/speculative/spec_info.py"

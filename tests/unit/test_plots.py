@@ -5,8 +5,8 @@ import json
 import pytest
 
 from er_sglang.cli import main
-from er_sglang.plots import best_gamma, binned, read_trace
-from er_sglang.profile import Profile, Sample
+from er_sglang.tools.plots import best_gamma, binned, read_trace
+from er_sglang.policy.profile import Profile, Sample
 
 GAMMAS = (1, 3)
 

@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from er_sglang.acceptance import AcceptanceEstimator
-from er_sglang.paper_policy import PaperRule, Roofline, fit_roofline
-from er_sglang.policy import Controller, Memory, Reason, State, decide
-from er_sglang.policy_config import PolicyConfig
-from er_sglang.profile import Profile, Sample
+from er_sglang.policy.acceptance import AcceptanceEstimator
+from er_sglang.policy.paper import PaperRule, Roofline, fit_roofline
+from er_sglang.policy.decide import Controller, Memory, Reason, State, decide
+from er_sglang.policy.config import PolicyConfig
+from er_sglang.policy.profile import Profile, Sample
 
 LADDER = (1, 2, 3, 5, 7)
 NO_CREDIT = Memory(probe_credit_s=0.0)

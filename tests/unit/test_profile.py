@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from er_sglang.profile import Profile, ProfileError, Sample
+from er_sglang.policy.profile import Profile, ProfileError, Sample
 
 BATCHES, CONTEXTS = (1, 4, 16), (512, 1024, 4096)
 

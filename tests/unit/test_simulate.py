@@ -7,12 +7,12 @@ import random
 
 import pytest
 
-from er_sglang.acceptance import emitted
-from er_sglang.policy import Controller
-from er_sglang.policy_config import PolicyConfig
-from er_sglang.profile import Profile, Sample
-from er_sglang.simulate import add_command, simulate
-from er_sglang.workload import Request, draw_lengths, make_requests
+from er_sglang.policy.acceptance import emitted
+from er_sglang.policy.decide import Controller
+from er_sglang.policy.config import PolicyConfig
+from er_sglang.policy.profile import Profile, Sample
+from er_sglang.tools.simulate import add_command, simulate
+from er_sglang.tools.workload import Request, draw_lengths, make_requests
 
 LADDER = (1, 2, 3, 5, 7)
 PROPERTY_CASES = int(os.environ.get("ER_SGLANG_PROPERTY_CASES", "500"))

@@ -30,11 +30,11 @@ from enum import Enum
 from itertools import cycle
 from math import ceil, inf
 
-from er_sglang.acceptance import AcceptanceEstimator, emitted
+from er_sglang.policy.acceptance import AcceptanceEstimator, emitted
 from er_sglang.errors import ConfigError
-from er_sglang.paper_policy import PaperRule
-from er_sglang.policy_config import PolicyConfig
-from er_sglang.profile import Profile
+from er_sglang.policy.paper import PaperRule
+from er_sglang.policy.config import PolicyConfig
+from er_sglang.policy.profile import Profile
 
 class Reason(str, Enum):
     """Why a step drafts as much as it does; one counter each."""

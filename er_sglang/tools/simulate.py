@@ -20,10 +20,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from er_sglang.policy import Controller, State
-from er_sglang.policy_config import PolicyConfig
-from er_sglang.profile import Profile
-from er_sglang.workload import Request, draw_lengths, make_requests
+from er_sglang.policy.decide import Controller, State
+from er_sglang.policy.config import PolicyConfig
+from er_sglang.policy.profile import Profile
+from er_sglang.tools.workload import Request, draw_lengths, make_requests
 
 
 @dataclass(slots=True)

@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass
 from math import exp, log
 
-from er_sglang.profile import Profile
+from er_sglang.policy.profile import Profile
 
 MARGIN = 0.05
 ARM_ABOVE_BATCH = 32

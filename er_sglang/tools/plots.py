@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from math import exp, log
 from pathlib import Path
 
-from er_sglang.acceptance import emitted
-from er_sglang.profile import Profile
+from er_sglang.policy.acceptance import emitted
+from er_sglang.policy.profile import Profile
 
 POINTS = 160  # of the crossover map, along each axis
 BINS = 300  # of the timeline, at most

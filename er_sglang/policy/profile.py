@@ -22,7 +22,7 @@ from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
-from er_sglang.tables import ProfileError, Table, blend, complete, isotonic, locate
+from er_sglang.policy.tables import ProfileError, Table, blend, complete, isotonic, locate
 
 FORMAT = 1
 CSV_COLUMNS = ("phase", "gamma", "batch", "context_tokens", "seconds")

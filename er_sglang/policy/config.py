@@ -1,10 +1,10 @@
-"""Settings of the decision how many tokens to draft; what they do is told in policy.py."""
+"""Settings of the decision how many tokens to draft; what they do is told in decide.py."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from er_sglang.acceptance import AcceptanceEstimator
+from er_sglang.policy.acceptance import AcceptanceEstimator
 from er_sglang.errors import ConfigError
 
 MODES = ("auto", "always", "off", "threshold", "paper", "cycle")

@@ -31,8 +31,8 @@ from tqdm import tqdm
 
 from er_sglang.config import cache_folder
 from er_sglang.errors import ConfigError
-from er_sglang.fingerprint import fingerprint
-from er_sglang.profile import Profile, Sample
+from er_sglang.calibration.fingerprint import fingerprint
+from er_sglang.policy.profile import Profile, Sample
 from er_sglang.relay import SelfQuantDraftInput
 from er_sglang.step import Step
 
