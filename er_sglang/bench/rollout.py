@@ -14,7 +14,7 @@ from er_sglang.bench.arms import Arm
 from er_sglang.bench.client import run_load
 from er_sglang.bench.load import Request, random_prompts
 from er_sglang.bench.run import SEED, STREAM_INTERVAL_TOKENS, WARM_UP_TOKENS, arm_argument
-from er_sglang.bench.serving import Server
+from er_sglang.bench.serving import Server, exit_on_sigterm
 from er_sglang.bench.shapes import SHAPES, write_model
 from er_sglang.policy.decide import Controller
 from er_sglang.policy.config import PolicyConfig
@@ -66,6 +66,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
+    exit_on_sigterm()
     args.out.mkdir(parents=True, exist_ok=True)
     rows, states = [], {}
     with tempfile.TemporaryDirectory() as scratch:

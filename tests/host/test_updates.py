@@ -94,3 +94,9 @@ def test_updates(server, policies, expected):
     update_from_disk(server, policies["B"])
     assert serve(server) == (expected["B"], acceptance_b)
     assert counters(server) == {"updates": 5, "failed_updates": 1, "refreshes": 3, "dirty": False}
+
+    # slime's check that an update arrived has no part for derived weights. ("compare", its end, needs CUDA in SGLang.)
+    for action in ("snapshot", "reset_tensors"):
+        server.post("/weights_checker", {"action": action})
+    update_from_disk(server, policies["B"])
+    assert serve(server) == (expected["B"], acceptance_b)
