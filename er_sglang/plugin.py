@@ -11,15 +11,7 @@ def activate() -> None:
     Raises UnsupportedHost. SGLang logs it with its reason and goes on without us; SELF_QUANT is then unknown.
     """
     check_host()
-    from er_sglang import hooks
+    from er_sglang import algorithm, hooks
 
     hooks.install()
-    register_algorithm()
-
-
-def register_algorithm() -> None:
-    """Check the host and register SELF_QUANT, without hooks: enough to build ``ServerArgs``."""
-    check_host()
-    from er_sglang.algorithm import register
-
-    register()
+    algorithm.register()

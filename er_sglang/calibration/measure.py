@@ -2,8 +2,9 @@
 
 For batch sizes that have graphs, those just above (they are padded to the next graph: time is a staircase) and a few
 contexts, synthetic requests are laid into the still unused KV pool and stepped by the worker itself: plain decoding and
-whole cycles of each gamma, back to back, so that host work counts where the GPU waits for it. T_draft is the least that any chain takes per token; whatever else a cycle takes is its
-T_verify. So gamma * T_draft + T_verify is the cycle as measured.
+whole cycles of each gamma, back to back, so that host work counts where the GPU waits for it. T_draft is the least that
+any chain takes per token; whatever else a cycle takes is its T_verify. So gamma * T_draft + T_verify is the cycle as
+measured.
 
 The grid is gone over until BUDGET_S is spent, so that a disturbance spoils one sample of a cell and the median forgets
 it. The table is kept on disk under a fingerprint of all that it depends on.
