@@ -52,6 +52,7 @@ class DraftChain:
         self._sampler = sampler
         self._random = random
         self._graph_batches = graph_batches
+        # SGLang's graph backend asks its owner for model_runner and device_module.
         self.model_runner = view = _decode_view(target)
         self.device_module = torch.get_device_module(view.device)
         gamma_max = max(gammas)

@@ -48,11 +48,7 @@ class SelfQuantDraftInput(SpecInput):
 
 
 class SelfQuantFutureMap(FutureMap):
-    """SGLang's relay between overlapped steps, for the last emitted token only.
-
-    FlashAttention asks for sequence lengths on the host, which costs a wait for the whole previous step. It uses
-    them for nothing but a split heuristic, for which the worker gives an upper bound instead.
-    """
+    """SGLang's relay between overlapped steps, for the last emitted token only, on any device."""
 
     def _resolve_spec_extras(self, batch) -> None:
         draft_input = batch.spec_info

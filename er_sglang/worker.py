@@ -100,7 +100,8 @@ class SelfQuantWorker(BaseSpecWorker):
         backend = self.runner.attn_backend
         check_attention_backend(self.runner)
         if type(backend).__name__ == "FlashAttentionBackend":
-            # It reads host lengths only to choose a split; Step gives it an upper bound without waiting for the GPU.
+            # Lengths on the host cost a wait for the whole previous step. It reads them only to choose a split, for which
+            # Step gives it an upper bound.
             backend.needs_cpu_seq_lens = False
 
     def init_cuda_graphs(self) -> None:

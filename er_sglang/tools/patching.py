@@ -267,11 +267,17 @@ def apply(tree: Tree) -> int:
     return APPLIED
 
 
-def verify(tree: Tree) -> int:
-    """Say whether the whole series is applied. Raises Drift if it neither is nor could be."""
+def _checked(tree: Tree) -> tuple[Files, int]:
+    """The tree's files and how many patches they carry. Raises Drift unless the rest of the series would fit."""
     files = tree.read()
     count = applied_count(files, tree.patches)
     apply_in_memory(files, tree.patches[count:])
+    return files, count
+
+
+def verify(tree: Tree) -> int:
+    """Say whether the whole series is applied. Raises Drift if it neither is nor could be."""
+    _, count = _checked(tree)
     if count == len(tree.patches):
         print(f"applied: {tree}")
         return APPLIED
@@ -281,9 +287,7 @@ def verify(tree: Tree) -> int:
 
 def revert(tree: Tree) -> int:
     """Take back what the tree carries of its series, byte for byte."""
-    files = tree.read()
-    count = applied_count(files, tree.patches)
-    apply_in_memory(files, tree.patches[count:])
+    files, count = _checked(tree)
     if not count:
         print(f"nothing to revert: {tree}")
         return APPLIED
