@@ -55,6 +55,3 @@ class Format(ABC):
     @abstractmethod
     def dequantize(self, packed: Packed) -> torch.Tensor:
         """W_hat [n, k] in the weight's dtype, as `apply` uses it. For tests and inspection, not for speed."""
-
-    def reset_workspace(self) -> None:
-        """Restore the workspace after its memory was released and resumed. Formats without one have nothing to do."""

@@ -1,4 +1,4 @@
-"""int4 on CUDA: SGLang's Marlin GEMM over weights that our fused kernel packs.
+"""int4 on CUDA, in Marlin's layout, packed by our fused kernel: our own GEMM for a few rows, SGLang's Marlin above.
 
 `apply` calls the JIT module itself: SGLang's wrapper allocates its reduction buffer and four empty tensors per call.
 Symmetric weights use Marlin's uint4b8 kernels, asymmetric ones uint4 with zero points; one JIT module per
@@ -13,9 +13,10 @@ import torch
 from sgl_kernel.scalar_type import scalar_types
 from sglang.jit_kernel.gptq_marlin import _jit_gptq_marlin_module
 
-from er_sglang.quantize import marlin_layout, rtn
+from er_sglang.quantize import marlin_layout, rtn, small_batch
 from er_sglang.quantize.base import Format, Packed
 from er_sglang.quantize.kernels import refresh_int4_marlin_
+from er_sglang.quantize.small_batch import SmallBatchGemm
 
 GROUP_SIZES = (32, 64, 128)
 DTYPES = (torch.bfloat16, torch.float16)
@@ -34,6 +35,8 @@ class MarlinInt4(Format):
         self.symmetric = symmetric
         self._type_id = (scalar_types.uint4b8 if symmetric else scalar_types.uint4).id
         self._gemm = {}  # by activation dtype, loaded by allocate()
+        self._small_batch_gemm = {}  # likewise; empty where the GPU cannot run it
+        self._has_clusters = torch.cuda.get_device_capability(device) >= (9, 0)
         sm_count = torch.cuda.get_device_properties(device).multi_processor_count
         self._locks = torch.zeros(sm_count, dtype=torch.int32, device=device)
         self._partial_sums = torch.empty(sm_count * _MAX_TILE_M * _MAX_TILE_N, dtype=torch.float32, device=device)
@@ -52,6 +55,10 @@ class MarlinInt4(Format):
 
     def allocate(self, n: int, k: int, dtype: torch.dtype, device: torch.device) -> Packed:
         self._gemm[dtype] = _jit_gptq_marlin_module(dtype).gptq_marlin_gemm
+        if self._has_clusters and dtype not in self._small_batch_gemm:
+            self._small_batch_gemm[dtype] = SmallBatchGemm(
+                dtype=dtype, symmetric=self.symmetric, group_size=self.group_size, device=device
+            )
         groups = k // self.group_size
         return Packed(
             n=n,
@@ -67,6 +74,9 @@ class MarlinInt4(Format):
 
     def apply(self, packed: Packed, x_MK: torch.Tensor, bias_N: torch.Tensor | None) -> torch.Tensor:
         y_MN = x_MK.new_empty(x_MK.shape[0], packed.n)
+        if len(x_MK) <= small_batch.MAX_M and packed.dtype in self._small_batch_gemm:
+            self._small_batch_gemm[packed.dtype](packed, x_MK, bias_N, y_MN)
+            return y_MN
         self._gemm[packed.dtype](
             x_MK,
             packed.codes,
@@ -91,7 +101,3 @@ class MarlinInt4(Format):
         zeros_NG = None if self.symmetric else marlin_layout.unpack_zeros(packed.zeros)
         codes_NK = marlin_layout.unpack_codes(packed.codes)
         return rtn.dequantize_int4(codes_NK, marlin_layout.unpack_scales(packed.scales), zeros_NG)
-
-    def reset_workspace(self) -> None:
-        """Zero the locks: Marlin expects and leaves them zero, memory that was released and resumed is arbitrary."""
-        self._locks.zero_()

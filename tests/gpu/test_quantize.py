@@ -112,7 +112,7 @@ def test_fp8_refresh_is_the_reference_quantizer(dtype, n, k):
 # ---- products
 
 
-@pytest.mark.parametrize("m", [1, 7, 16, 33, 64, 130])
+@pytest.mark.parametrize("m", [1, 7, 9, 16, 17, 33, 64, 130])
 @pytest.mark.parametrize("n, k", [(192, 384), (4608, 3584), (5120, 13824)])
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_apply_is_the_product_with_the_dequantized_weight(fmt, m, n, k, with_bias):
@@ -138,14 +138,11 @@ def test_smaller_groups(name, group_size):
 
 
 @pytest.mark.parametrize("name", INT4)
-def test_locks_are_left_zero_and_can_be_reset(name):
+def test_locks_are_left_zero(name):
     fmt = create_format(name, group_size=128, device=CUDA)
-    packed, x = filled(fmt, random_weight(1024, 8192)), random_weight(16, 8192, seed=1)
-    first = fmt.apply(packed, x, None)
+    packed, x = filled(fmt, random_weight(1024, 8192)), random_weight(32, 8192, seed=1)
+    fmt.apply(packed, x, None)
     assert not fmt._locks.any()
-    fmt._locks.fill_(7)
-    fmt.reset_workspace()
-    assert torch.equal(fmt.apply(packed, x, None), first)
 
 
 @pytest.mark.parametrize("name", INT4)

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 PROMPT = [17, 4, 88, 23, 61, 9]
 SAMPLES = 1600
 NEW_TOKENS = 8
-GRAPH_BATCHES = [1, 2, 4, 8, 16, 32]
+LARGEST_GRAPH_BATCH = 32
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def server(policy, tmp_path_factory):
         "skip-tokenizer-init": True,
         "dtype": "bfloat16",
         "random-seed": 20240607,
-        "cuda-graph-bs": GRAPH_BATCHES,
+        "cuda-graph-bs": [1, 8, LARGEST_GRAPH_BATCH],
         "cuda-graph-backend-prefill": "disabled",
         "max-running-requests": 64,
         "mem-fraction-static": 0.3,
@@ -54,8 +54,11 @@ def server(policy, tmp_path_factory):
 
 def test_graphs_equal_eager_runs(server) -> None:
     """The plugin compares them at start-up and stops the server at the first difference."""
+    from er_sglang.worker import GRAPH_BATCHES
+
+    batches = [batch for batch in GRAPH_BATCHES if batch <= LARGEST_GRAPH_BATCH]
     checks = [line for line in server.log_path.read_text().splitlines() if line.startswith("GRAPH_CHECK")]
-    assert len(checks) == 2 * 3 * len(GRAPH_BATCHES)  # draft and verify, gamma 1 to 3
+    assert len(checks) == 2 * 3 * len(batches)  # draft and verify, gamma 1 to 3
 
 
 @pytest.mark.parametrize("temperature", [0.6, 1.0, 1.4])
@@ -86,6 +89,7 @@ def test_log_probabilities(server, policy) -> None:
     params = {"temperature": 1.0, "max_new_tokens": 64, "ignore_eos": True}
     answer = server.generate({"input_ids": PROMPT, "sampling_params": params, "return_logprob": True})
     output = answer["output_ids"]
-    expected = Oracle(policy).logprobs(PROMPT, output)[len(PROMPT) - 1 :]
+    logits_TV = Oracle(policy).logits(torch.tensor([PROMPT + output]))[0]
+    expected = logits_TV[len(PROMPT) - 1 : -1].log_softmax(-1)
     found = torch.tensor([value for value, *_ in answer["meta_info"]["output_token_logprobs"]])
     torch.testing.assert_close(found, expected.gather(1, torch.tensor(output).view(-1, 1)).view(-1), rtol=0.03, atol=0.15)

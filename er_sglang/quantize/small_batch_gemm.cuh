@@ -1,0 +1,334 @@
+// y[M, N] = x[M, K] @ W_hat[N, K]^T + bias for the few rows of a draft step, W_hat in Marlin's int4 layout (marlin_layout.py).
+//
+// At M <= 16 the product is a read of W_hat: the floor is its bytes over the memory bandwidth. What it takes to come near:
+//
+// - Weights go from memory to registers, no shared memory in between. Marlin's layout gives each lane the A operand of four
+//   m16n8k16 products (W_hat's rows are the product's rows, x's are its columns) in one 16-byte load; a ring of eight such loads
+//   per lane is always in flight.
+// - K is split until all warps of the chip have work, over the warps of a block and over the blocks of a cluster; the parts are
+//   added in float32 through distributed shared memory, in a fixed order: no locks, no workspace, and the same bits every time.
+// - Codes become exact small integers (two bit operations and a subtraction for two weights); a group's scale is applied to its
+//   float32 sum.
+// - The first weights are requested before the previous kernel has ended (programmatic dependent launch).
+#pragma once
+
+#include <sgl_kernel/tensor.h>
+#include <sgl_kernel/utils.h>
+
+#include <sgl_kernel/utils.cuh>
+
+#include <cooperative_groups.h>
+#include <tvm/ffi/container/tensor.h>
+
+#include <algorithm>
+#include <cstdint>
+
+namespace er_sglang {
+
+constexpr int kTileN = 64;    // rows of W_hat that a warp multiplies: one tile of the layout
+constexpr int kTileK = 16;    // of a tile, and of one tensor-core product
+constexpr int kUnitK = 128;   // a warp's piece of K; holds one or more groups
+constexpr int kUnitTiles = kUnitK / kTileK;
+constexpr int kPadX = 8;      // elements between rows of x in shared memory: ldmatrix without bank conflicts
+constexpr int kPadY = 4;      // floats between rows of the parts: stores without bank conflicts
+
+template <typename T>
+struct Magic;  // bits of a power of two whose last mantissa bit is worth 1: or a code into them to get their sum
+template <>
+struct Magic<bf16_t> {
+  static constexpr uint32_t bits = 0x43004300;  // 128
+};
+template <>
+struct Magic<fp16_t> {
+  static constexpr uint32_t bits = 0x64006400;  // 1024
+};
+
+SGL_DEVICE uint32_t and_or(uint32_t a, uint32_t mask, uint32_t bits) {  // in one instruction
+  uint32_t v;
+  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(v) : "r"(a), "r"(mask), "r"(bits));
+  return v;
+}
+
+template <typename T>
+SGL_DEVICE uint32_t subtract2(uint32_t a, uint32_t b) {
+  using T2 = std::conditional_t<std::is_same_v<T, bf16_t>, bf16x2_t, fp16x2_t>;
+  const T2 difference = __hsub2(reinterpret_cast<const T2&>(a), reinterpret_cast<const T2&>(b));
+  return reinterpret_cast<const uint32_t&>(difference);
+}
+
+template <typename T>
+SGL_DEVICE void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  if constexpr (std::is_same_v<T, bf16_t>) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  } else {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  }
+}
+
+SGL_DEVICE void load_x_fragments(uint32_t (&b)[4], uint32_t shared_address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(b[0]), "=r"(b[1]), "=r"(b[2]), "=r"(b[3])
+               : "r"(shared_address));
+}
+
+SGL_DEVICE uint4 load_once(const uint4* address) {  // a weight is read once a step: leave L1 to the rest
+  uint4 v;
+  asm volatile("ld.global.nc.L1::no_allocate.L2::256B.v4.u32 {%0,%1,%2,%3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(address));
+  return v;
+}
+
+SGL_DEVICE void copy_async_16(uint32_t shared_address, const void* address) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address), "l"(address));
+}
+
+struct Operands {
+  const void* x;        // [M, K], rows row_stride_x apart
+  const uint4* codes;   // [K / 16, N / 64, 32]
+  const void* scales;   // [K / group, N]
+  const uint32_t* zeros;  // [K / group, N / 8], asymmetric only
+  const void* bias;     // [N] or null
+  void* y;              // [M, N]
+  int m, n, k;
+  int row_stride_x;
+};
+
+template <typename T, bool kSymmetric, int kGroup, int kTilesM, int kWarpsN, int kWarpsK>
+__global__ void __launch_bounds__(kWarpsN * kWarpsK * 32, kTilesM == 1 ? 20 / (kWarpsN * kWarpsK) : 1) small_batch_gemm_kernel(const __grid_constant__ Operands p) {
+  namespace cg = cooperative_groups;
+  constexpr int kThreads = kWarpsN * kWarpsK * 32;
+  constexpr int kGroups = kUnitK / kGroup;
+  constexpr int kBlockN = kWarpsN * kTileN;
+  constexpr int kRows = 8 * kTilesM;
+  extern __shared__ __align__(16) char shared[];
+
+  const auto cluster = cg::this_cluster();
+  const int split = cluster.block_rank(), splits = cluster.num_blocks();
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int r = lane / 4;
+  const int warp_n = warp % kWarpsN, warp_k = warp / kWarpsN;
+  const int block_n = blockIdx.y * kBlockN;
+  const int n0 = block_n + warp_n * kTileN;
+  const bool has_columns = n0 < p.n;
+
+  const int units = p.k / kUnitK;
+  const int first = units * split / splits, last = units * (split + 1) / splits;  // this block's
+  const int stride_x = (last - first) * kUnitK + kPadX;
+
+  // The first weights.
+  const int64_t tile_stride = p.n / 2;  // in uint4: N / 64 tiles of 32
+  int unit = first + warp_k;
+  const uint4* next = p.codes + unit * kUnitTiles * tile_stride + n0 / 2 + lane;
+  const char* next_scales = static_cast<const char*>(p.scales) + (int64_t(unit) * kGroups * p.n + n0 + r * 8) * sizeof(T);
+  const uint32_t* next_zeros = kSymmetric ? nullptr : p.zeros + (int64_t(unit) * kGroups * p.n + n0) / 8 + r;
+  uint4 ring[kUnitTiles];
+  uint4 scales[kGroups];
+  uint32_t zeros[kGroups];
+  bool active = has_columns && unit < last;
+  const auto load_scales = [&] {
+#pragma unroll
+    for (int g = 0; g < kGroups; ++g) {
+      scales[g] = *reinterpret_cast<const uint4*>(next_scales + int64_t(g) * p.n * sizeof(T));
+      if constexpr (!kSymmetric) zeros[g] = next_zeros[int64_t(g) * p.n / 8];
+    }
+    next_scales += int64_t(kWarpsK) * kGroups * p.n * sizeof(T);
+    if constexpr (!kSymmetric) next_zeros += int64_t(kWarpsK) * kGroups * p.n / 8;
+  };
+  if (active) {
+#pragma unroll
+    for (int t = 0; t < kUnitTiles; ++t) ring[t] = load_once(next + t * tile_stride);
+    load_scales();
+  }
+
+  // This block's part of x; rows from M on stay undefined: they are columns of the product that nobody reads.
+  device::PDLWaitPrimary<true>();
+  const uint32_t shared_x = __cvta_generic_to_shared(shared);
+  {
+    const int vectors = (last - first) * (kUnitK / 8);
+    const T* x = static_cast<const T*>(p.x) + first * kUnitK;
+    for (int i = threadIdx.x; i < p.m * vectors; i += kThreads) {
+      const int row = i / vectors, column = i % vectors * 8;
+      copy_async_16(shared_x + (row * stride_x + column) * sizeof(T), x + int64_t(row) * p.row_stride_x + column);
+    }
+    asm volatile("cp.async.wait_all;");
+    __syncthreads();
+  }
+
+  float sum[4][kTilesM][4] = {};  // [16 rows of W_hat][8 rows of x][this lane's part of the product]
+  uint32_t fragment = shared_x + ((lane % 8) * stride_x + (unit - first) * kUnitK + lane / 8 * 8) * sizeof(T);
+  while (active) {
+    unit += kWarpsK;
+    const bool more = unit < last;
+    next += int64_t(kWarpsK) * kUnitTiles * tile_stride;
+    uint4 group_scales[kGroups];
+    uint32_t group_zeros[kGroups];
+#pragma unroll
+    for (int g = 0; g < kGroups; ++g) group_scales[g] = scales[g], group_zeros[g] = zeros[g];
+    if (more) load_scales();
+
+#pragma unroll
+    for (int g = 0; g < kGroups; ++g) {
+      float part[4][kTilesM][4] = {};
+      uint32_t b[kTilesM][4];
+#pragma unroll
+      for (int t = g * kGroup / kTileK; t < (g + 1) * kGroup / kTileK; ++t) {
+        const uint32_t q[4] = {ring[t].x, ring[t].y, ring[t].z, ring[t].w};
+        if (more) ring[t] = load_once(next + t * tile_stride);
+        if (t % 2 == 0) {
+#pragma unroll
+          for (int j = 0; j < kTilesM; ++j) load_x_fragments(b[j], fragment + (8 * j * stride_x + t * kTileK) * sizeof(T));
+        }
+#pragma unroll
+        for (int w = 0; w < 4; ++w) {
+          uint32_t zero[2] = {Magic<T>::bits | 0x00080008u, Magic<T>::bits | 0x00080008u};
+          if constexpr (!kSymmetric) {
+            const uint32_t both = group_zeros[g] >> (4 * w) & 0x000f000fu;
+            zero[0] = __byte_perm(both, 0, 0x1010) | Magic<T>::bits;
+            zero[1] = __byte_perm(both, 0, 0x3232) | Magic<T>::bits;
+          }
+          uint32_t a[4];  // rows r and r + 8, then the same of the other half of K
+          a[0] = subtract2<T>(and_or(q[w], 0x000f000fu, Magic<T>::bits), zero[0]);
+          a[1] = subtract2<T>(and_or(q[w] >> 8, 0x000f000fu, Magic<T>::bits), zero[1]);
+          a[2] = subtract2<T>(and_or(q[w] >> 4, 0x000f000fu, Magic<T>::bits), zero[0]);
+          a[3] = subtract2<T>(and_or(q[w] >> 12, 0x000f000fu, Magic<T>::bits), zero[1]);
+#pragma unroll
+          for (int j = 0; j < kTilesM; ++j) multiply_add<T>(part[w][j], a, b[j][t % 2 * 2], b[j][t % 2 * 2 + 1]);
+        }
+      }
+      const T* scale = reinterpret_cast<const T*>(&group_scales[g]);
+#pragma unroll
+      for (int w = 0; w < 4; ++w) {
+#pragma unroll
+        for (int j = 0; j < kTilesM; ++j) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) sum[w][j][i] += static_cast<float>(scale[2 * w + i / 2]) * part[w][j][i];
+        }
+      }
+    }
+    fragment += kWarpsK * kUnitK * sizeof(T);
+    active = more;
+  }
+
+  // Add the parts of all warps and blocks. x is no longer needed: its memory holds the parts, [kWarpsK][M][kBlockN].
+  device::PDLTriggerSecondary<true>();
+  constexpr int kStrideY = kBlockN + kPadY;
+  float* parts = reinterpret_cast<float*>(shared);
+  __syncthreads();
+#pragma unroll
+  for (int w = 0; w < 4; ++w) {
+#pragma unroll
+    for (int j = 0; j < kTilesM; ++j) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int row = 8 * j + lane % 4 * 2 + i % 2, column = warp_n * kTileN + 16 * w + 8 * (i / 2) + r;
+        parts[(warp_k * kRows + row) * kStrideY + column] = sum[w][j][i];
+      }
+    }
+  }
+  cluster.sync();
+  const int columns = min(kBlockN, p.n - block_n);
+  for (int i = (split * kThreads + threadIdx.x) * 2; i < p.m * kBlockN; i += splits * kThreads * 2) {
+    const int row = i / kBlockN, column = i % kBlockN;
+    if (column >= columns) continue;
+    float y[2] = {0, 0};
+    for (int s = 0; s < splits; ++s) {
+      const float* theirs = cluster.map_shared_rank(parts, s);
+#pragma unroll
+      for (int w = 0; w < kWarpsK; ++w) {
+        const float2 part = *reinterpret_cast<const float2*>(theirs + (w * kRows + row) * kStrideY + column);
+        y[0] += part.x, y[1] += part.y;
+      }
+    }
+    if (p.bias) {
+      const T* bias = static_cast<const T*>(p.bias) + block_n + column;
+      y[0] += static_cast<float>(bias[0]), y[1] += static_cast<float>(bias[1]);
+    }
+    T* out = static_cast<T*>(p.y) + int64_t(row) * p.n + block_n + column;
+    T pair[2] = {static_cast<T>(y[0]), static_cast<T>(y[1])};
+    *reinterpret_cast<uint32_t*>(out) = *reinterpret_cast<const uint32_t*>(pair);
+  }
+  cluster.sync();  // nobody leaves while others read its parts
+}
+
+template <typename T, bool kSymmetric, int kGroup>
+struct SmallBatchGemm {
+  template <int kTilesM, int kWarpsN, int kWarpsK>
+  static void launch(const Operands& p, int splits, DLDevice device) {
+    constexpr auto kernel = small_batch_gemm_kernel<T, kSymmetric, kGroup, kTilesM, kWarpsN, kWarpsK>;
+    constexpr int kBlockN = kWarpsN * kTileN;
+    const int units = p.k / kUnitK;
+    const int x_bytes = 8 * kTilesM * (host::div_ceil(units, splits) * kUnitK + kPadX) * sizeof(T);
+    const int parts_bytes = kWarpsK * 8 * kTilesM * (kBlockN + kPadY) * sizeof(float);
+    const int shared_bytes = std::max(x_bytes, parts_bytes);
+    static int allowed_bytes = 48 * 1024;
+    if (shared_bytes > allowed_bytes) {
+      host::RuntimeDeviceCheck(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
+      allowed_bytes = shared_bytes;
+    }
+    const dim3 grid(splits, host::div_ceil(p.n, kBlockN));
+    host::LaunchKernel(grid, kWarpsN * kWarpsK * 32, device, shared_bytes)
+        .config({.use_pdl = true, .cluster_dim = dim3(splits)})(kernel, p);
+  }
+
+  template <int kTilesM>
+  static void launch(const Operands& p, int splits, int warps_n, int warps_k, DLDevice device) {
+    switch (warps_n * 10 + warps_k) {
+      case 42: return launch<kTilesM, 4, 2>(p, splits, device);
+      case 24: return launch<kTilesM, 2, 4>(p, splits, device);
+      case 41: return launch<kTilesM, 4, 1>(p, splits, device);
+      default: host::Panic("no kernel for ", warps_n, " x ", warps_k, " warps");
+    }
+  }
+
+  // zeros and bias may be empty. warps_n: warps of a block side by side along N; splits: blocks that share K, 1 to 8.
+  static void
+  run(tvm::ffi::TensorView x,
+      tvm::ffi::TensorView codes,
+      tvm::ffi::TensorView scales,
+      tvm::ffi::TensorView zeros,
+      tvm::ffi::TensorView bias,
+      tvm::ffi::TensorView y,
+      int64_t warps_n,
+      int64_t warps_k,
+      int64_t splits) {
+    using namespace host;
+    auto M = SymbolicSize{"M"}, N = SymbolicSize{"N"}, K = SymbolicSize{"K"}, stride = SymbolicSize{"row stride of x"};
+    auto device = SymbolicDevice{};
+    device.set_options<kDLCUDA>();
+    TensorMatcher({M, K}).with_strides({stride, 1}).with_dtype<T>().with_device(device).verify(x);
+    TensorMatcher({M, N}).with_dtype<T>().with_device(device).verify(y);
+    TensorMatcher({K.unwrap() / kTileK, 2 * N.unwrap()}).with_dtype<int32_t>().with_device(device).verify(codes);
+    TensorMatcher({K.unwrap() / kGroup, N}).with_dtype<T>().with_device(device).verify(scales);
+    const int m = M.unwrap(), n = N.unwrap(), k = K.unwrap();
+    RuntimeCheck(1 <= m && m <= 16 && n % kTileN == 0 && k % kUnitK == 0, "unsupported shape: m ", m, ", n ", n, ", k ", k);
+    RuntimeCheck(stride.unwrap() % 8 == 0, "rows of x are not aligned to 16 bytes");
+    RuntimeCheck(1 <= splits && splits <= 8, "splits is ", splits, "; it must be 1 to 8");
+    if constexpr (!kSymmetric) TensorMatcher({k / kGroup, n / 8}).with_dtype<int32_t>().with_device(device).verify(zeros);
+    if (bias.size(0)) TensorMatcher({N}).with_dtype<T>().with_device(device).verify(bias);
+    const Operands p{
+        x.data_ptr(),
+        static_cast<const uint4*>(codes.data_ptr()),
+        scales.data_ptr(),
+        kSymmetric ? nullptr : static_cast<const uint32_t*>(zeros.data_ptr()),
+        bias.size(0) ? bias.data_ptr() : nullptr,
+        y.data_ptr(),
+        m,
+        n,
+        k,
+        static_cast<int>(stride.unwrap())};
+    if (m <= 8) {
+      launch<1>(p, splits, warps_n, warps_k, device.unwrap());
+    } else {
+      launch<2>(p, splits, warps_n, warps_k, device.unwrap());
+    }
+  }
+};
+
+}  // namespace er_sglang
