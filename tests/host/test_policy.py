@@ -218,8 +218,8 @@ def test_other_internal_state_is_sglangs(steered):
     assert not steered.set_internal_state({"unheard_of": 8})
     assert not steered.set_internal_state({"self_quant": {"mode": "off"}, "pp_max_micro_batch_size": 8})
     after = steered.self_quant()
-    assert "comes alone" in after.pop("refused_change")
-    assert {**after, "refused_change": None} == before
+    assert "comes alone" in after["refused_change"]
+    assert {**after, "refused_change": before["refused_change"]} == before
 
 
 def test_the_simulated_acceptance_changes_while_serving(qwen3, folder):
