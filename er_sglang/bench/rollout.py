@@ -176,26 +176,30 @@ def measure_server(server: Server, arms: Sequence[Arm], args: argparse.Namespace
                     "tokens_per_s": result.tokens_per_s,
                     "accept_length": result.accept_length,
                     "by_running": by_running(result),
+                    "ends_s": [completion.end_s for completion in result.completions],
                     "self_quant_before": before,
                     "self_quant_after": server.self_quant() if arm.self_quant else None,
                 }
 
 
 def by_running(result: LoadResult) -> list[dict]:
-    """Seconds and tokens while so many requests decoded; from the moment the last one has its first token."""
+    """Speed by the number of requests that decode, from the moment the last one has its first token on.
+
+    In classes up to 1, 2, 4, 8, ... requests: single sizes last too shortly to be timed by chunks that arrive here.
+    """
     begin_s = max(c.times_s[0] for c in result.completions)
     ends_s = sorted({c.end_s for c in result.completions if c.end_s > begin_s})
     stretches: dict[int, list[float]] = {}
     received = result.tokens_at(begin_s)
     for end_s in ends_s:
-        running, total = result.running_at(begin_s), result.tokens_at(end_s)
-        stretch = stretches.setdefault(running, [0.0, 0.0])
+        up_to, total = 1 << (result.running_at(begin_s) - 1).bit_length(), result.tokens_at(end_s)
+        stretch = stretches.setdefault(up_to, [0.0, 0.0])
         stretch[0] += end_s - begin_s
         stretch[1] += total - received
         begin_s, received = end_s, total
     return [
-        {"running": running, "seconds": seconds, "tokens": tokens, "tokens_per_s": tokens / seconds}
-        for running, (seconds, tokens) in stretches.items()
+        {"running_up_to": up_to, "seconds": seconds, "tokens": tokens, "tokens_per_s": tokens / seconds}
+        for up_to, (seconds, tokens) in stretches.items()
     ]
 
 

@@ -408,11 +408,13 @@ def test_rollouts_that_cannot_be_run_are_refused(words):
 def test_tokens_by_running_requests():
     from er_sglang.bench.rollout import by_running
 
-    one = completion(times_s=(1.0, 2.0), tokens=(1, 9))
-    two = completion(times_s=(1.0, 2.0, 4.0), tokens=(1, 5, 13))
-    assert by_running(result(one, two)) == [
-        {"running": 2, "seconds": 1.0, "tokens": 12.0, "tokens_per_s": 12.0},
-        {"running": 1, "seconds": 2.0, "tokens": 8.0, "tokens_per_s": 4.0},
+    ends_s = ((1.0, 2.0), (1.0, 3.0), (1.0, 4.0), (1.0, 4.0, 6.0))
+    tokens = ((1, 9), (1, 9), (1, 13), (1, 10, 12))
+    requests = [completion(times_s=times_s, tokens=received) for times_s, received in zip(ends_s, tokens)]
+    assert by_running(result(*requests)) == [
+        {"running_up_to": 4, "seconds": 2.0, "tokens": 30.0, "tokens_per_s": 15.0},
+        {"running_up_to": 2, "seconds": 1.0, "tokens": 7.0, "tokens_per_s": 7.0},
+        {"running_up_to": 1, "seconds": 2.0, "tokens": 2.0, "tokens_per_s": 1.0},
     ]
 
 
