@@ -16,7 +16,7 @@ from er_sglang.tools.simulate import add_command, simulate
 from er_sglang.tools.workload import Request, draw_lengths, make_requests
 
 LADDER = (1, 2, 3, 5, 7)
-PROPERTY_CASES = int(os.environ.get("ER_SGLANG_PROPERTY_CASES", "500"))
+PROPERTY_CASES = int(os.environ.get("ER_SGLANG_PROPERTY_CASES", "2000"))
 
 
 def flat_profile(target_s=1.0, draft_s=0.3, verify_s=1.1, gammas=LADDER) -> Profile:
@@ -236,6 +236,7 @@ def test_auto_never_loses_to_off_or_always():
         (requests, max_running), gamma = random_requests(rng), rng.choice(LADDER)
         auto = Controller(PolicyConfig(), profile)
         simulate(profile, requests, auto, max_running=max_running, seed=-seed - 1)
+        auto.idle()
         auto_s, off_s, always_s = (
             simulate(profile, requests, controller, max_running=max_running, seed=seed).time_s
             for controller in (
