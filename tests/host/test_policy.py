@@ -14,11 +14,15 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from er_sglang.agreement import CHECK_EVERY_STEPS
+from er_sglang.agreement import CHECK_EVERY_STEPS, Agreement
 from er_sglang.bench.arms import Arm, start_policy
 from er_sglang.cli import main
 from er_sglang.config import CACHE_ENV, CONFIG_ENV, SIMULATE_ACCEPTANCE_ENV
+from er_sglang.metrics import Metrics
+from er_sglang.policy.config import PolicyConfig
+from er_sglang.policy.decide import Controller
 from er_sglang.policy.profile import Profile
+from er_sglang.steering import Steering
 from tests.host.servers import ARGS, ENV, self_quant
 
 GAMMA_MAX = 3
@@ -176,7 +180,6 @@ def test_the_policy_changes_while_serving(steered):
 
 
 def test_the_policy_changes_within_a_batch(steered):
-    """Steps in flight were decided by the policy before, whose gammas the new one may not know."""
     steered.change_self_quant({"mode": "always", "fixed_gamma": 3})
     before = steered.self_quant()
     with ThreadPoolExecutor(1) as pool:
@@ -190,6 +193,20 @@ def test_the_policy_changes_within_a_batch(steered):
     seen = decisions(steered, before)
     assert sum(name in seen for name in ("gamma=1:always", "gamma=0:off", "gamma=3:always")) >= 2
     assert steered.self_quant()["changes"] == before["changes"] + 21
+
+
+def test_steps_in_flight_are_learned_from_by_the_policy_that_decided_them():
+    """Under overlap scheduling, the default on GPUs; the new policy may not even know their gammas."""
+    always = Controller(PolicyConfig(mode="always", fixed_gamma=3))
+    steering = Steering(always, Metrics(3), max_draft_batch=8, agreement=Agreement(None), trace=None)
+    for config in (PolicyConfig(mode="off"), PolicyConfig(mode="always", fixed_gamma=2)):
+        steering.launch([10, 10], None)
+        steering.change(config)
+    steering.launch([10, 10], None)
+    for accepted in ([3, 1], [0, 0], [2, 0]):
+        steering.finished(accepted)
+    assert always.acceptance.snapshot()["tried"] == [2.0, 2.0, 1.0]
+    assert steering.controller.acceptance.snapshot()["tried"] == [2.0, 1.0]
 
 
 @pytest.mark.parametrize(
