@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -53,6 +54,7 @@ class SelfQuantConfig:
     policy: how many tokens a step drafts. Left open, ``ladder`` is the default one up to gamma_max, and
         ``fixed_gamma`` is gamma_max.
     profile: measured times to decide by; None: those in the cache, measured at start-up if there are none.
+    calibration_s: how long that measuring may take (on a CPU, 5 at most); every cell is measured once at least.
     trace: file to append a line of JSON to for every decode step.
     """
 
@@ -61,6 +63,7 @@ class SelfQuantConfig:
     policy: PolicyConfig = field(default_factory=lambda: PolicyConfig(mode=SERVED_MODE))
     drafter: DrafterConfig = field(default_factory=DrafterConfig)
     profile: str | None = None
+    calibration_s: float = 50.0
     trace: str | None = None
 
     def __post_init__(self) -> None:
@@ -71,6 +74,8 @@ class SelfQuantConfig:
                 f"policy mode {self.policy.mode} drafts {list(self.policy.gammas)} tokens, more than "
                 f"--speculative-num-steps ({self.gamma_max}): raise it, or leave out the longer ones."
             )
+        if self.calibration_s < 0.0:
+            raise ConfigError(f"calibration_s is {self.calibration_s}; it must not be negative.")
         if self.max_draft_batch < 1:
             raise ConfigError(f"max_draft_batch is {self.max_draft_batch}; it must be at least 1.")
 
@@ -93,7 +98,7 @@ def load_config(path: str | None, gamma_max: int | None, env: Mapping[str, str] 
                 f"{source} sets gamma_max to {values['gamma_max']} but --speculative-num-steps is {gamma_max}: "
                 "give one of them."
             )
-    values = _checked(SelfQuantConfig, {"policy": {}, "drafter": {}, **values}, source)
+    values = checked(SelfQuantConfig, {"policy": {}, "drafter": {}, **values}, source)
     limit = max(1, values.get("gamma_max", SelfQuantConfig().gamma_max))
     ladder = tuple(gamma for gamma in PolicyConfig().ladder if gamma <= limit)
     values["policy"] = PolicyConfig(**{"mode": SERVED_MODE, "ladder": ladder, "fixed_gamma": limit, **values["policy"]})
@@ -137,19 +142,19 @@ def _parse(text: str, source: str) -> dict:
     return values
 
 
-def _checked(cls: type, values: dict, source: str) -> dict:
+def checked(cls: type, values: dict, source: str) -> dict:
     """``values`` with lists as tuples; raises ConfigError for a key or a type that ``cls`` does not know."""
     defaults = cls()
     names = [f.name for f in dataclasses.fields(cls)]
     if unknown := sorted(set(values) - set(names)):
         raise ConfigError(f"{source}: unknown setting {', '.join(unknown)}; known: {', '.join(sorted(names))}.")
-    checked = {}
+    settings = {}
     for name, value in values.items():
         default = getattr(defaults, name)
         if dataclasses.is_dataclass(default):
             if not isinstance(value, dict):
                 raise ConfigError(f"{source}: {name} must be a JSON object.")
-            value = _checked(type(default), value, f"{source}: {name}")
+            value = checked(type(default), value, f"{source}: {name}")
         elif isinstance(default, tuple):
             if not isinstance(value, list) or not all(type(v) is int for v in value):
                 raise ConfigError(f"{source}: {name} must be a list of integers.")
@@ -158,5 +163,7 @@ def _checked(cls: type, values: dict, source: str) -> dict:
             expected = str if default is None else type(default)  # None is the default of paths alone
             if type(value) is not expected and (expected, type(value)) != (float, int):
                 raise ConfigError(f"{source}: {name} must be of type {expected.__name__}, not {value!r}.")
-        checked[name] = value
-    return checked
+            if expected is float and not math.isfinite(value):
+                raise ConfigError(f"{source}: {name} must be a finite number, not {value!r}.")
+        settings[name] = value
+    return settings

@@ -8,6 +8,7 @@ import torch
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 from sglang.srt.server_args import get_global_server_args
 
+from er_sglang.control import KEY
 from er_sglang.host import ALGORITHM, UnsupportedHost
 
 _UPDATER = "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager."
@@ -62,6 +63,16 @@ def _internal_state(result, scheduler, recv_req):
     if worker := _worker(scheduler.draft_worker):
         result.internal_state["self_quant"] = worker.snapshot()
     return result
+
+
+def _set_internal_state(original, scheduler, recv_req):
+    """A change of our policy is ours; all else is SGLang's. The HTTP answer is the list of ``updated``, one a replica."""
+    from sglang.srt.managers.io_struct import SetInternalStateReqOutput
+
+    worker = _worker(scheduler.draft_worker)
+    if worker is None or KEY not in recv_req.server_args:
+        return original(scheduler, recv_req)
+    return SetInternalStateReqOutput(updated=worker.change(recv_req.server_args), server_args={})
 
 
 def _served() -> bool:
@@ -137,6 +148,7 @@ HOOKS = {
     f"{_SCHEDULER}continue_generation": (HookType.AFTER, _continue_generation),
     f"{_SCHEDULER}on_idle": (HookType.AFTER, _on_idle),
     f"{_SCHEDULER}get_internal_state": (HookType.AFTER, _internal_state),
+    f"{_SCHEDULER}set_internal_state": (HookType.AROUND, _set_internal_state),
     "sglang.srt.managers.schedule_batch.Req.update_finish_state": (HookType.AROUND, _finish_token_by_token),
     "sglang.srt.mem_cache.memory_pool.MHATokenToKVPool._init_kv_copy_and_warmup": (
         HookType.AROUND,

@@ -71,6 +71,7 @@ SEAMS = (
     _seam("model_executor.graph_shared_output:GraphSharedOutput.create_for_model_runner", "cls model_runner"),
     # hooks
     _seam("managers.scheduler:Scheduler.get_internal_state", "self recv_req"),
+    _seam("managers.scheduler:Scheduler.set_internal_state", "self recv_req"),
     _seam("managers.scheduler:Scheduler.continue_generation", "self recv_req"),
     _seam("managers.schedule_batch:Req.update_finish_state", "self new_accepted_len"),
     *(

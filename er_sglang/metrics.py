@@ -16,6 +16,7 @@ class Launched:
 
     plain_s: measured seconds of a plain decode step of this batch, None without a profile.
     probe: drafts to learn, not to gain.
+    mode, change: the policy's mode, and how many changes at run time came before it.
     """
 
     gamma: int
@@ -26,6 +27,8 @@ class Launched:
     outside: bool = False
     probe: bool = False
     plain_s: float | None = None
+    mode: str = ""
+    change: int = 0
 
 
 class RecentRatio:

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 
 from sglang.srt.distributed import get_tp_group
@@ -13,6 +14,7 @@ from sglang.srt.distributed import get_tp_group
 from er_sglang.agreement import Agreement
 from er_sglang.config import SelfQuantConfig
 from er_sglang.metrics import Launched, Metrics, PrometheusExporter
+from er_sglang.policy.config import PolicyConfig
 from er_sglang.policy.decide import Controller, Reason, State
 from er_sglang.policy.profile import Profile
 from er_sglang.trace import Trace
@@ -36,6 +38,8 @@ class Steering:
         self._agreement = agreement
         self._trace = trace
         self._busy = False
+        self._deciders: deque[Controller] = deque()  # of the steps in flight: who decided a step learns from it
+        self.changes = 0
 
     @property
     def busy(self) -> bool:
@@ -68,7 +72,10 @@ class Steering:
             outside=decision.outside,
             probe=decision.probe,
             plain_s=profile.target_s(batch, state.mean_context_tokens) if profile else None,
+            mode=self.controller.config.mode,
+            change=self.changes,
         )
+        self._deciders.append(self.controller)
         self._busy = True
         self.metrics.launched(step)
         return step
@@ -76,11 +83,18 @@ class Steering:
     def finished(self, accepted: Sequence[int]) -> None:
         """accepted: drafts accepted of each request of the oldest step not yet reported."""
         step = self.metrics.finished(accepted)
+        decider = self._deciders.popleft()
         self._agreement.add(accepted)
         if step.gamma:
-            self.controller.observe(accepted, step.gamma)
+            decider.observe(accepted, step.gamma)
         if self._trace:
             self._trace.write(step, sum(accepted))
+
+    def change(self, config: PolicyConfig) -> None:
+        """Decide by other settings from the next step on, as a server started with them would; counters run on."""
+        self.controller = Controller(config, self.controller.profile)
+        self.changes += 1
+        self._agreement.add(config)
 
     def policy_updated(self) -> None:
         """The drafter follows new weights of the policy."""

@@ -13,6 +13,7 @@ class Trace:
     """Appends to a file. A line holds
 
     time_s: Unix time at which the step's result reached the host.
+    mode, change: the policy's mode; how many changes of the policy at run time came before the step.
     batch, context_tokens: running requests and their mean context.
     gamma, reason: drafted tokens per request, and why as many.
     expected_speedup: over plain decoding, as predicted; null where the mode predicts nothing.
@@ -27,6 +28,8 @@ class Trace:
     def write(self, step: Launched, accepted: int) -> None:
         line = {
             "time_s": round(time.time(), 6),
+            "mode": step.mode,
+            "change": step.change,
             "batch": step.batch,
             "context_tokens": round(step.context_tokens, 1),
             "gamma": step.gamma,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
+from collections.abc import Mapping
 from types import SimpleNamespace
 
 import torch
@@ -17,6 +19,7 @@ from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 from er_sglang import hooks
 from er_sglang.chain import DraftChain
 from er_sglang.config import load_config, simulated_acceptance
+from er_sglang.control import Control, changed
 from er_sglang.drafter import Drafter
 from er_sglang.logprobs import attach_logprobs
 from er_sglang.calibration.measure import obtain_profile
@@ -72,6 +75,7 @@ class SelfQuantWorker(BaseSpecWorker):
         self.random = RandomState.create(server_args.random_seed, self.device)
         self._chain: DraftChain | None = None
         self._verifier: Verifier | None = None
+        self._refused_change: str | None = None
 
     # -- what SGLang asks of a worker --------------------------------------------------------------------------
 
@@ -229,14 +233,41 @@ class SelfQuantWorker(BaseSpecWorker):
 
     # -- the rest ----------------------------------------------------------------------------------------------
 
+    def change(self, server_args: Mapping[str, object]) -> bool:
+        """Obey a request to change the policy while serving, or refuse it: see ``control``. Every rank gets the same
+        request before the same step."""
+        controller = self.steering.controller
+        now = Control(policy=controller.config, simulated_acceptance=self._sampler.simulated_acceptance)
+        measured = controller.profile.gammas if controller.profile else ()
+        try:
+            control = changed(now, server_args, prepared=self.config.policy.gammas, measured=measured)
+        except ValueError as error:
+            self._refused_change = str(error)
+            logger.error("Refused to change the policy: %s", error)
+            return False
+        self.steering.change(control.policy)
+        self._sampler.simulated_acceptance = control.simulated_acceptance  # read by judge, which no graph contains
+        self._refused_change = None
+        logger.info("The policy was changed to %s.", control)
+        return True
+
     def snapshot(self) -> dict:
-        """State for /server_info, under ``internal_states[i]["self_quant"]``."""
+        """State for /server_info, under ``internal_states[i]["self_quant"]``.
+
+        policy: the settings in force, after `changes` changes; refused_change: why the last request to change was
+        refused. gammas: those with graphs, of which a policy may choose.
+        """
+        controller = self.steering.controller
         return {
             **self.steering.metrics.snapshot(),
-            "mode": self.config.policy.mode,
+            "mode": controller.config.mode,
+            "policy": dataclasses.asdict(controller.config),
+            "simulated_acceptance": self._sampler.simulated_acceptance,
+            "changes": self.steering.changes,
+            "refused_change": self._refused_change,
             "gammas": list(self.config.policy.gammas),
             "gamma_max": self.config.gamma_max,
-            "acceptance": self.steering.controller.acceptance.snapshot(),
+            "acceptance": controller.acceptance.snapshot(),
             "profile": str(self._profile_path) if self._profile_path else None,
             "weights": self.config.drafter.weights,
             "drafter_bytes": self._drafter.nbytes,

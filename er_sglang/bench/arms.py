@@ -1,4 +1,4 @@
-"""The arms of a benchmark: what each server is started with.
+"""The arms of a benchmark, and what their servers are started with.
 
 plain         SGLang without speculation
 standalone:G  SGLang's own STANDALONE: a 4-bit draft of the same shape, with its own weights and KV cache, G tokens a cycle
@@ -6,17 +6,22 @@ self_quant:G  SELF_QUANT, G tokens a cycle
 self_quant:0  SELF_QUANT that is never allowed to draft: must cost nothing against `plain`
 auto:G        SELF_QUANT, up to G tokens a cycle as its measured policy decides
 paper:G       SELF_QUANT by EfficientRollout's rule, up to G tokens a cycle (11 for its own ladder)
+
+The SELF_QUANT arms of one benchmark share a server, which is switched between them: see `servers` and `Arm.settings`.
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from er_sglang.config import CONFIG_ENV, SIMULATE_ACCEPTANCE_ENV, checked
 from er_sglang.policy.acceptance import emitted
-from er_sglang.config import CONFIG_ENV, SIMULATE_ACCEPTANCE_ENV
+from er_sglang.policy.config import PolicyConfig
 
 POLICY_MODES = {"self_quant": "always", "auto": "auto", "paper": "paper"}
 DRAFTERS = ("standalone", *POLICY_MODES)
+SHORTEST = {"self_quant": 0, "paper": PolicyConfig().paper_ladder[0]}  # gamma; of the others, 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,8 +37,11 @@ class Arm:
         if text == "plain":
             return cls(algorithm="plain", gamma=None)
         algorithm, _, gamma = text.partition(":")
-        if algorithm not in DRAFTERS or not gamma.isdecimal() or (algorithm != "self_quant" and gamma == "0"):
-            raise ValueError(f"unknown arm {text!r}; choose plain, standalone:G, auto:G, paper:G (G > 0) or self_quant:G, such as self_quant:3")
+        if algorithm not in DRAFTERS or not gamma.isdecimal() or int(gamma) < SHORTEST.get(algorithm, 1):
+            raise ValueError(
+                f"unknown arm {text!r}; choose plain, standalone:G, auto:G (G > 0), paper:G (G >= {SHORTEST['paper']}) "
+                "or self_quant:G, such as self_quant:3"
+            )
         return cls(algorithm=algorithm, gamma=int(gamma))
 
     def __str__(self) -> str:
@@ -45,47 +53,91 @@ class Arm:
         return self.algorithm in POLICY_MODES
 
     @property
-    def policy_mode(self) -> str:
-        return POLICY_MODES[self.algorithm] if self.drafts else "off"
-
-    @property
     def drafts(self) -> bool:
         return bool(self.gamma)
 
-    def args(self, draft_path: Path | None, idle_gamma: int) -> dict[str, object]:
-        """Server flags. `draft_path` is the STANDALONE draft model; `idle_gamma` the largest gamma that self_quant:0 forgoes."""
-        if self.algorithm == "plain":
-            return {}
-        if self.self_quant:
-            return {"speculative-algorithm": "SELF_QUANT", "speculative-num-steps": self.gamma or idle_gamma}
-        return {
-            "speculative-algorithm": "STANDALONE",
-            "speculative-draft-model-path": draft_path,
-            "speculative-num-steps": self.gamma,
-            "speculative-eagle-topk": 1,
-            "speculative-num-draft-tokens": self.gamma + 1,
-        }
+    @property
+    def policy(self) -> dict:
+        """SELF_QUANT's policy settings; mode off for an arm that does not draft."""
+        if not self.drafts:
+            return {"mode": "off"}
+        mode, default = POLICY_MODES[self.algorithm], PolicyConfig()
+        if mode == "always":
+            return {"mode": mode, "fixed_gamma": self.gamma}
+        name = "ladder" if mode == "auto" else "paper_ladder"
+        return {"mode": mode, name: [gamma for gamma in getattr(default, name) if gamma <= self.gamma]}
 
-    def env(self, alpha: float | None, self_quant_config: dict) -> dict[str, str]:
-        """Environment. `alpha` is the acceptance to simulate, None for the real one.
+    @property
+    def policy_config(self) -> PolicyConfig:
+        return PolicyConfig(**checked(PolicyConfig, self.policy, str(self)))
 
-        SELF_QUANT accepts each drafted token with probability alpha; STANDALONE has SGLang's own switch,
-        which takes the accept length: the same in expectation.
-        """
-        env = {}
-        if self.self_quant:
-            env[CONFIG_ENV] = json.dumps({**self_quant_config, "policy": {"mode": self.policy_mode}})
-        if alpha is not None and self.drafts:
-            if self.self_quant:
-                env[SIMULATE_ACCEPTANCE_ENV] = str(alpha)
-            else:
-                env["SGLANG_SIMULATE_ACC_LEN"] = str(self.expected_accept_length(alpha))
-                env["SGLANG_SIMULATE_ACC_METHOD"] = "match-expected"
-        return env
+    def settings(self, alpha: float | None) -> dict:
+        """What to ask a SELF_QUANT server for before this arm; `alpha`: the acceptance to simulate, None for the real one."""
+        return {**self.policy, **({"simulate_acceptance": alpha} if alpha is not None and self.drafts else {})}
 
     def expected_accept_length(self, alpha: float) -> float | None:
         """Tokens per request and cycle at acceptance `alpha`: (1 - alpha^(gamma+1)) / (1 - alpha); None if gamma varies."""
-        if self.self_quant and self.policy_mode not in ("always", "off"):
+        if self.drafts and self.self_quant and self.policy["mode"] != "always":
             return None
         gamma = self.gamma or 0
         return emitted([alpha] * gamma)[gamma]
+
+
+def servers(arms: Sequence[Arm]) -> list[tuple[Arm, ...]]:
+    """The arms of each server: all SELF_QUANT arms on one, every other arm on its own."""
+    shared = tuple(arm for arm in arms if arm.self_quant)
+    alone = [(arm,) for arm in arms if not arm.self_quant]
+    return [*alone, shared] if shared else alone
+
+
+def server_name(arms: Sequence[Arm]) -> str:
+    """For files of the server of `arms`."""
+    return "self_quant" if len(arms) > 1 else str(arms[0]).replace(":", "-")
+
+
+def start_policy(arms: Sequence[Arm]) -> dict:
+    """The policy to start a SELF_QUANT server with that is to serve all of `arms`: it prepares all their gammas, and
+    measures step times if one of them decides by these. A single arm's server starts as that arm."""
+    if len(arms) == 1:
+        return arms[0].policy
+    policies = [arm.policy_config for arm in arms]
+    gammas = sorted({gamma for policy in policies for gamma in policy.gammas})
+    if any(policy.needs_profile for policy in policies):
+        return {"mode": "auto", "ladder": gammas}
+    return {"mode": "cycle", "cycle": gammas or [0]}
+
+
+def server_args(arms: Sequence[Arm], draft_path: Path | None, idle_gamma: int) -> dict[str, object]:
+    """Flags of the server of `arms`. `draft_path` is the STANDALONE draft model; `idle_gamma` the largest gamma that a
+    lone self_quant:0 forgoes."""
+    arm = arms[0]
+    if arm.algorithm == "plain":
+        return {}
+    gamma = max(arm.gamma for arm in arms)
+    if arm.self_quant:
+        return {"speculative-algorithm": "SELF_QUANT", "speculative-num-steps": gamma or idle_gamma}
+    return {
+        "speculative-algorithm": "STANDALONE",
+        "speculative-draft-model-path": draft_path,
+        "speculative-num-steps": gamma,
+        "speculative-eagle-topk": 1,
+        "speculative-num-draft-tokens": gamma + 1,
+    }
+
+
+def server_env(arms: Sequence[Arm], alpha: float | None, self_quant_config: dict) -> dict[str, str]:
+    """Environment of the server of `arms`. `alpha` is the acceptance to simulate, None for the real one.
+
+    SELF_QUANT accepts each drafted token with probability alpha; STANDALONE has SGLang's own switch,
+    which takes the accept length: the same in expectation.
+    """
+    arm, env = arms[0], {}
+    if arm.self_quant:
+        env[CONFIG_ENV] = json.dumps({**self_quant_config, "policy": start_policy(arms)})
+    if alpha is not None and any(arm.drafts for arm in arms):
+        if arm.self_quant:
+            env[SIMULATE_ACCEPTANCE_ENV] = str(alpha)
+        else:
+            env["SGLANG_SIMULATE_ACC_LEN"] = str(arm.expected_accept_length(alpha))
+            env["SGLANG_SIMULATE_ACC_METHOD"] = "match-expected"
+    return env

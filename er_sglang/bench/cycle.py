@@ -19,7 +19,7 @@ from pathlib import Path
 from statistics import median
 
 from er_sglang.bench import report
-from er_sglang.bench.arms import Arm
+from er_sglang.bench.arms import Arm, server_args, server_env
 from er_sglang.bench.client import run_load
 from er_sglang.bench.load import Request, random_prompts
 from er_sglang.bench.serving import Server, exit_on_sigterm
@@ -130,19 +130,19 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("cycle-results"), metavar="DIR", help="default %(default)s")
     args = parser.parse_args(argv)
     exit_on_sigterm()
-    arm = Arm(algorithm="self_quant", gamma=args.gamma)
+    arms = [Arm(algorithm="self_quant", gamma=args.gamma)]
     flags = {
         "load-format": "dummy",
         "skip-tokenizer-init": True,
         "dtype": "bfloat16",
         "cuda-graph-bs": sorted(args.batch),
         "cuda-graph-backend-prefill": "disabled",
-        **arm.args(draft_path=None, idle_gamma=args.gamma),
+        **server_args(arms, draft_path=None, idle_gamma=args.gamma),
     }
     record = {"environment": report.environment(), "settings": {**vars(args), "out": str(args.out)}, "batches": {}}
     with tempfile.TemporaryDirectory() as scratch:
         model_path = write_model(Path(scratch), args.model)
-        with Server(model_path, flags, env=arm.env(args.acceptance, {}), log_path=args.out / "server.log") as server:
+        with Server(model_path, flags, env=server_env(arms, args.acceptance, {}), log_path=args.out / "server.log") as server:
             for batch in args.batch:
                 summary = profile(server, args, batch, Path(scratch, f"trace-{batch}"))
                 record["batches"][batch] = summary

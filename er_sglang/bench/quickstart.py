@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from er_sglang.bench import report, toy
-from er_sglang.bench.arms import Arm
+from er_sglang.bench.arms import Arm, server_args, server_env
 from er_sglang.bench.client import run_load
 from er_sglang.bench.load import LoadResult, Request
 from er_sglang.bench.serving import Server, exit_on_sigterm
@@ -85,9 +85,9 @@ def cached_policy(cache: Path, steps: int) -> Path:
 
 def serve_and_load(policy_path: Path, arm: Arm, requests: list[Request], args: argparse.Namespace) -> tuple[LoadResult, dict | None]:
     """The burst's result, and SELF_QUANT's counters over the burst (None for the plain arm)."""
-    flags = {**({} if ON_CPU else {"dtype": "bfloat16"}), "random-seed": SEED, **arm.args(draft_path=None, idle_gamma=args.gamma)}
+    flags = {**({} if ON_CPU else {"dtype": "bfloat16"}), "random-seed": SEED, **server_args([arm], draft_path=None, idle_gamma=args.gamma)}
     log_path = args.out / f"server-{arm.algorithm}.log"
-    with Server(policy_path, flags, env=arm.env(alpha=None, self_quant_config={}), log_path=log_path) as server:
+    with Server(policy_path, flags, env=server_env([arm], alpha=None, self_quant_config={}), log_path=log_path) as server:
         print(f"{arm}: server up after {server.start_s:.0f} s")
         warm_up = [Request(prompt=request.prompt, max_new_tokens=8) for request in requests[: args.concurrency]]
         run_load(server.base_url, warm_up, concurrency=args.concurrency, description="warm-up")

@@ -1,24 +1,27 @@
 """Time whole rollouts, arm by arm, and set the simulator's prediction beside each."""
 
 import argparse
+import importlib.util
 import json
 import shlex
 import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from er_sglang.bench import report
-from er_sglang.bench.arms import Arm
+from er_sglang.bench.arms import Arm, server_args, server_env, server_name, servers
 from er_sglang.bench.client import run_load
-from er_sglang.bench.load import Request, random_prompts
-from er_sglang.bench.run import SEED, STREAM_INTERVAL_TOKENS, WARM_UP_TOKENS, arm_argument
+from er_sglang.bench.load import LoadResult, Request, random_prompts
+from er_sglang.bench.run import CONTEXT_SLACK_TOKENS, SEED, STREAM_INTERVAL_TOKENS, WARM_UP_TOKENS, arm_argument
 from er_sglang.bench.serving import Server, exit_on_sigterm
 from er_sglang.bench.shapes import SHAPES, write_model
-from er_sglang.policy.decide import Controller
 from er_sglang.policy.config import PolicyConfig
+from er_sglang.policy.decide import Controller
 from er_sglang.policy.profile import Profile
+from er_sglang.tools import plots
 from er_sglang.tools.simulate import simulate
 from er_sglang.tools.workload import draw_lengths, make_requests
 
@@ -28,18 +31,20 @@ DESCRIPTION = """\
 Send a rollout's requests at once and time it to the end of the last one. Lengths are long-tailed, drawn from a fixed
 seed and exact (end-of-sequence is ignored), so every arm does the same work. The prompts are in the radix cache
 beforehand: what is timed is decoding, from a full batch to the last request.
+The SELF_QUANT arms share one server, which is switched between them and between acceptances; plain has its own.
 """
 
 EPILOG = """\
 Models given by shape have random weights; acceptance is then stated, not measured: each drafted token is accepted with
-probability --acceptance, given that those before it were. All computation is done, its verdict is replaced.
+probability --acceptance, given that those before it were. All computation is done, its verdict is replaced. An arm that
+drafts is run at every --acceptance, one that does not (plain, self_quant:0) once.
 
-"predicted s" is what the simulator makes of the same lengths and acceptance with the server's own profile; an arm
-without one (plain, self_quant:G) takes that of --profile.
+"x plain" is the time of the same rollout in the arm plain, over this one. "predicted s" is what the simulator makes of
+the same lengths and acceptance with the server's own profile, or that of --profile.
 
 examples
-  python -m er_sglang.bench.rollout --model 14b --arms auto:7 --acceptance 0.9 --out auto
-  python -m er_sglang.bench.rollout --model 14b --arms plain --profile auto/profile-auto-7.json --out plain
+  python -m er_sglang.bench.rollout --model 14b --arms plain self_quant:3 paper:11 auto:7 --acceptance 0.6 0.8 0.9 0.95
+  python -m er_sglang.bench.rollout --model 14b --arms plain --profile rollout-results/profile.json --out plain
 """
 
 
@@ -51,102 +56,203 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
+    default_arms = [Arm.parse("plain"), Arm.parse("auto:7")]
     add("--model", choices=SHAPES, default="tiny" if ON_CPU else "14b", help="a shape; default %(default)s")
-    add("--arms", nargs="+", type=arm_argument, default=[Arm.parse("auto:7")], metavar="ARM", help="plain, self_quant:G, auto:G, paper:11; default auto:7")
+    add("--arms", nargs="+", type=arm_argument, default=default_arms, metavar="ARM", help="plain, self_quant:G, auto:G, paper:11; default plain auto:7")
     add("--requests", type=int, default=16 if ON_CPU else 128, metavar="N", help="all at once; default %(default)s")
-    add("--lengths", default="lognormal:60:0.9:300" if ON_CPU else "lognormal:700:0.9:4096", help="as for `er-sglang simulate`; default %(default)s")
+    add("--lengths", default="lognormal:60:0.9:300" if ON_CPU else "lognormal:350:0.8:1600", help="as for `er-sglang simulate`; default %(default)s")
     add("--prompt-tokens", type=int, default=64, metavar="TOKENS", help="default %(default)s")
-    add("--acceptance", type=float, default=0.9, metavar="A", help="stated acceptance per drafted token; default %(default)s")
-    add("--rollouts", type=int, default=1, metavar="N", help="rollouts per arm, each with lengths of its own; default %(default)s")
-    add("--profile", type=Path, help="step times for arms that measure none")
-    add("--server-args", type=shlex.split, default=[], metavar="'--FLAG VALUE ...'", help="more flags for every server")
-    add("--out", type=Path, default=Path("rollout-results"), metavar="DIR", help="results.json, table.md, profiles, traces and logs; default %(default)s")
-    return parser.parse_args(argv)
+    add("--acceptance", nargs="+", type=float, default=[0.9], metavar="A", help="stated acceptance per drafted token; default 0.9")
+    add("--rollouts", type=int, default=1, metavar="N", help="rollouts in a row per arm and acceptance, each with lengths of its own; default %(default)s")
+    add("--profile", type=Path, help="step times to predict by, where no server measures them")
+    add("--self-quant-config", type=json.loads, default={}, metavar="JSON", help='SELF_QUANT settings besides "policy", e.g. \'{"calibration_s": 20}\'')
+    add("--server-args", type=shlex.split, default=[], metavar="'--FLAG VALUE ...'", help="more flags for every server; write --server-args='--tp 2'")
+    add("--out", type=Path, default=Path("rollout-results"), metavar="DIR", help="results.json, table.md, profile, traces, plots and logs; default %(default)s")
+    add("--no-plot", action="store_true", help="do without matplotlib")
+    args = parser.parse_args(argv)
+    if any(arm.algorithm == "standalone" for arm in args.arms):
+        parser.error("STANDALONE is measured by launch/bench; leave the standalone arm out")
+    if not all(0.0 <= alpha <= 1.0 for alpha in args.acceptance):
+        parser.error(f"--acceptance is {args.acceptance}; give numbers from 0 to 1")
+    if not args.no_plot and importlib.util.find_spec("matplotlib") is None:
+        parser.error("the plots need matplotlib: pip install 'er_sglang[plot]', or give --no-plot")
+    return args
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     exit_on_sigterm()
     args.out.mkdir(parents=True, exist_ok=True)
-    rows, states = [], {}
-    with tempfile.TemporaryDirectory() as scratch:
-        for arm in tqdm(args.arms, desc="arms"):
-            with start_server(arm, args, Path(scratch)) as server:
-                rows += measure_arm(server, arm, args)
-                if arm.self_quant:
-                    states[str(arm)] = server.self_quant()
-    settings = {name: str(value) for name, value in vars(args).items()}
-    report.write_json(
-        args.out / "results.json",
-        {"environment": report.environment(), "settings": settings, "rows": rows, "self_quant": states},
-    )
+    runs: list[dict] = []
+    traces: list[Path] = []
+    settings = {**vars(args), "arms": [str(arm) for arm in args.arms], "profile": str(args.profile), "out": str(args.out)}
+    record = {"environment": report.environment(), "settings": settings, "rows": [], "runs": runs}
+    profile = Profile.read(args.profile) if args.profile else None
+    with tempfile.TemporaryDirectory() as scratch, tqdm(total=count_runs(args), desc="rollouts") as bar:
+        for arms in servers(args.arms):
+            with start_server(arms, args, Path(scratch)) as server:
+                bar.set_postfix_str(f"{server_name(arms)}, started in {server.start_s:.0f} s")
+                if arms[0].self_quant and (path := server.self_quant()["profile"]):
+                    profile = Profile.load(path)
+                    profile.save(args.out / "profile.json")
+                for run in measure_server(server, arms, args):
+                    runs.append(run)
+                    report.write_json(args.out / "results.json", record)
+                    bar.update()
+            if arms[0].self_quant:
+                traces = split_trace(args.out / "trace.jsonl", runs)
+    record["rows"] = rows = table_rows(runs, profile, args)
+    report.write_json(args.out / "results.json", record)
     text = report.table(rows)
     (args.out / "table.md").write_text(text + "\n")
-    print(text)
+    if not args.no_plot:
+        for trace in tqdm(traces, desc="plots", disable=not traces):
+            steps = plots.read_trace(trace)
+            plots.plot_timeline(plots.binned(steps, min(plots.BINS, len(steps) // 2)), trace.stem, trace.with_suffix(".png"))
+    print(f"\n{text}\n\nRaw data, table and traces: {args.out}/")
     return 0
 
 
-def start_server(arm: Arm, args: argparse.Namespace, scratch: Path) -> Server:
-    name = str(arm).replace(":", "-")
+def acceptances(arm: Arm, args: argparse.Namespace) -> Sequence[float | None]:
+    """What to state for an arm, in turn; None for one that does not draft."""
+    return args.acceptance if arm.drafts else [None]
+
+
+def count_runs(args: argparse.Namespace) -> int:
+    return args.rollouts * sum(len(acceptances(arm, args)) for arm in args.arms)
+
+
+def lengths_of(index: int, args: argparse.Namespace) -> list[int]:
+    """Response lengths of one rollout, equal for all arms."""
+    return draw_lengths(args.lengths, args.requests, seed=SEED + index)
+
+
+def start_server(arms: Sequence[Arm], args: argparse.Namespace, scratch: Path) -> Server:
+    longest = max(max(lengths_of(index, args)) for index in range(args.rollouts))
     flags = {
         "skip-tokenizer-init": True,
         "random-seed": SEED,
         "max-running-requests": args.requests,
+        "context-length": args.prompt_tokens + longest + CONTEXT_SLACK_TOKENS,  # nothing longer need be calibrated
         "load-format": "dummy",
         **({} if ON_CPU else {"dtype": "bfloat16", "cuda-graph-backend-prefill": "disabled"}),
-        **arm.args(None, idle_gamma=3),
+        **server_args(arms, None, idle_gamma=3),
     }
+    trace = args.out / "trace.jsonl"
+    trace.unlink(missing_ok=True)
     return Server(
         write_model(scratch, args.model),
         flags,
         extra_words=args.server_args,
-        env=arm.env(args.acceptance, {"trace": str((args.out / f"trace-{name}.jsonl").absolute())}),
-        log_path=args.out / f"server-{name}.log",
+        env=server_env(arms, args.acceptance[0], {**args.self_quant_config, "trace": str(trace.absolute())}),
+        log_path=args.out / f"server-{server_name(arms)}.log",
     )
 
 
-def measure_arm(server: Server, arm: Arm, args: argparse.Namespace) -> list[dict]:
-    """A table row per rollout."""
+def measure_server(server: Server, arms: Sequence[Arm], args: argparse.Namespace) -> Iterator[dict]:
+    """Yield a run per arm, acceptance and rollout."""
     prompts = random_prompts(args.requests, seed=SEED, tokens=args.prompt_tokens, vocab=SHAPES[args.model]["vocab_size"])
-    profile = Profile.read(args.profile) if args.profile else None
-    if arm.self_quant and (path := server.self_quant()["profile"]):
-        profile = Profile.load(path)
-        profile.save(args.out / f"profile-{str(arm).replace(':', '-')}.json")
 
-    def load(lengths: list[int]):
+    def load(lengths: list[int], description: str) -> LoadResult:
         requests = [
             Request(prompt=prompt, max_new_tokens=length, ignore_eos=True, stream_interval=STREAM_INTERVAL_TOKENS)
             for prompt, length in zip(prompts, lengths)
         ]
-        return run_load(server.base_url, requests, concurrency=len(requests), description=str(arm))
+        return run_load(server.base_url, requests, concurrency=len(requests), description=description)
 
-    load([WARM_UP_TOKENS] * args.requests)
+    load([WARM_UP_TOKENS] * args.requests, "warm-up")
+    for arm in arms:
+        for alpha in acceptances(arm, args):
+            if arm.self_quant:
+                server.change_self_quant(arm.settings(alpha))
+            for index in range(args.rollouts):
+                before = server.self_quant() if arm.self_quant else None
+                result = load(lengths_of(index, args), str(arm) if alpha is None else f"{arm} at {alpha}")
+                yield {
+                    "arm": str(arm),
+                    "acceptance": alpha,
+                    "rollout": index,
+                    "wall_s": result.wall_s,
+                    "tokens_per_s": result.tokens_per_s,
+                    "accept_length": result.accept_length,
+                    "by_running": by_running(result),
+                    "ends_s": [completion.end_s for completion in result.completions],
+                    "self_quant_before": before,
+                    "self_quant_after": server.self_quant() if arm.self_quant else None,
+                }
+
+
+def by_running(result: LoadResult) -> list[dict]:
+    """Speed by the number of requests that decode, from the moment the last one has its first token on.
+
+    In classes up to 1, 2, 4, 8, ... requests: single sizes last too shortly to be timed by chunks that arrive here.
+    """
+    begin_s = max(c.times_s[0] for c in result.completions)
+    ends_s = sorted({c.end_s for c in result.completions if c.end_s > begin_s})
+    stretches: dict[int, list[float]] = {}
+    received = result.tokens_at(begin_s)
+    for end_s in ends_s:
+        up_to, total = 1 << (result.running_at(begin_s) - 1).bit_length(), result.tokens_at(end_s)
+        stretch = stretches.setdefault(up_to, [0.0, 0.0])
+        stretch[0] += end_s - begin_s
+        stretch[1] += total - received
+        begin_s, received = end_s, total
+    return [
+        {"running_up_to": up_to, "seconds": seconds, "tokens": tokens, "tokens_per_s": tokens / seconds}
+        for up_to, (seconds, tokens) in stretches.items()
+    ]
+
+
+def split_trace(trace: Path, runs: Sequence[dict]) -> list[Path]:
+    """A server's trace as one file per arm and acceptance, beside it and in its place."""
+    names = {
+        run["self_quant_after"]["changes"]: f"{trace.stem}-{run['arm'].replace(':', '-')}"
+        + ("" if run["acceptance"] is None else f"-{run['acceptance']}")
+        for run in runs
+        if run["self_quant_after"]
+    }
+    lines: dict[int, list[str]] = {change: [] for change in names}
+    for line in trace.read_text().splitlines(keepends=True):
+        lines.get(json.loads(line)["change"], []).append(line)  # those of the warm-up belong to no arm
+    paths = []
+    for change, name in names.items():
+        paths.append(trace.with_name(f"{name}{trace.suffix}"))
+        paths[-1].write_text("".join(lines[change]))
+    trace.unlink()
+    return paths
+
+
+def table_rows(runs: Sequence[dict], profile: Profile | None, args: argparse.Namespace) -> list[dict]:
+    """A row per run, in the order in which the arms were asked for."""
+    plain_s = {run["rollout"]: run["wall_s"] for run in runs if run["arm"] == "plain"}
+    order = [str(arm) for arm in args.arms]
     rows = []
-    for index in range(args.rollouts):
-        lengths = draw_lengths(args.lengths, args.requests, seed=SEED + index)
-        result = load(lengths)
-        predicted = predict(arm, profile, lengths, args) if profile else None
+    for run in tqdm(sorted(runs, key=lambda run: order.index(run["arm"])), desc="predicting"):
+        baseline_s = plain_s.get(run["rollout"])
         rows.append(
             {
-                "arm": str(arm),
-                "acceptance": args.acceptance if arm.drafts else None,
-                "rollout s": result.wall_s,
-                "predicted s": predicted,
-                "tokens/s": result.tokens_per_s,
-                "accept length": result.accept_length,
+                "arm": run["arm"],
+                "acceptance": run["acceptance"],
+                "rollout s": run["wall_s"],
+                "x plain": baseline_s / run["wall_s"] if baseline_s else None,
+                "predicted s": predict(run, profile, args) if profile else None,
+                "tokens/s": run["tokens_per_s"],
+                "accept length": run["accept_length"],
             }
         )
     return rows
 
 
-def predict(arm: Arm, profile: Profile, lengths: list[int], args: argparse.Namespace) -> float:
-    """Simulated seconds of a rollout."""
-    gamma = arm.gamma or 1
-    ladder = tuple(each for each in PolicyConfig().ladder if each <= gamma)
-    mode = arm.policy_mode if arm.self_quant else "off"
-    controller = Controller(PolicyConfig(mode=mode, ladder=ladder, fixed_gamma=gamma), profile)
-    requests = make_requests(lengths, [args.acceptance] * gamma, prompt_tokens=args.prompt_tokens)
-    return simulate(profile, requests, controller, seed=SEED).time_s
+def predict(run: dict, profile: Profile, args: argparse.Namespace) -> float | None:
+    """Simulated seconds of a run, None if the profile lacks its gammas. An arm's rollouts after its first one are taken
+    to begin as that did."""
+    arm = Arm.parse(run["arm"])
+    config = arm.policy_config if arm.self_quant else PolicyConfig(mode="off")
+    if not set(config.gammas) <= set(profile.gammas):
+        return None
+    alpha = 0.0 if run["acceptance"] is None else run["acceptance"]
+    requests = make_requests(lengths_of(run["rollout"], args), [alpha], prompt_tokens=args.prompt_tokens)
+    return simulate(profile, requests, Controller(config, profile), seed=SEED).time_s
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import importlib.util
 import json
 import shlex
 import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import median
 
@@ -12,7 +13,7 @@ import torch
 from tqdm import tqdm
 
 from er_sglang.bench import report
-from er_sglang.bench.arms import Arm
+from er_sglang.bench.arms import Arm, server_args, server_env, server_name, servers
 from er_sglang.bench.client import run_load
 from er_sglang.bench.load import LoadResult, Request, random_prompts
 from er_sglang.bench.serving import Server, exit_on_sigterm
@@ -22,11 +23,12 @@ ON_CPU = not torch.cuda.is_available()
 SEED = 0
 STREAM_INTERVAL_TOKENS = 8
 WARM_UP_TOKENS = 16
+CONTEXT_SLACK_TOKENS = 64  # beyond prompt and response; a drafting server reserves a few
 
 DESCRIPTION = """\
 Measure decode throughput, arm by arm, on the same model and the same prompts.
 
-Every arm gets its own server. At each concurrency C, C requests of equal context and equal output length
+The SELF_QUANT arms share a server that is switched between them; every other arm gets its own. At each concurrency C, C requests of equal context and equal output length
 (--output-tokens, end-of-sequence ignored) are sent at once. Counted are only the tokens between the
 moment the last request has its first token and the moment the first one ends: a full batch, no prefill.
 The prompts are in the radix cache beforehand. The figure is the median of --repeats; the spread is (max - min) / median.
@@ -102,14 +104,15 @@ def main(argv: list[str] | None = None) -> int:
         "points": points,
     }
     with tempfile.TemporaryDirectory() as scratch, tqdm(total=len(args.arms) * len(args.concurrency), desc="points") as bar:
-        for arm in args.arms:
-            with start_server(arm, args, Path(scratch)) as server:
-                bar.set_postfix_str(f"{arm}, started in {server.start_s:.0f} s")
-                for point in measure_arm(server, arm, args):
+        for arms in servers(args.arms):
+            with start_server(arms, args, Path(scratch)) as server:
+                bar.set_postfix_str(f"{server_name(arms)}, started in {server.start_s:.0f} s")
+                for point in measure_server(server, arms, args):
                     points.append(point)
                     report.write_json(args.out / "results.json", record)
                     bar.update()
-    rows = [point["row"] for point in points]
+    order = [str(arm) for arm in args.arms]
+    rows = sorted((point["row"] for point in points), key=lambda row: order.index(row["arm"]))
     text = report.table(rows)
     title = describe(args, record["environment"])
     (args.out / "table.md").write_text(f"{title}\n\n`{record['environment']['command']}`\n\n{text}\n")
@@ -127,69 +130,73 @@ def describe(args: argparse.Namespace, environment: dict) -> str:
     )
 
 
-def start_server(arm: Arm, args: argparse.Namespace, scratch: Path) -> Server:
-    """The server of `arm`, not yet entered."""
-    from_shape = args.model in SHAPES
+def start_server(arms: Sequence[Arm], args: argparse.Namespace, scratch: Path) -> Server:
+    """The server of `arms`, not yet entered."""
+    from_shape, standalone = args.model in SHAPES, arms[0].algorithm == "standalone"
     model_path = write_model(scratch, args.model) if from_shape else args.model
-    draft_path = write_model(scratch, args.model, quantized=True) if from_shape and arm.algorithm == "standalone" else None
-    if arm.algorithm == "standalone" and not from_shape:
+    draft_path = write_model(scratch, args.model, quantized=True) if from_shape and standalone else None
+    if standalone and not from_shape:
         raise SystemExit("the standalone arm drafts with a dummy model of the same shape; with a checkpoint, leave it out")
     most = max(args.concurrency)
     flags = {
         "skip-tokenizer-init": True,
         "random-seed": SEED,
         "max-running-requests": most,
+        "context-length": args.context + args.output_tokens + CONTEXT_SLACK_TOKENS,  # nothing longer need be calibrated
         "load-format": "dummy" if from_shape else None,
         **({} if ON_CPU else {"dtype": "bfloat16", "cuda-graph-bs": sorted(args.concurrency), "cuda-graph-backend-prefill": "disabled"}),
-        **arm.args(draft_path, idle_gamma=max([a.gamma or 0 for a in args.arms]) or 3),
+        **server_args(arms, draft_path, idle_gamma=max([a.gamma or 0 for a in args.arms]) or 3),
     }
     return Server(
         model_path,
         flags,
         extra_words=args.server_args,
-        env=arm.env(args.acceptance if from_shape else None, args.self_quant_config),
-        log_path=args.out / f"server-{str(arm).replace(':', '-')}.log",
+        env=server_env(arms, args.acceptance if from_shape else None, args.self_quant_config),
+        log_path=args.out / f"server-{server_name(arms)}.log",
     )
 
 
-def measure_arm(server: Server, arm: Arm, args: argparse.Namespace):
-    """Yield one point per concurrency: its table row, its repeats, and SELF_QUANT's counters over them."""
+def measure_server(server: Server, arms: Sequence[Arm], args: argparse.Namespace) -> Iterator[dict]:
+    """Yield one point per arm and concurrency: its table row, its repeats, and SELF_QUANT's counters over them."""
     info = server.get_server_info()
     vocab = SHAPES[args.model]["vocab_size"] if args.model in SHAPES else vocab_size(Path(args.model))
     prompts = random_prompts(max(args.concurrency), seed=SEED, tokens=args.context, vocab=vocab)
 
-    def load(concurrency: int, tokens: int) -> LoadResult:
+    def load(concurrency: int, tokens: int, description: str) -> LoadResult:
         requests = [
             Request(prompt=p, max_new_tokens=tokens, ignore_eos=True, temperature=args.temperature, stream_interval=STREAM_INTERVAL_TOKENS)
             for p in prompts[:concurrency]
         ]
-        return run_load(server.base_url, requests, concurrency=concurrency, description=f"{arm} at {concurrency}")
+        return run_load(server.base_url, requests, concurrency=concurrency, description=f"{description} at {concurrency}")
 
-    load(max(args.concurrency), WARM_UP_TOKENS)
-    for concurrency in args.concurrency:
-        before = server.self_quant() if arm.self_quant else None
-        load(concurrency, WARM_UP_TOKENS)
-        results = [load(concurrency, args.output_tokens) for _ in range(args.repeats)]
-        after = server.self_quant() if arm.self_quant else None
-        rates = [result.steady_tokens_per_s() for result in results]
-        rate = median(rates)
-        accept_length = median(result.accept_length for result in results)
-        yield {
-            "row": {
-                "arm": str(arm),
-                "concurrency": concurrency,
-                "tokens/s": rate,
-                "spread %": 100 * (max(rates) - min(rates)) / rate,
-                "step ms": 1000 * concurrency * accept_length / rate,
-                "accept length": accept_length,
-                "stated": arm.expected_accept_length(args.acceptance) if args.model in SHAPES else None,
-                "KV tokens": info["max_total_num_tokens"],
-            },
-            "tokens_per_s": rates,
-            "windows_s": [result.steady_window_s() for result in results],
-            "self_quant_before": before,
-            "self_quant_after": after,
-        }
+    load(max(args.concurrency), WARM_UP_TOKENS, "warm-up")
+    for arm in arms:
+        if arm.self_quant:
+            server.change_self_quant(arm.settings(args.acceptance if args.model in SHAPES else None))
+        for concurrency in args.concurrency:
+            before = server.self_quant() if arm.self_quant else None
+            load(concurrency, WARM_UP_TOKENS, str(arm))
+            results = [load(concurrency, args.output_tokens, str(arm)) for _ in range(args.repeats)]
+            after = server.self_quant() if arm.self_quant else None
+            rates = [result.steady_tokens_per_s() for result in results]
+            rate = median(rates)
+            accept_length = median(result.accept_length for result in results)
+            yield {
+                "row": {
+                    "arm": str(arm),
+                    "concurrency": concurrency,
+                    "tokens/s": rate,
+                    "spread %": 100 * (max(rates) - min(rates)) / rate,
+                    "step ms": 1000 * concurrency * accept_length / rate,
+                    "accept length": accept_length,
+                    "stated": arm.expected_accept_length(args.acceptance) if args.model in SHAPES else None,
+                    "KV tokens": info["max_total_num_tokens"],
+                },
+                "tokens_per_s": rates,
+                "windows_s": [result.steady_window_s() for result in results],
+                "self_quant_before": before,
+                "self_quant_after": after,
+            }
 
 
 def vocab_size(checkpoint: Path) -> int:

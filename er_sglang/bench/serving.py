@@ -128,6 +128,11 @@ class Server:
         """SELF_QUANT's entry in /server_info. Raises KeyError if the server runs without it."""
         return self.get_server_info()["internal_states"][0]["self_quant"]
 
+    def change_self_quant(self, settings: dict) -> None:
+        """Change SELF_QUANT's policy, now. Raises RuntimeError with the reason if the server refuses."""
+        if not all(self._request("/set_internal_state", {"server_args": {"self_quant": settings}})):
+            raise RuntimeError(f"the server refused {settings}: {self.self_quant()['refused_change']}")
+
     def flush_cache(self) -> None:
         """Empty the radix cache; the server must be idle."""
         self._request("/flush_cache", {})

@@ -6,7 +6,7 @@ whole cycles of each gamma, back to back, so that host work counts where the GPU
 any chain takes per token; whatever else a cycle takes is its T_verify. So gamma * T_draft + T_verify is the cycle as
 measured.
 
-The grid is gone over until BUDGET_S is spent, so that a disturbance spoils one sample of a cell and the median forgets
+The grid is gone over until `calibration_s` is spent, so that a disturbance spoils one sample of a cell and the median forgets
 it. The table is kept on disk under a fingerprint of all that it depends on.
 """
 
@@ -44,7 +44,7 @@ logger = logging.getLogger(__name__)
 
 # By device type. A CPU serves for trying things out: its start should not take longer than its use.
 CONTEXTS_TOKENS = {"cuda": (256, 2048, 8192, 32768), "cpu": (64, 256)}
-BUDGET_S = {"cuda": 50.0, "cpu": 5.0}
+LONGEST_S = {"cuda": float("inf"), "cpu": 5.0}
 BATCHES_WITHOUT_GRAPHS = (1, 8, 32)
 MAX_PASSES = 5
 
@@ -85,7 +85,7 @@ def _cached(expected: dict) -> Path:
 def _measure(worker: SelfQuantWorker, expected: dict) -> Profile:
     group = get_tp_group()
     cells = _grid(worker)
-    budget_s = BUDGET_S[worker.device.type]
+    budget_s = min(worker.config.calibration_s, LONGEST_S[worker.device.type])
     samples: list[Sample] = []
     start_s = time.perf_counter()
     random = worker.random.state.clone()

@@ -87,8 +87,10 @@ def simulate(
 ) -> Rollout:
     """Run `requests` to their end with the step times of `profile`; `controller` may decide by another table."""
     rng = random.Random(seed)
-    waiting = deque(_Slot(index, request, rng) for index, request in enumerate(requests))
-    away: list[tuple[float, int, _Slot]] = []  # heap of (back at, index, slot)
+    slots = [_Slot(index, request, rng) for index, request in enumerate(requests)]
+    waiting = deque(slot for slot in slots if not slot.request.arrival_s)
+    away = [(slot.request.arrival_s, slot.index, slot) for slot in slots if slot.request.arrival_s]  # heap, by time of return
+    heapq.heapify(away)
     running: list[_Slot] = []
     running_tokens = 0  # KV cache of the running batch
     rollout, last_gamma = Rollout(), 0

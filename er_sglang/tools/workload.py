@@ -12,6 +12,7 @@ from pathlib import Path
 class Request:
     """A conversation to simulate.
 
+    arrival_s: when it arrives.
     turns: tokens to generate in each turn. Between turns the request is away for turn_wait_s and returns with
     turn_prompt_tokens more.
     alphas: true conditional acceptance per draft position; the last one holds for all deeper positions.
@@ -22,6 +23,7 @@ class Request:
     alphas: tuple[float, ...]
     turn_prompt_tokens: int = 0
     turn_wait_s: float = 0.0
+    arrival_s: float = 0.0
 
     def __post_init__(self) -> None:
         if self.prompt_tokens < 1 or not self.turns or min(self.turns) < 1:

@@ -39,6 +39,11 @@ class HostServer(Server):
     def post(self, path: str, payload: dict):
         return self._request(path, payload)
 
+    def set_internal_state(self, server_args: dict) -> bool:
+        """What SGLang answers: whether the change was made."""
+        (updated,) = self.post("/set_internal_state", {"server_args": server_args})
+        return updated
+
     def metrics(self) -> str:
         return self._request("/metrics")
 

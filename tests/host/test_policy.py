@@ -8,14 +8,21 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from er_sglang.agreement import CHECK_EVERY_STEPS
+from er_sglang.agreement import CHECK_EVERY_STEPS, Agreement
+from er_sglang.bench.arms import Arm, start_policy
 from er_sglang.cli import main
-from er_sglang.config import CACHE_ENV, CONFIG_ENV
+from er_sglang.config import CACHE_ENV, CONFIG_ENV, SIMULATE_ACCEPTANCE_ENV
+from er_sglang.metrics import Metrics
+from er_sglang.policy.config import PolicyConfig
+from er_sglang.policy.decide import Controller
 from er_sglang.policy.profile import Profile
+from er_sglang.steering import Steering
 from tests.host.servers import ARGS, ENV, self_quant
 
 GAMMA_MAX = 3
@@ -139,6 +146,121 @@ def test_predicted_and_measured_speedup_are_told(steered):
     assert {"sglang:self_quant_predicted_speedup", "sglang:self_quant_measured_speedup"} <= exported.keys()
 
 
+def decisions(server, before: dict) -> dict[str, int]:
+    """Steps by decision since a snapshot."""
+    return dict(Counter(server.self_quant()["decisions"]) - Counter(before["decisions"]))
+
+
+def test_the_policy_changes_while_serving(steered):
+    """off, always, auto: the decisions follow, from one batch to the next and within one; counters and traces run on."""
+    start = steered.self_quant()
+    steered.change_self_quant({"mode": "off"})
+    load(steered)
+    off = steered.self_quant()
+    assert decisions(steered, start).keys() == {"gamma=0:off"}
+    assert off["mode"] == off["policy"]["mode"] == "off" and off["changes"] == start["changes"] + 1
+    assert off["acceptance"]["tried"] == []  # as a server started so would have it
+
+    steered.change_self_quant({"mode": "always", "fixed_gamma": 2})
+    load(steered)
+    assert decisions(steered, off).keys() == {"gamma=2:always"}
+
+    always = steered.self_quant()
+    steered.change_self_quant({"mode": "auto"})
+    assert steered.self_quant()["policy"] == {**start["policy"], "fixed_gamma": 2}
+    load(steered)
+    auto = decisions(steered, always)
+    assert auto.keys() <= {f"gamma={gamma}:{reason}" for gamma in range(4) for reason in ("pays", "held", "slower", "probe")}
+    assert any(name.startswith("gamma=3") for name in auto) and any(name.startswith("gamma=0") for name in auto)
+
+    steps = [json.loads(line) for line in steered.trace.read_text().splitlines()]
+    modes = {step["change"]: step["mode"] for step in steps}
+    assert [modes[start["changes"] + i] for i in range(4)] == ["auto", "off", "always", "auto"]
+    assert len({(step["change"], step["mode"]) for step in steps}) == len(modes)
+
+
+def test_the_policy_changes_within_a_batch(steered):
+    steered.change_self_quant({"mode": "always", "fixed_gamma": 3})
+    before = steered.self_quant()
+    with ThreadPoolExecutor(1) as pool:
+        answers = pool.submit(load, steered)
+        for settings in [{"fixed_gamma": 1}, {"mode": "off"}, {"mode": "always", "fixed_gamma": 3}, {"mode": "off"}] * 5:
+            steered.change_self_quant(settings)
+            time.sleep(0.05)
+        steered.change_self_quant({"mode": "auto"})
+        lengths = [len(answer["output_ids"]) for answer in answers.result()]
+    assert lengths == [SHORT] * MANY + [LONG] * FEW
+    seen = decisions(steered, before)
+    assert sum(name in seen for name in ("gamma=1:always", "gamma=0:off", "gamma=3:always")) >= 2
+    assert steered.self_quant()["changes"] == before["changes"] + 21
+
+
+def test_steps_in_flight_are_learned_from_by_the_policy_that_decided_them():
+    """Under overlap scheduling, the default on GPUs; the new policy may not even know their gammas."""
+    always = Controller(PolicyConfig(mode="always", fixed_gamma=3))
+    steering = Steering(always, Metrics(3), max_draft_batch=8, agreement=Agreement(None), trace=None)
+    for config in (PolicyConfig(mode="off"), PolicyConfig(mode="always", fixed_gamma=2)):
+        steering.launch([10, 10], None)
+        steering.change(config)
+    steering.launch([10, 10], None)
+    for accepted in ([3, 1], [0, 0], [2, 0]):
+        steering.finished(accepted)
+    assert always.acceptance.snapshot()["tried"] == [2.0, 2.0, 1.0]
+    assert steering.controller.acceptance.snapshot()["tried"] == [2.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    "settings, words",
+    [
+        ({"mode": "always", "fixed_gamma": 7}, "prepared no graphs"),
+        ({"mode": "off", "margin": -1}, "must not be negative"),
+        ({"mode": "off", "mood": "good"}, "unknown setting mood"),
+        ({"mode": "off", "simulate_acceptance": 0.5}, "this server samples from the policy"),
+    ],
+)
+def test_a_change_that_is_refused_changes_nothing(steered, settings, words):
+    steered.change_self_quant({"mode": "auto"})
+    before = steered.self_quant()
+    assert before["refused_change"] is None
+    assert not steered.set_internal_state({"self_quant": settings})
+    after = steered.self_quant()
+    assert words in after.pop("refused_change")
+    assert {**after, "refused_change": None} == before
+    assert words in steered.log_path.read_text(errors="replace")
+
+
+def test_other_internal_state_is_sglangs(steered):
+    before = steered.self_quant()
+    assert steered.set_internal_state({"pp_max_micro_batch_size": 8})
+    assert not steered.set_internal_state({"unheard_of": 8})
+    assert not steered.set_internal_state({"self_quant": {"mode": "off"}, "pp_max_micro_batch_size": 8})
+    after = steered.self_quant()
+    assert "comes alone" in after["refused_change"]
+    assert {**after, "refused_change": before["refused_change"]} == before
+
+
+def test_the_simulated_acceptance_changes_while_serving(qwen3, folder):
+    """On a benchmark's server; and such a server without step times cannot be switched to a mode that needs them."""
+    arms = [Arm.parse("self_quant:2"), Arm.parse("self_quant:0"), Arm.parse("self_quant:3")]
+    config = {"policy": start_policy(arms)}
+    with self_quant(qwen3, folder / "simulated.log", config, GAMMA_MAX, env={SIMULATE_ACCEPTANCE_ENV: "0.5"}) as server:
+        for arm, alpha in [(arms[0], 1.0), (arms[0], 0.0), (arms[1], 0.5), (arms[2], 0.5)]:
+            server.change_self_quant(arm.settings(alpha))
+            before = server.self_quant()
+            load(server)
+            after = server.self_quant()
+            drafted, accepted = (after[name] - before[name] for name in ("drafted_tokens", "accepted_tokens"))
+            assert decisions(server, before).keys() == {f"gamma={arm.gamma}:{arm.policy['mode']}"}
+            expected = arm.expected_accept_length(alpha) - 1
+            assert not drafted if arm.gamma == 0 else accepted / (drafted / arm.gamma) == pytest.approx(expected, abs=0.15)
+        assert after["simulated_acceptance"] == 0.5
+        with pytest.raises(RuntimeError, match="has none for gamma"):
+            server.change_self_quant({"mode": "auto", "ladder": [2, 3]})
+        with pytest.raises(RuntimeError, match="number from 0 to 1"):
+            server.change_self_quant({"simulate_acceptance": 2.0})
+        assert server.self_quant()["policy"] == after["policy"]
+
+
 def test_a_profile_from_elsewhere_is_refused(qwen3, folder, calibrated):
     elsewhere = folder / "elsewhere.json"
     crafted(calibrated[0], elsewhere, device="NVIDIA H200")
@@ -161,5 +283,12 @@ def test_two_ranks_decide_alike(qwen3, folder, calibrated):
         load(server)
         load(server)
         state = server.self_quant()
+        with ThreadPoolExecutor(1) as pool:  # both must change at the same step
+            answers = pool.submit(load, server)
+            for settings in [{"mode": "always", "fixed_gamma": 1}, {"mode": "off"}, {"mode": "auto"}] * 4:
+                server.change_self_quant(settings)
+                time.sleep(0.1)
+            answers.result()
+        assert server.self_quant()["changes"] == 12
     assert state["switches"] >= 3
     assert sum(state["decisions"].values()) > 2 * CHECK_EVERY_STEPS

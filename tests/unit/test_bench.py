@@ -8,11 +8,12 @@ from statistics import median
 import pytest
 
 from er_sglang.bench import report
-from er_sglang.bench.arms import Arm
+from er_sglang.bench.arms import Arm, server_args, server_env, server_name, servers
 from er_sglang.bench.load import Completion, LoadResult, Request, Sample, interpolate, lognormal_lengths, random_prompts
 from er_sglang.bench.serving import CPU_ARGS, server_command
 from er_sglang.bench.shapes import SHAPES, W4_DRAFT, model_config, write_model
 from er_sglang.config import load_config, simulated_acceptance
+from er_sglang.control import Control, changed
 
 needs_transformers = pytest.mark.skipif(
     importlib.util.find_spec("transformers") is None, reason="transformers is not installed (it comes with sglang)"
@@ -87,7 +88,7 @@ def test_an_arm_is_written_as_it_is_read(text):
     assert str(Arm.parse(text)) == text
 
 
-@pytest.mark.parametrize("text", ["", "eagle:3", "self_quant", "self_quant:", "self_quant:-1", "standalone:0", "auto:0", "plain:1"])
+@pytest.mark.parametrize("text", ["", "eagle:3", "self_quant", "self_quant:", "self_quant:-1", "standalone:0", "auto:0", "paper:3", "plain:1"])
 def test_unknown_arms_are_refused_with_the_choices(text):
     with pytest.raises(ValueError, match="choose plain, standalone:G"):
         Arm.parse(text)
@@ -114,28 +115,78 @@ def test_arms_that_do_not_draft_emit_one_token_a_step():
 
 def test_acceptance_is_stated_equally_and_only_to_arms_that_draft():
     standalone, self_quant = Arm.parse("standalone:3"), Arm.parse("self_quant:3")
-    assert float(standalone.env(0.9, {})["SGLANG_SIMULATE_ACC_LEN"]) == pytest.approx(3.439)
-    assert simulated_acceptance(self_quant.env(0.9, {})) == 0.9
+    assert float(server_env([standalone], 0.9, {})["SGLANG_SIMULATE_ACC_LEN"]) == pytest.approx(3.439)
+    assert simulated_acceptance(server_env([self_quant], 0.9, {})) == 0.9
     for arm, alpha in ((Arm.parse("plain"), 0.9), (Arm.parse("self_quant:0"), 0.9), (standalone, None), (self_quant, None)):
-        assert not [name for name in arm.env(alpha, {}) if "SIMULATE" in name]
+        assert not [name for name in server_env([arm], alpha, {}) if "SIMULATE" in name]
+
+
+def arms_of(text: str) -> list[Arm]:
+    return [Arm.parse(word) for word in text.split()]
+
+
+def served(text: str, config: dict = {}):
+    """The plugin's settings on the server of these arms."""
+    arms = arms_of(text)
+    gamma = server_args(arms, None, idle_gamma=3)["speculative-num-steps"]
+    return load_config(None, gamma, server_env(arms, None, config))
 
 
 def test_self_quant_settings_are_ones_the_plugin_accepts():
-    drafts = load_config(None, 3, Arm.parse("self_quant:3").env(None, {"drafter": {"weights": "fp8"}}))
+    drafts = served("self_quant:3", {"drafter": {"weights": "fp8"}})
     assert drafts.policy.gammas == (3,) and drafts.drafter.weights == "fp8"
-    assert load_config(None, 3, Arm.parse("auto:3").env(None, {})).policy.gammas == (1, 2, 3)
-    assert load_config(None, 11, Arm.parse("paper:11").env(None, {})).policy.gammas == (5, 7, 9, 11)
-    assert load_config(None, 3, Arm.parse("self_quant:0").env(None, {})).policy.gammas == ()
+    assert served("auto:3").policy.gammas == (1, 2, 3)
+    assert served("paper:11").policy.gammas == (5, 7, 9, 11)
+    assert served("paper:7").policy.gammas == (5, 7)
+    assert served("self_quant:0").policy.gammas == ()
+
+
+def test_self_quant_arms_share_a_server_and_others_do_not():
+    arms = arms_of("self_quant:3 plain auto:7 standalone:3 self_quant:0 standalone:5")
+    assert [" ".join(map(str, group)) for group in servers(arms)] == [
+        "plain",
+        "standalone:3",
+        "standalone:5",
+        "self_quant:3 auto:7 self_quant:0",
+    ]
+    assert [server_name(group) for group in servers(arms)] == ["plain", "standalone-3", "standalone-5", "self_quant"]
+    assert servers(arms_of("plain")) == [tuple(arms_of("plain"))]
+
+
+@pytest.mark.parametrize(
+    "arms, gammas, measures",
+    [
+        ("self_quant:0 self_quant:3", (3,), False),
+        ("self_quant:0 self_quant:0", (), False),
+        ("self_quant:5 self_quant:3", (3, 5), False),
+        ("auto:7 self_quant:4", (1, 2, 3, 4, 5, 7), True),
+        ("auto:7 paper:11 self_quant:3 self_quant:0", (1, 2, 3, 5, 7, 9, 11), True),
+    ],
+)
+def test_a_shared_server_can_be_switched_to_each_of_its_arms(arms, gammas, measures):
+    """It prepares what they draft and no more, and measures only for arms that decide by it."""
+    config = served(arms)
+    assert (config.policy.gammas, config.policy.needs_profile) == (gammas, measures)
+    now = Control(policy=config.policy, simulated_acceptance=0.9)
+    for arm in arms_of(arms):
+        now = changed(now, {"self_quant": arm.settings(0.8)}, prepared=gammas, measured=gammas if measures else ())
+        assert now.policy.gammas == arm.policy_config.gammas and now.policy.mode == arm.policy_config.mode
+        assert now.simulated_acceptance == 0.8 or arm.gamma == 0
+
+
+def test_an_arm_states_its_acceptance_only_if_it_has_one():
+    assert Arm.parse("auto:3").settings(0.8) == {"mode": "auto", "ladder": [1, 2, 3], "simulate_acceptance": 0.8}
+    assert Arm.parse("self_quant:3").settings(None) == {"mode": "always", "fixed_gamma": 3}
+    assert Arm.parse("self_quant:0").settings(0.8) == {"mode": "off"}
 
 
 def test_self_quant_that_never_drafts_reserves_what_drafting_would():
-    args = {"draft_path": None, "idle_gamma": 5}
-    assert Arm.parse("self_quant:0").args(**args)["speculative-num-steps"] == 5
-    assert Arm.parse("self_quant:3").args(**args)["speculative-num-steps"] == 3
+    for arms, gamma in (("self_quant:0", 5), ("self_quant:3", 3), ("self_quant:0 auto:7 self_quant:3", 7)):
+        assert server_args(arms_of(arms), None, idle_gamma=5)["speculative-num-steps"] == gamma
 
 
 def test_standalone_drafts_a_chain(tmp_path):
-    args = Arm.parse("standalone:4").args(tmp_path, idle_gamma=4)
+    args = server_args(arms_of("standalone:4"), tmp_path, idle_gamma=4)
     assert (args["speculative-num-steps"], args["speculative-eagle-topk"], args["speculative-num-draft-tokens"]) == (4, 1, 5)
     assert args["speculative-draft-model-path"] == tmp_path
 
@@ -330,3 +381,76 @@ def test_a_cycle_is_summarized_by_kind_and_gap():
     )
     with pytest.raises(ValueError, match="no whole cycle"):
         summarize(cycle(0))
+
+
+# ---------------------------------------------------------------- rollouts
+
+
+def rollout_args(*words):
+    from er_sglang.bench import rollout
+
+    return rollout.parse_args(["--no-plot", *words])
+
+
+def test_an_arm_that_drafts_is_run_at_every_acceptance_and_others_once():
+    from er_sglang.bench import rollout
+
+    args = rollout_args("--arms", "plain", "self_quant:0", "auto:7", "paper:11", "--acceptance", "0.6", "0.9", "--rollouts", "2")
+    assert rollout.count_runs(args) == 2 * (1 + 1 + 2 + 2)
+
+
+@pytest.mark.parametrize("words", [("--arms", "standalone:3"), ("--acceptance", "0.9", "1.5")])
+def test_rollouts_that_cannot_be_run_are_refused(words):
+    with pytest.raises(SystemExit):
+        rollout_args(*words)
+
+
+def test_tokens_by_running_requests():
+    from er_sglang.bench.rollout import by_running
+
+    ends_s = ((1.0, 2.0), (1.0, 3.0), (1.0, 4.0), (1.0, 4.0, 6.0))
+    tokens = ((1, 9), (1, 9), (1, 13), (1, 10, 12))
+    requests = [completion(times_s=times_s, tokens=received) for times_s, received in zip(ends_s, tokens)]
+    assert by_running(result(*requests)) == [
+        {"running_up_to": 4, "seconds": 2.0, "tokens": 30.0, "tokens_per_s": 15.0},
+        {"running_up_to": 2, "seconds": 1.0, "tokens": 7.0, "tokens_per_s": 7.0},
+        {"running_up_to": 1, "seconds": 2.0, "tokens": 2.0, "tokens_per_s": 1.0},
+    ]
+
+
+def run_of(arm, acceptance, wall_s, change=None):
+    return {
+        "arm": arm,
+        "acceptance": acceptance,
+        "rollout": 0,
+        "wall_s": wall_s,
+        "tokens_per_s": 1.0,
+        "accept_length": 1.0,
+        "self_quant_after": change and {"changes": change},
+    }
+
+
+def test_a_servers_trace_is_split_by_arm(tmp_path):
+    from er_sglang.bench.rollout import split_trace
+
+    trace = tmp_path / "trace.jsonl"
+    trace.write_text("".join(json.dumps({"change": change, "step": step}) + "\n" for step, change in enumerate([0, 1, 1, 2])))
+    runs = [run_of("plain", None, 4.0), run_of("self_quant:0", None, 4.0, 1), run_of("auto:7", 0.8, 3.0, 2)]
+    paths = split_trace(trace, runs)
+    assert [path.name for path in paths] == ["trace-self_quant-0.jsonl", "trace-auto-7-0.8.jsonl"] and not trace.exists()
+    assert [[json.loads(line)["step"] for line in path.read_text().splitlines()] for path in paths] == [[1, 2], [3]]
+
+
+def test_rollouts_are_compared_with_plain_and_with_the_prediction(tmp_path):
+    from er_sglang.bench.rollout import table_rows
+    from er_sglang.policy.profile import Profile, Sample
+
+    cells = [("target", 0, 10e-3), ("draft", 0, 1e-3), ("verify", 3, 10e-3)]
+    profile = Profile.from_samples([Sample(phase, gamma, b, c, s) for phase, gamma, s in cells for b in (1, 64) for c in (8, 512)])
+    runs = [run_of("self_quant:3", 1.0, 2.0, 1), run_of("plain", None, 4.0), run_of("auto:7", 0.8, 3.0, 2)]
+    args = rollout_args("--arms", "plain", "self_quant:3", "auto:7", "--lengths", "fixed:40")
+    rows = table_rows(runs, profile, args)
+    assert [(row["arm"], row["x plain"]) for row in rows] == [("plain", 1.0), ("self_quant:3", 2.0), ("auto:7", 4 / 3)]
+    assert rows[0]["predicted s"] == pytest.approx(40 * 10e-3)
+    assert rows[1]["predicted s"] == pytest.approx(10 * 13e-3)  # four tokens a cycle
+    assert rows[2]["predicted s"] is None  # its longest drafts were not measured

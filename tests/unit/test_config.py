@@ -45,7 +45,7 @@ def test_draft_lengths_above_the_largest_gamma_are_refused(policy):
 @pytest.mark.parametrize(
     ("settings", "named"),
     [
-        ({"mode": "auto"}, "unknown setting mode; known: drafter"),
+        ({"mode": "auto"}, "unknown setting mode; known: calibration_s, drafter"),
         ({"policy": {"modus": "auto"}}, "policy: unknown setting modus"),
         ({"drafter": {"bits": 4}}, "drafter: unknown setting bits"),
         ({"policy": "auto"}, "policy must be a JSON object"),

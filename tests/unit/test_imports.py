@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parents[2] / "er_sglang"
 
 PURE = (
-    "config errors host metrics policy.acceptance policy.config policy.decide policy.paper policy.profile policy.tables "
+    "config control errors host metrics policy.acceptance policy.config policy.decide policy.paper policy.profile policy.tables "
     "refusals tools.simulate tools.workload trace updates"
 ).split()
 KNOWS_SGLANG = {

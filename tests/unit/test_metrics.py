@@ -85,11 +85,12 @@ def test_without_a_profile_nothing_is_compared(clock):
 
 def test_trace_lines(tmp_path):
     path = tmp_path / "deep" / "trace.jsonl"
-    Trace(str(path)).write(step(3, expected_speedup=1.25), 4)
+    Trace(str(path)).write(step(3, expected_speedup=1.25, mode="auto", change=2), 4)
     Trace(str(path)).write(step(0), 0)
     first, second = map(json.loads, path.read_text().splitlines())
     assert first.pop("time_s") > 0
     assert first == {
+        "mode": "auto", "change": 2,
         "batch": 2, "context_tokens": 100.0, "gamma": 3, "reason": "pays", "expected_speedup": 1.25, "outside": False, "accepted": 4,
     }  # fmt: skip
     assert second["expected_speedup"] is None

@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -15,7 +16,7 @@ from er_sglang.tools.simulate import add_command, simulate
 from er_sglang.tools.workload import Request, draw_lengths, make_requests
 
 LADDER = (1, 2, 3, 5, 7)
-PROPERTY_CASES = int(os.environ.get("ER_SGLANG_PROPERTY_CASES", "500"))
+PROPERTY_CASES = int(os.environ.get("ER_SGLANG_PROPERTY_CASES", "2000"))
 
 
 def flat_profile(target_s=1.0, draft_s=0.3, verify_s=1.1, gammas=LADDER) -> Profile:
@@ -81,6 +82,33 @@ def test_turns_wait_grow_the_context_and_prefill():
     request = Request(prompt_tokens=50, turns=(10, 20), alphas=(0.9,), turn_prompt_tokens=30, turn_wait_s=7.0)
     rollout = run(PolicyConfig(mode="off"), flat_profile(), [request], prefill_tokens_per_s=10.0)
     assert rollout.time_s == pytest.approx(5.0 + 10.0 + 7.0 + 3.0 + 20.0) and rollout.tokens == 30
+
+
+def test_requests_arrive_when_they_do():
+    requests = [Request(prompt_tokens=10, turns=(10,), alphas=(0.9,), arrival_s=arrival_s) for arrival_s in (0.0, 4.0, 50.0)]
+    rollout = run(PolicyConfig(mode="off"), flat_profile(), requests)
+    assert [batch for _, batch, _ in rollout.timeline] == [1] * 4 + [2] * 6 + [1] * 4 + [1] * 10
+    assert rollout.time_s == pytest.approx(60.0)
+
+
+def test_a_batch_that_fills_up_is_not_drafted_for_once_it_is_full():
+    """Requests trickle in, 128 in all, run together, and end: drafting pays at either end and nowhere between."""
+    profile = a100_14b_profile()
+    requests = [
+        replace(request, arrival_s=0.05 * index)
+        for index, request in enumerate(make_requests(draw_lengths("lognormal:900:0.3:8192", 128, seed=0), [0.8]))
+    ]
+    auto = run(PolicyConfig(), profile, requests)
+    by_phase = {"filling": [], "full": [], "draining": []}
+    full_at_s = next(time_s for time_s, batch, _ in auto.timeline if batch > 100)
+    for time_s, batch, gamma in auto.timeline:
+        phase = "full" if batch > 100 else "filling" if time_s < full_at_s else "draining"
+        if phase == "full" or batch < 12:
+            by_phase[phase].append(gamma > 0)
+    share = {phase: sum(drafts) / len(drafts) for phase, drafts in by_phase.items()}
+    assert share["filling"] > 0.9 and share["draining"] > 0.9 and share["full"] < 0.05, share
+    for config in (PolicyConfig(mode="off"), PolicyConfig(mode="always", fixed_gamma=3)):
+        assert auto.time_s < 0.98 * run(config, profile, requests).time_s
 
 
 def test_longer_contexts_take_longer_steps():
@@ -175,11 +203,11 @@ def random_profile(rng: random.Random) -> Profile:
 
 
 def random_requests(rng: random.Random) -> tuple[list[Request], int]:
-    """Synchronous, refilled or multi-turn; even or long-tailed; acceptance that falls with depth and length, or not."""
+    """Synchronous, trickling in, refilled or multi-turn; even or long-tailed; acceptance that falls with depth and length, or not."""
     count, longest, skew = rng.choice((1, 2, 4, 8, 12)), rng.randint(150, 400), rng.choice((0.3, 1.0, 3.0))
     lengths = [longest, *(max(20, int(longest * rng.random() ** skew)) for _ in range(count - 1))]
     alpha, fall = rng.uniform(0.1, 0.99), rng.choice((0.0, 0.0, 0.1))
-    pattern = rng.choice(("batch", "pool", "turns"))
+    pattern = rng.choice(("batch", "trickle", "pool", "turns"))
     requests = make_requests(
         lengths,
         [max(0.02, alpha - fall * i) for i in range(max(LADDER))],
@@ -189,6 +217,8 @@ def random_requests(rng: random.Random) -> tuple[list[Request], int]:
         turn_prompt_tokens=rng.randint(0, 100),
         turn_wait_s=rng.uniform(0.0, 40.0),
     )
+    if pattern == "trickle":
+        requests = [replace(request, arrival_s=rng.uniform(0.0, 200.0)) for request in requests]
     return requests, max(1, count // 2) if pattern == "pool" else count
 
 
@@ -206,6 +236,7 @@ def test_auto_never_loses_to_off_or_always():
         (requests, max_running), gamma = random_requests(rng), rng.choice(LADDER)
         auto = Controller(PolicyConfig(), profile)
         simulate(profile, requests, auto, max_running=max_running, seed=-seed - 1)
+        auto.idle()
         auto_s, off_s, always_s = (
             simulate(profile, requests, controller, max_running=max_running, seed=seed).time_s
             for controller in (
