@@ -188,8 +188,14 @@ class DraftChain:
                     # Bound once per size: the graphs of all gammas read the same metadata buffers.
                     backend.init_forward_metadata_out_graph(forward_batch, in_capture=True)
                     forward_batch.mark_forward_metadata_ready()
-                for gamma in gammas:
-                    self._graphs.capture_one(_key(size, gamma), lambda: self._run(chain[:gamma]))
+                for gamma in sorted(gammas, reverse=True):
+                    warm_up = gamma == max(gammas)  # of SGLang's two before each capture; the longest chain's serve all
+
+                    def run() -> None:
+                        if warm_up or torch.cuda.is_current_stream_capturing():
+                            self._run(chain[:gamma])
+
+                    self._graphs.capture_one(_key(size, gamma), run)
 
 
 def _key(size: int, gamma: int) -> ShapeKey:

@@ -25,7 +25,7 @@ from er_sglang.logprobs import attach_logprobs
 from er_sglang.calibration.measure import obtain_profile
 from er_sglang.quantize import create_format
 from er_sglang.relay import SelfQuantDraftInput
-from er_sglang.sampling import RandomState, create_sampler
+from er_sglang.sampling import Draft, RandomState, create_sampler
 from er_sglang.steering import create_steering
 from er_sglang.step import Step
 from er_sglang.updates import Freshness
@@ -197,14 +197,23 @@ class SelfQuantWorker(BaseSpecWorker):
             output.next_token_logprobs = output.next_token_logprobs.view(-1, 1)
         return self._fill(result, result.next_token_ids, torch.ones_like(new_seq_lens, dtype=torch.int32), new_seq_lens, 0)
 
-    def cycle(
-        self, batch, step: Step, gamma: int, on_publish=_ignore, on_drafted=lambda: None
-    ) -> GenerationBatchResult:
-        """gamma > 0: draft, verify, judge. on_drafted: called between the first two."""
+    def cycle(self, batch, step: Step, gamma: int, on_publish=_ignore) -> GenerationBatchResult:
+        """gamma > 0: draft, verify, judge."""
         chain = self._chain.prepare(step, gamma)
         verify = self._verifier.prepare(batch, step, gamma)
         draft = self._chain.draft(chain, step.batch_size)
-        on_drafted()
+        return self._judge(batch, step, verify, draft, on_publish)
+
+    def draft(self, step: Step, gamma: int) -> Draft:
+        """The first part of a cycle alone, for calibration."""
+        return self._chain.draft(self._chain.prepare(step, gamma), step.batch_size)
+
+    def verify(self, batch, step: Step, draft: Draft) -> GenerationBatchResult:
+        """The rest of a cycle alone, for calibration."""
+        return self._judge(batch, step, self._verifier.prepare(batch, step, draft.gamma), draft, _ignore)
+
+    def _judge(self, batch, step: Step, verify, draft: Draft, on_publish) -> GenerationBatchResult:
+        gamma = draft.gamma
         output, graphs_ran = self._verifier.forward(verify, draft.tokens_NB)
 
         logits_BNV = output.next_token_logits.view(step.batch_size, gamma + 1, -1)

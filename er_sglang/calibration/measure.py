@@ -1,13 +1,14 @@
 """Measure the profile with the very code and graphs that serve: at start-up, once per configuration.
 
 For batch sizes that have graphs, those just above (they are padded to the next graph: time is a staircase) and a few
-contexts, synthetic requests are laid into the still unused KV pool and stepped by the worker itself: plain decoding and
-whole cycles of each gamma, back to back, so that host work counts where the GPU waits for it. T_draft is the least that
-any chain takes per token; whatever else a cycle takes is its T_verify. So gamma * T_draft + T_verify is the cycle as
-measured.
+contexts, synthetic requests are laid into the still unused KV pool and stepped by the worker itself, back to back, so
+that host work counts where the GPU waits for it: plain decoding, the shortest and the longest chain, and every gamma's
+verify with its verdict. T_draft is what the longest chain takes per token; what the shortest takes beyond that is
+counted to T_verify, so that gamma * T_draft + T_verify is a whole cycle.
 
-The grid is gone over until `calibration_s` is spent, so that a disturbance spoils one sample of a cell and the median forgets
-it. The table is kept on disk under a fingerprint of all that it depends on.
+The first pass compiles and is not counted. The grid is then gone over until `calibration_s` is spent, and at least three
+times, so that a disturbance spoils one sample of a cell and the median forgets it. The table is kept on disk under a
+fingerprint of all that it depends on.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -46,7 +47,7 @@ logger = logging.getLogger(__name__)
 CONTEXTS_TOKENS = {"cuda": (256, 2048, 8192, 32768), "cpu": (64, 256)}
 LONGEST_S = {"cuda": float("inf"), "cpu": 5.0}
 BATCHES_WITHOUT_GRAPHS = (1, 8, 32)
-MAX_PASSES = 5
+MIN_PASSES, MAX_PASSES = {"cuda": 3, "cpu": 1}, 5
 
 
 def obtain_profile(worker: SelfQuantWorker) -> tuple[Profile, Path]:
@@ -86,21 +87,25 @@ def _measure(worker: SelfQuantWorker, expected: dict) -> Profile:
     group = get_tp_group()
     cells = _grid(worker)
     budget_s = min(worker.config.calibration_s, LONGEST_S[worker.device.type])
+    least = MIN_PASSES[worker.device.type]
     samples: list[Sample] = []
-    start_s = time.perf_counter()
     random = worker.random.state.clone()
     gpus = [worker.device] if worker.device.type == "cuda" else []
+
+    def go_over(cells: list[tuple[int, int]], what: str) -> Iterator[tuple[int, int]]:
+        return tqdm(cells, desc=f"Measuring step times, {what}", unit="cell", disable=group.rank_in_group != 0)
+
     # A server that measures samples the same tokens as one that finds its profile.
     with torch.no_grad(), torch.random.fork_rng(gpus), _borrowed(worker.req_to_token):
+        for batch, context_tokens in go_over([cell for cell in cells if cell[1] == cells[0][1]], "warm-up"):
+            _measure_cell(worker, batch, context_tokens)
+        start_s = time.perf_counter()
         for done in range(MAX_PASSES):
             spent_s = time.perf_counter() - start_s
             # Every pass takes as long as the mean of those before; rank 0's clock decides for all.
-            if not group.broadcast_object(spent_s * (done + 1) <= budget_s * max(done, 1), src=0):
+            if done >= least and not group.broadcast_object(spent_s * (done + 1) <= budget_s * done, src=0):
                 break
-            cells_left = tqdm(
-                cells, desc=f"Measuring step times, pass {done + 1}", unit="cell", disable=group.rank_in_group != 0
-            )
-            for batch, context_tokens in cells_left:
+            for batch, context_tokens in go_over(cells, f"pass {done + 1}"):
                 samples += _measure_cell(worker, batch, context_tokens)
     worker.random.state.copy_(random)
     return Profile.from_samples(samples, expected)
@@ -148,33 +153,29 @@ def _borrowed(req_to_token: torch.Tensor) -> Iterator[None]:
 def _measure_cell(worker: SelfQuantWorker, batch: int, context_tokens: int) -> list[Sample]:
     """One sample of each phase and gamma."""
     template = _synthetic_batch(worker, batch, context_tokens)
-
-    def step(gamma: int, on_drafted: Callable[[], None] = lambda: None) -> None:
-        scheduled = copy.copy(template)
-        inputs = Step.of_batch(scheduled, worker.req_to_token, gamma + 1, 0)
-        if gamma:
-            worker.cycle(scheduled, inputs, gamma, on_drafted=on_drafted)
-        else:
-            worker.decode(scheduled, inputs)
-
     gammas, watch = worker.config.policy.gammas, _Stopwatch(worker.device)
-    step(0)  # every timed step follows another one
+
+    def step(gamma: int) -> tuple[ScheduleBatch, Step]:
+        scheduled = copy.copy(template)
+        return scheduled, Step.of_batch(scheduled, worker.req_to_token, gamma + 1, 0)
+
+    worker.decode(*step(0))  # every timed step follows another one
     watch.mark()
-    step(0)
+    worker.decode(*step(0))
     watch.mark()
-    for gamma in gammas:
-        step(gamma, on_drafted=watch.mark)
+    for gamma in (gammas[0], gammas[-1]):
+        draft = worker.draft(step(gamma)[1], gamma)
         watch.mark()
-    plain_s, *laps_s = watch.laps_s()
-    chains_s, rests_s = laps_s[::2], laps_s[1::2]
-    draft_s = min(chain_s / gamma for gamma, chain_s in zip(gammas, chains_s))
+    for gamma in gammas:
+        worker.verify(*step(gamma), draft.first(gamma))
+        watch.mark()
+    plain_s, shortest_s, longest_s, *verify_s = watch.laps_s()
+    draft_s = longest_s / gammas[-1]
+    fixed_s = max(0.0, shortest_s - gammas[0] * draft_s)
     return [
         Sample("target", 0, batch, context_tokens, plain_s),
         Sample("draft", 0, batch, context_tokens, draft_s),
-        *(
-            Sample("verify", gamma, batch, context_tokens, chain_s + rest_s - gamma * draft_s)
-            for gamma, chain_s, rest_s in zip(gammas, chains_s, rests_s)
-        ),
+        *(Sample("verify", gamma, batch, context_tokens, fixed_s + lap_s) for gamma, lap_s in zip(gammas, verify_s)),
     ]
 
 

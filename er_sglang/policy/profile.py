@@ -126,6 +126,8 @@ class Profile:
                 raise ProfileError(
                     f"{sample}: phase must be one of {', '.join(PHASES)}; gamma is 0 for target and positive for verify"
                 )
+            if not 0.0 < sample.seconds < float("inf"):
+                raise ProfileError(f"{sample}: it must be a positive, finite number of seconds")
             seconds[sample.phase, gamma][sample.batch, sample.context_tokens].append(sample.seconds)
         missing = [phase for phase in PHASES if not any(phase == key[0] for key in seconds)]
         if missing:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 
@@ -31,8 +32,11 @@ def blend(table: Table, i: int, u: float, j: int, v: float) -> float:
 
 
 def isotonic(cells: Mapping[tuple[int, int], float]) -> dict[tuple[int, int], float]:
-    """Least-squares repair to non-decreasing: along batch, along context, and again until neither moves."""
-    repaired = dict(cells)
+    """Least-squares repair to non-decreasing: along batch, along context, and again until neither moves.
+
+    Of logarithms, since errors of measurement are relative, and one wild cell must not lift its whole row.
+    """
+    repaired = {cell: math.log(value) for cell, value in cells.items()}
     lines = [
         [sorted(cell for cell in cells if cell[axis] == value) for value in sorted({cell[axis] for cell in cells})]
         for axis in (0, 1)
@@ -42,9 +46,9 @@ def isotonic(cells: Mapping[tuple[int, int], float]) -> dict[tuple[int, int], fl
         for axis_lines in lines:
             for line in axis_lines:
                 repaired.update(zip(line, _pool_adjacent_violators([repaired[cell] for cell in line])))
-        if all(abs(repaired[cell] - before[cell]) <= 1e-9 * before[cell] for cell in cells):
+        if all(abs(repaired[cell] - before[cell]) <= 1e-9 for cell in cells):
             break
-    return repaired
+    return {cell: math.exp(value) for cell, value in repaired.items()}
 
 
 def _pool_adjacent_violators(values: Sequence[float]) -> list[float]:

@@ -73,6 +73,10 @@ class Draft:
     def gamma(self) -> int:
         return self.tokens_NB.shape[0] - 1
 
+    def first(self, gamma: int) -> Draft:
+        """The draft as it was when ``gamma`` tokens were drawn; shares memory."""
+        return Draft(self.tokens_NB[: gamma + 1], self.logits_GBV[:gamma], self.floor_GB[:gamma], self.lse_GB[:gamma])
+
 
 @dataclass(slots=True)
 class Verdict:

@@ -18,6 +18,10 @@ from er_sglang.sampling.base import STREAM_ACCEPT, STREAM_RESIDUAL, Draft, Rando
 
 BLOCK = 4096
 
+# Triton compiles a kernel anew for integers that are 1 or a multiple of 16. These vary from step to step, and no load is wider
+# for knowing them.
+_varying = triton.jit(do_not_specialize=("rows_per_request", "stream", "gamma"))
+
 
 @triton.jit
 def _bits(state_ptr, token, row, stream):
@@ -58,7 +62,7 @@ def _scaled(row_ptr, offset, size, temperature):
     return tl.load(row_ptr + offset, mask=offset < size, other=float("-inf")).to(tl.float32) / temperature
 
 
-@triton.jit
+@_varying
 def _partials_kernel(
     logits_ptr, temperature_ptr, top_k_ptr, state_ptr, max_ptr, sum_ptr, best_ptr, arg_ptr,
     row_stride, size, rows_per_request, blocks, stream, NOISE: tl.constexpr, BLOCK: tl.constexpr,
@@ -83,7 +87,7 @@ def _partials_kernel(
     tl.store(arg_ptr + out, block * BLOCK + tl.argmax(score, 0))
 
 
-@triton.jit
+@_varying
 def _summary_kernel(
     logits_ptr, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, state_ptr, max_ptr, sum_ptr, best_ptr, arg_ptr,
     floor_ptr, lse_ptr, token_ptr,
@@ -185,23 +189,23 @@ def _accept_kernel(
     tl.store(accepted_ptr + request, accepted)
 
 
-@triton.jit
+@_varying
 def _residual_kernel(
     target_ptr, draft_ptr, temperature_ptr, state_ptr, accepted_ptr, p_floor_ptr, p_lse_ptr, q_floor_ptr, q_lse_ptr,
     best_ptr, arg_ptr, fallback_ptr, fallback_arg_ptr,
-    target_stride, draft_step_stride, draft_row_stride, q_stride, size, blocks, stream,
-    GAMMA: tl.constexpr, BLOCK: tl.constexpr,
+    target_stride, draft_step_stride, draft_row_stride, q_stride, size, blocks, stream, gamma,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Per (request, block): the leader of the race over max(p - q, 0), and over p for an empty residual."""
     request, block = tl.program_id(0), tl.program_id(1)
     temperature = tl.load(temperature_ptr + request)
     step = tl.load(accepted_ptr + request)
-    row = request * (GAMMA + 1) + step
+    row = request * (gamma + 1) + step
     offset = block * BLOCK + tl.arange(0, BLOCK)
     x = _scaled(target_ptr + row.to(tl.int64) * target_stride, offset, size, temperature)
     p = _probability(x, tl.load(p_floor_ptr + row), tl.load(p_lse_ptr + row))
     weight = p
-    if step < GAMMA:
+    if step < gamma:
         q_row = draft_ptr + step.to(tl.int64) * draft_step_stride + request.to(tl.int64) * draft_row_stride
         q_x = _scaled(q_row, offset, size, temperature)
         q = _probability(
@@ -246,9 +250,13 @@ def _emit_kernel(
     tl.store(last_ptr + request, last.to(tl.int64))
 
 
+def _floats(count: int, *shape: int, device: torch.device) -> list[torch.Tensor]:
+    """Uninitialised float32 tensors, each at an address of its own: Triton compiles anew for an unaligned one."""
+    return [torch.empty(shape, dtype=torch.float32, device=device) for _ in range(count)]
+
+
 def _partial_buffers(rows: int, blocks: int, device: torch.device) -> tuple[torch.Tensor, ...]:
-    floats = torch.empty((3, rows, blocks), dtype=torch.float32, device=device)
-    return *floats, torch.empty((rows, blocks), dtype=torch.int32, device=device)
+    return *_floats(3, rows, blocks, device=device), torch.empty((rows, blocks), dtype=torch.int32, device=device)
 
 
 class FusedSampler(Sampler):
@@ -274,7 +282,7 @@ class FusedSampler(Sampler):
         batch, width, size = logits_BNV.shape
         gamma, device = draft.gamma, logits_BNV.device
         logits_RV = logits_BNV.view(batch * width, size)
-        p_floor_R, p_lse_R = torch.empty((2, batch * width), dtype=torch.float32, device=device)
+        p_floor_R, p_lse_R = _floats(2, batch * width, device=device)
         p_top_R = torch.empty(batch * width, dtype=torch.int32, device=device)
         self._summarize(logits_RV, params, random, 0, False, p_floor_R, p_lse_R, p_top_R)
 
@@ -287,13 +295,13 @@ class FusedSampler(Sampler):
             self.simulated_acceptance or 0.0, GAMMA=gamma, SIMULATE=self.simulated_acceptance is not None,
         )  # fmt: skip
         blocks = triton.cdiv(size, BLOCK)
-        best, fallback = torch.empty((2, batch, blocks), dtype=torch.float32, device=device)
-        arg, fallback_arg = torch.empty((2, batch, blocks), dtype=torch.int32, device=device)
+        best, fallback = _floats(2, batch, blocks, device=device)
+        arg, fallback_arg = (torch.empty((batch, blocks), dtype=torch.int32, device=device) for _ in range(2))
         _residual_kernel[(batch, blocks)](
             logits_RV, draft.logits_GBV, params.temperature_B, random.state, accepted_B,
             p_floor_R, p_lse_R, draft.floor_GB, draft.lse_GB, best, arg, fallback, fallback_arg,
             logits_RV.stride(0), *draft_strides, draft.lse_GB.stride(0), size, blocks, STREAM_RESIDUAL,
-            GAMMA=gamma, BLOCK=BLOCK,
+            gamma, BLOCK=BLOCK,
         )  # fmt: skip
         emitted_BN = torch.empty((batch, width), dtype=torch.int64, device=device)
         accept_lens_B = torch.empty(batch, dtype=torch.int32, device=device)
