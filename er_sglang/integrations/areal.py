@@ -7,7 +7,8 @@ a newer SGLang without change, so all that is replaced is the command that start
     use_self_quant()        # before the trainer is made
 
 The rollout workers read ER_SGLANG_PYTHON, the Python of an environment with ``er_sglang[sglang]``; the servers inherit
-ER_SGLANG_CONFIG. Give both in ``rollout.scheduling_spec``. Serves AReaL's single controller, not its older launchers.
+ER_SGLANG_CONFIG. Give both in ``rollout.scheduling_spec``. Serves AReaL's single controller (v1), which starts the servers
+itself; its older launchers and its controller v2 have commands of their own.
 """
 
 from __future__ import annotations
@@ -28,13 +29,15 @@ class SelfQuantBackend(SGLangBackend):
     """AReaL's client of SGLang, which starts ``sglang.launch_server`` instead of AReaL's copy of it."""
 
     def launch_server(self, server_args: dict[str, Any]) -> subprocess.Popen:
-        command = get_py_cmd("sglang.launch_server", {**server_args, "speculative_algorithm": "SELF_QUANT"})
         if (python := os.environ.get(PYTHON_ENV)) is None:
             raise RuntimeError(
                 f"{PYTHON_ENV} is not set: name the Python of an environment with er_sglang[sglang] in "
                 "rollout.scheduling_spec[0].env_vars."
             )
-        return subprocess.Popen([python, *command[1:]], stdout=sys.stdout, stderr=sys.stdout)
+        command = get_py_cmd("sglang.launch_server", {**server_args, "speculative_algorithm": "SELF_QUANT"})
+        # AReaL puts the whole path of its own Python, site-packages included, into its workers' PYTHONPATH.
+        env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        return subprocess.Popen([python, *command[1:]], env=env, stdout=sys.stdout, stderr=sys.stdout)
 
 
 class SelfQuantEngine(RemoteSGLangEngine):
