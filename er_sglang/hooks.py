@@ -67,9 +67,9 @@ def _internal_state(result, scheduler, recv_req):
 def _count_drafts(result, processor, step, batch) -> None:
     """SGLang has no count of a request's drafted tokens: it assumes one gamma for all steps. They travel to the front end
     as ``spec_num_correct_drafts``, which can spare the field: the histogram of accepted drafts says the same."""
-    if _worker(processor.model_worker) is None:
-        return
     gamma = step.speculative_num_draft_tokens - 1
+    if gamma == 0 or _worker(processor.model_worker) is None:
+        return
     for req, accepted in zip(batch.reqs, step.num_correct_drafts_per_req_cpu):
         if not (req.is_retracted or req.finished()):
             req.spec_num_correct_drafts += gamma - accepted

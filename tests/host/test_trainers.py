@@ -5,6 +5,7 @@ run here, and neither are the parts that need GPUs: CUDA IPC, NCCL, and memory t
 """
 
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from time import sleep
 
 import pytest
@@ -13,7 +14,9 @@ from sglang.srt.utils import MultiprocessingSerializer, init_custom_process_grou
 from sglang.srt.weight_sync.tensor_bucket import FlattenedTensorBucket
 from transformers import AutoModelForCausalLM
 
+from er_sglang import logprobs
 from er_sglang.bench.serving import free_port
+from er_sglang.sampling import Verdict
 from tests.host.oracle import Oracle
 from tests.host.policies import make_policy
 from tests.host.servers import greedy, self_quant, tokens
@@ -64,15 +67,17 @@ class Trainer:
         """A rollout that goes on in the background; returns its future once it is under way."""
         before = self.server.self_quant()["emitted_tokens"]
         rollout = self._pool.submit(self.rollout, prompts, **sampling)
-        while self.server.self_quant()["emitted_tokens"] == before:
+        while self.server.self_quant()["emitted_tokens"] == before and not rollout.done():
             sleep(0.05)
         return rollout
 
-    def pause(self) -> None:
+    @contextmanager
+    def paused(self):
         self.server.post("/pause_generation", {})
-
-    def resume(self) -> None:
-        self.server.post("/continue_generation", {})
+        try:
+            yield
+        finally:
+            self.server.post("/continue_generation", {})
 
     def join(self) -> None:
         port = free_port()
@@ -161,22 +166,36 @@ def test_counts_of_single_steps(trainer):
         assert ("spec_accept_rate" in info) == (info["spec_num_proposed_drafts"] > 0)
 
 
+def test_logprobs_by_slimes_signature(monkeypatch):
+    """slime's top-p patch inserts an argument into a function that we call."""
+    received = {}
+
+    def patched(batch, logits_output, predict, accept_index, accept_lens, speculative_num_steps):
+        received.update(predict=predict, index=accept_index, lens=accept_lens, gamma=speculative_num_steps)
+
+    monkeypatch.setattr(logprobs, "compute_spec_v2_logprobs", patched)
+    lens = torch.tensor([3, 1], dtype=torch.int32)
+    logprobs.attach_logprobs(None, None, Verdict(torch.tensor([[7, 8, 9], [4, 0, 0]]), lens, torch.tensor([9, 4])), gamma=2)
+    assert received["predict"].tolist() == [7, 8, 9, 4, 0, 0]
+    assert received["index"].tolist() == [[0, 1, 2], [3, -1, -1]]
+    assert received["lens"] is lens and received["gamma"] == 2
+
+
 def test_slime_without_colocation(trainer, server, policies, oracles):
     """pause, flush, buckets by broadcast, continue; what was running comes back aborted."""
     check_rollout(trainer, oracles["A"])
     trainer.join()
     running = trainer.rollout_meanwhile(PROMPTS[:1], **greedy(1500))
     before = counters(server)
-    trainer.pause()
-    partial = running.result()[0]
+    parts = buckets(policies["B"])
+    with trainer.paused():
+        partial = running.result()[0]
+        server._request("/flush_cache")
+        for part in parts:
+            trainer.broadcast(part, flush_cache=False, weight_version="1")
+        assert counters(server)["dirty"]
     assert partial["meta_info"]["finish_reason"]["type"] == "abort"
     assert partial["output_ids"][:NEW_TOKENS] == oracles["A"].greedy(PROMPTS[0], NEW_TOKENS)[: len(partial["output_ids"])]
-    server._request("/flush_cache")
-    parts = buckets(policies["B"])
-    for part in parts:
-        trainer.broadcast(part, flush_cache=False, weight_version="1")
-    assert counters(server)["dirty"]
-    trainer.resume()
     after = counters(server, before)
     assert (after["updates"], after["refreshes"], after["failed_updates"], after["dirty"]) == (len(parts), 1, 0, False)
     check_rollout(trainer, oracles["B"])
@@ -187,15 +206,15 @@ def test_slime_colocated(trainer, server, policies, oracles):
     before = counters(server)
     server._request("/flush_cache")
     server.post("/release_memory_occupation", {})
-    assert counters(server)["dirty"], "what the drafter's memory holds after waking up is garbage"
     server.post("/resume_memory_occupation", {"tags": ["weights"]})
-    trainer.pause()
-    server._request("/flush_cache")
+    dirty = counters(server)["dirty"]
     parts = buckets(policies["C"])
-    for part in parts:
-        trainer.hand_over(part, weight_version="2")
-    trainer.resume()
+    with trainer.paused():
+        server._request("/flush_cache")
+        for part in parts:
+            trainer.hand_over(part, weight_version="2")
     after = counters(server, before)
+    assert dirty, "what the drafter's memory holds after waking up is garbage"
     assert (after["updates"], after["refreshes"], after["failed_updates"], after["dirty"]) == (len(parts), 1, 0, False)
     server.post("/resume_memory_occupation", {"tags": ["kv_cache", "cuda_graph"]})
     check_rollout(trainer, oracles["C"])
@@ -205,17 +224,15 @@ def test_slime_colocated(trainer, server, policies, oracles):
 def test_areal(trainer, server, policies, oracles, transport):
     """An update interrupts a generation; the client sends prompt and partial answer again, for the new policy."""
     running = trainer.rollout_meanwhile(PROMPTS[:1], **greedy(1500))
-    trainer.pause()
     before = counters(server)
-    if transport == "disk":
-        server.post("/update_weights_from_disk", {"model_path": str(policies["A"]), "abort_all_requests": True})
-        policy = "A"
-    else:
-        for part in buckets(policies["B"]):
-            trainer.broadcast(part, abort_all_requests=True)
-        policy = "B"
-    partial = running.result()[0]["output_ids"]
-    trainer.resume()
+    policy = {"disk": "A", "distributed": "B"}[transport]
+    with trainer.paused():
+        if transport == "disk":
+            server.post("/update_weights_from_disk", {"model_path": str(policies[policy]), "abort_all_requests": True})
+        else:
+            for part in buckets(policies[policy]):
+                trainer.broadcast(part, abort_all_requests=True)
+        partial = running.result()[0]["output_ids"]
     after = counters(server, before)
     assert (after["refreshes"], after["failed_updates"], after["dirty"]) == (1, 0, False)
     again = PROMPTS[0] + partial
