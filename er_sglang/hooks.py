@@ -12,6 +12,8 @@ from er_sglang.host import ALGORITHM, UnsupportedHost
 
 _UPDATER = "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager."
 _SCHEDULER = "sglang.srt.managers.scheduler.Scheduler."
+_RESULTS = "sglang.srt.managers.scheduler_components.batch_result_processor.SchedulerBatchResultProcessor."
+_FRONT_END = "sglang.srt.managers.tokenizer_manager.TokenizerManager."
 
 
 def _worker(worker):
@@ -168,14 +170,8 @@ HOOKS = {
     f"{_SCHEDULER}continue_generation": (HookType.AFTER, _continue_generation),
     f"{_SCHEDULER}on_idle": (HookType.AFTER, _on_idle),
     f"{_SCHEDULER}get_internal_state": (HookType.AFTER, _internal_state),
-    "sglang.srt.managers.scheduler_components.batch_result_processor.SchedulerBatchResultProcessor._resolve_spec_v2_tokens": (
-        HookType.AFTER,
-        _count_drafts,
-    ),
-    "sglang.srt.managers.tokenizer_manager.TokenizerManager._calculate_spec_decoding_metrics": (
-        HookType.AFTER,
-        _report_drafts,
-    ),
+    f"{_RESULTS}_resolve_spec_v2_tokens": (HookType.AFTER, _count_drafts),
+    f"{_FRONT_END}_calculate_spec_decoding_metrics": (HookType.AFTER, _report_drafts),
     "sglang.srt.managers.schedule_batch.Req.update_finish_state": (HookType.AROUND, _finish_token_by_token),
     "sglang.srt.mem_cache.memory_pool.MHATokenToKVPool._init_kv_copy_and_warmup": (
         HookType.AROUND,
