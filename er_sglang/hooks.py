@@ -13,6 +13,8 @@ from er_sglang.host import ALGORITHM, UnsupportedHost
 
 _UPDATER = "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager."
 _SCHEDULER = "sglang.srt.managers.scheduler.Scheduler."
+_RESULTS = "sglang.srt.managers.scheduler_components.batch_result_processor.SchedulerBatchResultProcessor."
+_FRONT_END = "sglang.srt.managers.tokenizer_manager.TokenizerManager."
 
 
 def _worker(worker):
@@ -73,6 +75,37 @@ def _set_internal_state(original, scheduler, recv_req):
     if worker is None or KEY not in recv_req.server_args:
         return original(scheduler, recv_req)
     return SetInternalStateReqOutput(updated=worker.change(recv_req.server_args), server_args={})
+
+
+def _count_drafts(result, processor, step, batch) -> None:
+    """SGLang has no count of a request's drafted tokens: it assumes one gamma for all steps. They travel to the front end
+    as ``spec_num_correct_drafts``, which can spare the field: the histogram of accepted drafts says the same."""
+    gamma = step.speculative_num_draft_tokens - 1
+    if gamma == 0 or _worker(processor.model_worker) is None:
+        return
+    for req, accepted in zip(batch.reqs, step.num_correct_drafts_per_req_cpu):
+        if not (req.is_retracted or req.finished()):
+            req.spec_num_correct_drafts += gamma - accepted
+
+
+def _report_drafts(result, manager, meta_info, recv_obj, i) -> None:
+    """Make the counts in a finished request's ``meta_info`` true, and add the names by which slime asks for them.
+
+    ``spec_verify_ct`` stays the number of decode steps, plain ones included, and ``spec_accept_length`` the tokens per
+    such step. ``spec_accept_rate``, accepted over drafted tokens, is left out if nothing was drafted.
+    """
+    if not _served() or "spec_verify_ct" not in meta_info:
+        return
+    drafted = recv_obj.spec_num_correct_drafts[i]
+    accepted = sum(count * steps for count, steps in enumerate(recv_obj.spec_correct_drafts_histogram[i]))
+    for name in ("spec_num_proposed_drafts", "spec_proposed_drafts", "spec_draft_token_num"):
+        meta_info[name] = drafted
+    for name in ("spec_num_correct_drafts", "spec_accepted_drafts", "spec_accept_token_num"):
+        meta_info[name] = accepted
+    if drafted:
+        meta_info["spec_accept_rate"] = accepted / drafted
+    else:
+        del meta_info["spec_accept_rate"]
 
 
 def _served() -> bool:
@@ -149,6 +182,8 @@ HOOKS = {
     f"{_SCHEDULER}on_idle": (HookType.AFTER, _on_idle),
     f"{_SCHEDULER}get_internal_state": (HookType.AFTER, _internal_state),
     f"{_SCHEDULER}set_internal_state": (HookType.AROUND, _set_internal_state),
+    f"{_RESULTS}_resolve_spec_v2_tokens": (HookType.AFTER, _count_drafts),
+    f"{_FRONT_END}_calculate_spec_decoding_metrics": (HookType.AFTER, _report_drafts),
     "sglang.srt.managers.schedule_batch.Req.update_finish_state": (HookType.AROUND, _finish_token_by_token),
     "sglang.srt.mem_cache.memory_pool.MHATokenToKVPool._init_kv_copy_and_warmup": (
         HookType.AROUND,

@@ -74,6 +74,11 @@ SEAMS = (
     _seam("managers.scheduler:Scheduler.set_internal_state", "self recv_req"),
     _seam("managers.scheduler:Scheduler.continue_generation", "self recv_req"),
     _seam("managers.schedule_batch:Req.update_finish_state", "self new_accepted_len"),
+    _seam(
+        "managers.scheduler_components.batch_result_processor:SchedulerBatchResultProcessor._resolve_spec_v2_tokens",
+        "self result batch",
+    ),
+    _seam("managers.tokenizer_manager:TokenizerManager._calculate_spec_decoding_metrics", "self meta_info recv_obj i"),
     *(
         _seam(f"managers.scheduler_components.weight_updater:SchedulerWeightUpdaterManager.{name}", "self recv_req")
         for name in (
@@ -100,15 +105,19 @@ SEAMS = (
 
 
 def check_host() -> None:
-    """Raise UnsupportedHost unless this SGLang is a supported release and has every seam as we know it."""
+    """Raise UnsupportedHost unless this SGLang is a supported release and has every seam as we know it.
+
+    A local build of a release ("0.5.15.post1+cu129") is that release; what it changed, the seams tell.
+    """
     try:
         version = importlib.metadata.version("sglang")
     except importlib.metadata.PackageNotFoundError as error:
         raise UnsupportedHost("SGLang is not installed: pip install 'er_sglang[sglang]'.") from error
-    if version not in SUPPORTED_VERSIONS:
+    if version.partition("+")[0] not in SUPPORTED_VERSIONS:
         raise UnsupportedHost(
             f"SGLang {version} is not supported; install one of {', '.join(SUPPORTED_VERSIONS)} "
-            f"(pip install sglang=={SUPPORTED_VERSIONS[0]})."
+            f"(pip install sglang=={SUPPORTED_VERSIONS[0]}). If this is a checkout of that release under another version, "
+            f"state it: SETUPTOOLS_SCM_PRETEND_VERSION_FOR_SGLANG={SUPPORTED_VERSIONS[0]} pip install --no-deps -e python"
         )
     if problems := [problem for seam in SEAMS if (problem := _compare(seam))]:
         raise UnsupportedHost(

@@ -1,0 +1,30 @@
+"""The files in launch/slime and launch/areal say what we understand."""
+
+import pkgutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from er_sglang.config import load_config
+
+LAUNCH = Path(__file__).parents[2] / "launch"
+
+
+@pytest.mark.parametrize("trainer, gamma_max", [("slime", 3), ("areal", None)])
+def test_settings(trainer, gamma_max):
+    """slime gives gamma_max by a flag, AReaL's servers have it from the settings."""
+    config = load_config(str(LAUNCH / trainer / "self_quant.json"), gamma_max, env={})
+    assert config.gamma_max == 3
+
+
+def test_slime_arguments():
+    """One sourced line adds our arguments to those of the launch script, wherever it is run."""
+    script = f'set -eu; SGLANG_ARGS=(--before 1); source {LAUNCH}/slime/self_quant.sh; printf "%s\\n" "${{SGLANG_ARGS[@]}}"'
+    words = subprocess.run(["bash", "-c", script], check=True, capture_output=True, text=True, cwd="/").stdout.split("\n")
+    arguments = dict(zip(words[::2], words[1::2]))
+    assert arguments["--before"] == "1"
+    assert arguments["--sglang-speculative-algorithm"] == "SELF_QUANT"
+    assert Path(arguments["--sglang-speculative-adaptive-config"]) == LAUNCH / "slime/self_quant.json"
+    log_function, _, name = arguments["--custom-rollout-log-function-path"].rpartition(".")
+    assert callable(pkgutil.resolve_name(f"{log_function}:{name}"))
