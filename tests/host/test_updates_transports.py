@@ -257,11 +257,21 @@ def awex(trainer, policy):
     trainer.resume()
 
 
+def slime_post_processed(trainer, policy):
+    with trainer.paused():
+        trainer.post_process()
+        trainer.send_tensors(buckets_of(policy.weights), **SLIME)
+        trainer.post_process()
+
+
 def nobody_pauses(trainer, policy):
     trainer.send_tensors(buckets_of(policy.weights))
 
 
-@pytest.mark.parametrize("deliver", [areal_distributed, areal_disk, awex, nobody_pauses], ids=lambda f: f.__name__)
+UNVERSIONED = [areal_distributed, areal_disk, awex, slime_post_processed, nobody_pauses]
+
+
+@pytest.mark.parametrize("deliver", UNVERSIONED, ids=lambda deliver: deliver.__name__)
 def test_without_a_version(rollouts, deliver):
     policy = rollouts.next_policy()
     with rollouts.changes(refreshes=1, failed_updates=0, updates=1):

@@ -84,13 +84,18 @@ class TrainerClient:
         finally:
             group.close()
 
-    def send_ipc(self, path: Path, **options) -> dict:
-        """The test plugin's checkpoint engine takes a checkpoint's path for a socket's."""
-        return self.server.post("/update_weights_from_ipc", {"zmq_handles": {"cpu": str(path)}, **options})
+    def send_ipc(self, *paths: Path, **options) -> dict:
+        """One checkpoint per rank: the test plugin's checkpoint engine takes its path for a socket's."""
+        handles = {f"cpu-{rank}": str(path) for rank, path in enumerate(paths)}
+        return self.server.post("/update_weights_from_ipc", {"zmq_handles": handles, **options})
 
     def write_directly(self, path: Path) -> None:
         """Parameters written behind SGLang's back, as AReaL's awex does; through the test plugin."""
         self.server.post("/weights_checker", {"action": f"write {path}"})
+
+    def post_process(self) -> None:
+        """slime's, which stock SGLang does not have; through the test plugin."""
+        self.server.post("/weights_checker", {"action": "post-process"})
 
     def release(self, *tags: str) -> None:
         self.server.post("/release_memory_occupation", {"tags": list(tags)} if tags else {})

@@ -1,7 +1,8 @@
 """Test-only SGLang plugin: what a CPU or stock SGLang lacks of a trainer's ways.
 
-- `/weights_checker {"action": "write PATH"}` writes a checkpoint straight into the policy's parameters.
-- `/update_weights_from_ipc` finds a device, and in `checkpoint_engine/` an engine.
+- `/weights_checker {"action": "write PATH"}` writes a checkpoint straight into the policy's parameters, and
+  `{"action": "post-process"}` does what slime's patch does for its `/post_process_weights`.
+- `/update_weights_from_ipc` finds a device per rank, "cpu-0" and so on, and in `checkpoint_engine/` an engine.
 - Memory released is lost: the policy's and the drafter's weights become NaN and noise, KV becomes NaN.
 - `/server_info` shows a digest of the drafter's weights, layer by layer, and where they lie.
 """
@@ -14,26 +15,35 @@ def activate() -> None:
 
     managers = "sglang.srt.managers."
     updater = f"{managers}scheduler_components.weight_updater.SchedulerWeightUpdaterManager"
-    HookRegistry.register("sglang.srt.utils.weight_checker.WeightChecker.handle", _write, HookType.AROUND)
+    HookRegistry.register(f"{updater}.check_weights", _write_or_post_process, HookType.AROUND)
     HookRegistry.register(f"{updater}.update_weights_from_ipc", _cpu_engine, HookType.BEFORE)
     HookRegistry.register(f"{updater}.release_memory_occupation", _lose, HookType.AFTER)
     HookRegistry.register(f"{managers}scheduler.Scheduler.get_internal_state", _show, HookType.AFTER)
 
 
-def _write(original, checker, action, allow_quant_error=False):
+def _write_or_post_process(original, updater, recv_req):
     import torch
+    from sglang.srt.managers.io_struct import CheckWeightsReqOutput
     from transformers import AutoModelForCausalLM
 
-    if not action.startswith("write "):
-        return original(checker, action=action, allow_quant_error=allow_quant_error)
-    source = AutoModelForCausalLM.from_pretrained(action.removeprefix("write "), dtype=torch.float32)
-    checker._model_runner.model.load_weights(source.state_dict().items())
+    policy = updater.tp_worker.model_runner.model
+    if recv_req.action == "post-process":
+        for module in policy.modules():
+            if hasattr(getattr(module, "quant_method", None), "process_weights_after_loading"):
+                module.quant_method.process_weights_after_loading(module)
+        success, message = updater.draft_worker.post_process_weights(recv_req)
+        return CheckWeightsReqOutput(success=success, message=message)
+    if not recv_req.action.startswith("write "):
+        return original(updater, recv_req)
+    source = AutoModelForCausalLM.from_pretrained(recv_req.action.removeprefix("write "), dtype=torch.float32)
+    policy.load_weights(source.state_dict().items())
+    return CheckWeightsReqOutput(success=True, message="")
 
 
 def _cpu_engine(updater, recv_req) -> None:
     from sglang.srt.checkpoint_engine.checkpoint_engine_worker import SGLangCheckpointEngineWorkerExtensionImpl as Engine
 
-    Engine.get_device_uuid = lambda self: "cpu"
+    Engine.get_device_uuid = lambda self: f"cpu-{self.model_runner.tp_rank}"
     Engine.get_device_id = lambda self: 0
 
 
