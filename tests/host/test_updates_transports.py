@@ -386,7 +386,10 @@ def test_an_unknown_name(rollouts):
 
 
 def test_a_bad_shape(rollouts, folder):
-    """In the second of three buckets: the update has failed, whatever comes behind it."""
+    """In the second of three buckets: the update has failed, whatever comes behind it.
+
+    (Sent by `update_weights_from_tensor` it would end the server: SGLang's own way, here as without us.)
+    """
     target = rollouts.policies["B" if rollouts.current == "A" else "A"]
     first, second, _, last = buckets_of(target.weights)
     mixture = rollouts.mixture([name for bucket in (first, second, last) for name, _ in bucket], folder / "bad-shape")
@@ -429,12 +432,3 @@ def recover(rollouts):
     with rollouts.changes(refreshes=1, failed_updates=0):
         slime_tensors(rollouts.trainer, policy)
         rollouts.follows(policy)
-
-
-def test_a_tensor_that_sglang_cannot_load_ends_the_server(rollouts):
-    """SGLang's own way with `update_weights_from_tensor`, here as without us; so this is the last test of the server."""
-    rollouts.trainer.pause()
-    with pytest.raises(OSError):
-        rollouts.trainer.send_tensors([[BAD_SHAPE]], **SLIME)
-    with pytest.raises(OSError):
-        rollouts.serve()
