@@ -42,6 +42,11 @@ class Steering:
         """Whether a step was launched since the server last ran idle."""
         return self._busy
 
+    @property
+    def first_acceptance(self) -> float:
+        """Live acceptance of the first drafted token; 0 if the mode never drafts."""
+        return next(iter(self.controller.acceptance.alphas()), 0.0)
+
     def launch(self, committed_tokens: Sequence[int], blocker: str | None) -> Launched:
         """How the next step is to be taken.
 
@@ -82,13 +87,8 @@ class Steering:
         if self._trace:
             self._trace.write(step, sum(accepted))
 
-    @property
-    def first_acceptance(self) -> float:
-        """Live acceptance of the first drafted token; 0 if the mode never drafts."""
-        return next(iter(self.controller.acceptance.alphas()), 0.0)
-
     def policy_updated(self) -> None:
-        """The policy has new weights, or the drafter follows those it had."""
+        """The drafter follows new weights of the policy."""
         self.controller.policy_updated()
 
     def idle(self) -> None:
