@@ -46,6 +46,11 @@ class Steering:
         """Whether a step was launched since the server last ran idle."""
         return self._busy
 
+    @property
+    def first_acceptance(self) -> float:
+        """Live acceptance of the first drafted token; 0 if the mode never drafts."""
+        return next(iter(self.controller.acceptance.alphas()), 0.0)
+
     def launch(self, committed_tokens: Sequence[int], blocker: str | None) -> Launched:
         """How the next step is to be taken.
 

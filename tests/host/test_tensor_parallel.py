@@ -1,13 +1,16 @@
-"""Two tensor-parallel ranks draft, verify and accept the same tokens."""
+"""Two tensor-parallel ranks draft, verify and accept the same tokens, and agree on what they draft with."""
 
 import os
 
 import pytest
 
 from tests.host.goodness import assert_exact, cells
-from tests.host.oracle import Sampling
+from tests.host.oracle import Oracle, Sampling
+from tests.host.policies import make_policy
 from tests.host.servers import greedy, self_quant, tokens
 from tests.host.test_exactness import PROMPT, sample
+from tests.host.test_updates_transports import PLUGIN
+from tests.host.trainer_client import SLIME, TrainerClient
 
 CORES = sorted(os.sched_getaffinity(0))
 
@@ -18,6 +21,7 @@ def server(qwen3, folder):
     env = {
         "SGLANG_CPU_OMP_THREADS_BIND": f"{CORES[0]}|{CORES[-1]}",  # else one rank per NUMA node
         "SGLANG_NCCL_SO_PATH": "/none",  # SGLang tries NCCL wherever it finds the library, on CPU too
+        **PLUGIN,
     }
     with self_quant(qwen3, folder / "tensor-parallel.log", config, 3, {"tp-size": 2}, env) as server:
         yield server
@@ -34,3 +38,21 @@ def test_sampled(server, qwen3_oracle):
     for sampling in (Sampling(), Sampling(temperature=0.8, top_p=0.9, top_k=12)):
         assert_exact(cells(qwen3_oracle, PROMPT, sample(server, sampling), sampling))
     assert server.self_quant()["accepted_tokens"] > before
+
+
+def test_updates(server, folder):
+    """One that fails on the second rank alone, of which SGLang hears nothing, then one that arrives."""
+    path = make_policy(folder, "qwen3", seed=21)
+    trainer = TrainerClient(server)
+    server.empty()
+    trainer.send_ipc(path, "/no/such/policy", **SLIME)  # SGLang flushes on the ranks that succeeded, which would part them
+    before = server.self_quant()
+    server.generate({"input_ids": [PROMPT], "sampling_params": greedy(80)})  # beyond the ranks' next check of each other
+    after = server.self_quant()
+    assert after["failed_updates"] == 1 and after["drafted_tokens"] == before["drafted_tokens"]
+
+    trainer.send_ipc(path, path)
+    outputs = tokens(server.generate({"input_ids": [PROMPT], "sampling_params": greedy(40)}))
+    assert outputs == [Oracle(path).greedy(PROMPT, 40)]
+    assert server.self_quant()["refreshes"] == 1
+    assert server.self_quant()["accepted_tokens"] > after["accepted_tokens"]

@@ -58,7 +58,7 @@ def update_from_tensors(server, path):
 
 def counters(server):
     info = server.self_quant()
-    return {name: info[name] for name in ("updates", "failed_updates", "refreshes", "dirty")}
+    return {name: info[name] for name in ("update_calls", "updates", "failed_updates", "refreshes", "dirty")}
 
 
 def test_updates(server, policies, expected):
@@ -66,26 +66,26 @@ def test_updates(server, policies, expected):
     outputs, acceptance_a = serve(server)
     assert outputs == expected["A"]
     assert acceptance_a[1] > 0.3 * acceptance_a[0]
-    assert counters(server) == {"updates": 0, "failed_updates": 0, "refreshes": 0, "dirty": False}
+    assert counters(server) == {"update_calls": 0, "updates": 0, "failed_updates": 0, "refreshes": 0, "dirty": False}
 
     update_from_disk(server, policies["B"])
     assert counters(server)["dirty"], "nobody resumed generation: the drafter is refreshed before it drafts"
     outputs, acceptance_b = serve(server)
     assert outputs == expected["B"] != expected["A"]
     assert acceptance_b[1] > 0.1 * acceptance_b[0], "A's drafter would be right once in a hundred tokens"
-    assert counters(server) == {"updates": 1, "failed_updates": 0, "refreshes": 1, "dirty": False}
+    assert counters(server) == {"update_calls": 1, "updates": 1, "failed_updates": 0, "refreshes": 1, "dirty": False}
 
     server.post("/pause_generation", {"mode": "abort"})
     update_from_tensors(server, policies["A"])
-    assert counters(server) == {"updates": 3, "failed_updates": 0, "refreshes": 1, "dirty": True}
+    assert counters(server) == {"update_calls": 3, "updates": 1, "failed_updates": 0, "refreshes": 1, "dirty": True}
     server.post("/continue_generation", {})
-    assert counters(server) == {"updates": 3, "failed_updates": 0, "refreshes": 2, "dirty": False}
+    assert counters(server) == {"update_calls": 3, "updates": 2, "failed_updates": 0, "refreshes": 2, "dirty": False}
     # The same drafter as at the start, to the last token: neither stale nor made of half an update.
     assert serve(server) == (expected["A"], acceptance_a)
 
     with pytest.raises(RuntimeError, match="400"):
         update_from_disk(server, "/no/such/policy")
-    assert counters(server) == {"updates": 4, "failed_updates": 1, "refreshes": 2, "dirty": True}
+    assert counters(server) == {"update_calls": 4, "updates": 2, "failed_updates": 1, "refreshes": 2, "dirty": True}
     outputs, (drafted, _) = serve(server)
     assert outputs == expected["A"]
     assert drafted == 0
@@ -93,7 +93,7 @@ def test_updates(server, policies, expected):
 
     update_from_disk(server, policies["B"])
     assert serve(server) == (expected["B"], acceptance_b)
-    assert counters(server) == {"updates": 5, "failed_updates": 1, "refreshes": 3, "dirty": False}
+    assert counters(server) == {"update_calls": 5, "updates": 4, "failed_updates": 1, "refreshes": 3, "dirty": False}
 
     # slime's check that an update arrived has no part for derived weights. ("compare", its end, needs CUDA in SGLang.)
     for action in ("snapshot", "reset_tensors"):
