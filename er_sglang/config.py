@@ -23,7 +23,6 @@ from er_sglang.policy.config import PolicyConfig
 CONFIG_ENV = "ER_SGLANG_CONFIG"
 CACHE_ENV = "ER_SGLANG_CACHE"
 SIMULATE_ACCEPTANCE_ENV = "ER_SGLANG_SIMULATE_ACCEPTANCE"
-SERVED_MODE = "threshold"  # until "auto" has been run on GPUs
 WEIGHT_FORMATS = ("int4", "int4_asym", "fp8")
 
 
@@ -88,7 +87,7 @@ class SelfQuantConfig:
 
     gamma_max: int = 3
     max_draft_batch: int = 128
-    policy: PolicyConfig = field(default_factory=lambda: PolicyConfig(mode=SERVED_MODE))
+    policy: PolicyConfig = field(default_factory=lambda: PolicyConfig(ladder=(1, 2, 3)))
     drafter: DrafterConfig = field(default_factory=DrafterConfig)
     updates: UpdatesConfig = field(default_factory=UpdatesConfig)
     profile: str | None = None
@@ -130,7 +129,7 @@ def load_config(path: str | None, gamma_max: int | None, env: Mapping[str, str] 
     values = checked(SelfQuantConfig, {"policy": {}, "drafter": {}, "updates": {}, **values}, source)
     limit = max(1, values.get("gamma_max", SelfQuantConfig().gamma_max))
     ladder = tuple(gamma for gamma in PolicyConfig().ladder if gamma <= limit)
-    values["policy"] = PolicyConfig(**{"mode": SERVED_MODE, "ladder": ladder, "fixed_gamma": limit, **values["policy"]})
+    values["policy"] = PolicyConfig(**{"ladder": ladder, "fixed_gamma": limit, **values["policy"]})
     values["drafter"] = DrafterConfig(**values["drafter"])
     values["updates"] = UpdatesConfig(**values["updates"])
     return SelfQuantConfig(**values)

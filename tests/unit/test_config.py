@@ -14,8 +14,8 @@ def load(settings: dict, gamma_max: int | None = None):
 
 def test_defaults():
     config = load_config(None, None, {})
-    assert (config.policy.mode, config.gamma_max) == ("threshold", 3)
-    assert config.policy.gammas == (3,)
+    assert (config.policy.mode, config.gamma_max) == ("auto", 3)
+    assert config.policy.gammas == (1, 2, 3)
     assert config.drafter.weights == "int4" and config.profile is None and config.trace is None
 
 
