@@ -32,7 +32,7 @@ BETAS = (0.9, 0.95)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Settings:
-    steps: int = 40
+    steps: int = 36
     prompts: int = 16
     group: int = 8
 
@@ -122,6 +122,7 @@ def main(argv: list[str] | None = None) -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     settings = Settings(steps=args.steps, prompts=args.prompts, group=args.group)
     base_policy = task.base_policy(args.cache)
+    run_environment = environment()  # now: the checkout may change while it runs
     runs: report.Runs = {}
     with tqdm(total=len(args.arms) * args.seeds * settings.steps, desc="training steps", mininterval=1.0) as bar:
         for arm in args.arms:
@@ -132,7 +133,7 @@ def main(argv: list[str] | None = None) -> int:
                     bar.set_description(f"{arm}, seed {seed}")
                     runs[arm].append(report.columns(train(server, base_policy, settings, seed=seed, bar=bar)))
 
-    raw = {"environment": environment(), "settings": dataclasses.asdict(settings), "gamma": GAMMA, "runs": runs}
+    raw = {"environment": run_environment, "settings": dataclasses.asdict(settings), "gamma": GAMMA, "runs": runs}
     write_json(args.out / "results.json", raw)
     text = f"{table(report.rows(runs))}\n\n{report.comparison(runs)}\n"
     (args.out / "table.md").write_text(text)

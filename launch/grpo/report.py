@@ -26,7 +26,7 @@ def _rounded(value):
 
 
 def rows(runs: Runs) -> list[dict]:
-    """One row per arm: means over seeds, of the first and last ENDS steps."""
+    """One row per arm: means over seeds and steps, or over the first and last ENDS steps."""
 
     def mean(arm: str, name: str, steps: slice = slice(None)) -> float | None:
         values = [value for run in runs[arm] for value in run[name][steps]]
@@ -43,7 +43,7 @@ def rows(runs: Runs) -> list[dict]:
             "accept length, first": mean(arm, "accept_length", first),
             "last  ": mean(arm, "accept_length", last),
             "refreshes a step": mean(arm, "refreshes"),
-            "rollout s a step": mean(arm, "rollout_s"),
+            "rollout s, median": statistics.median(value for run in runs[arm] for value in run["rollout_s"]),
             "response tokens": mean(arm, "response_tokens"),
             "largest |ln ratio|": max(max(run["max_log_ratio"]) for run in runs[arm]),
         }
