@@ -45,6 +45,33 @@ class DrafterConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class UpdatesConfig:
+    """When the drafter follows the policy. In between it is stale, which costs acceptance and never exactness.
+
+    refresh_interval: policy updates per refresh of the drafter. One update is all that happens to the policy's weights
+        until generation goes on: any number of calls, then ``continue_generation`` or the next decode step.
+    refresh_on_acceptance_drop: with an interval above 1, refresh at once when live acceptance has fallen by more than
+        this since the drafter was last up to date; 1: never.
+    """
+
+    refresh_interval: int = 1
+    refresh_on_acceptance_drop: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.refresh_interval < 1:
+            raise ConfigError(f"updates.refresh_interval is {self.refresh_interval}; it must be at least 1.")
+        if not 0.0 < self.refresh_on_acceptance_drop <= 1.0:
+            raise ConfigError(
+                f"updates.refresh_on_acceptance_drop is {self.refresh_on_acceptance_drop}; it must be above 0 and at most 1."
+            )
+        if self.refresh_interval == 1 and self.refresh_on_acceptance_drop < 1.0:
+            raise ConfigError(
+                "updates.refresh_on_acceptance_drop has no effect at refresh_interval 1, where every update refreshes: "
+                "raise the interval, or leave it out."
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class SelfQuantConfig:
     """All settings of SELF_QUANT.
 
@@ -52,6 +79,7 @@ class SelfQuantConfig:
     max_draft_batch: running requests above which a step never drafts (bounds graphs and draft buffers).
     policy: how many tokens a step drafts. Left open, ``ladder`` is the default one up to gamma_max, and
         ``fixed_gamma`` is gamma_max.
+    drafter, updates: what it is made of, and when it follows the policy.
     profile: measured times to decide by; None: those in the cache, measured at start-up if there are none.
     trace: file to append a line of JSON to for every decode step.
     """
@@ -60,6 +88,7 @@ class SelfQuantConfig:
     max_draft_batch: int = 128
     policy: PolicyConfig = field(default_factory=lambda: PolicyConfig(mode=SERVED_MODE))
     drafter: DrafterConfig = field(default_factory=DrafterConfig)
+    updates: UpdatesConfig = field(default_factory=UpdatesConfig)
     profile: str | None = None
     trace: str | None = None
 
@@ -93,11 +122,12 @@ def load_config(path: str | None, gamma_max: int | None, env: Mapping[str, str] 
                 f"{source} sets gamma_max to {values['gamma_max']} but --speculative-num-steps is {gamma_max}: "
                 "give one of them."
             )
-    values = _checked(SelfQuantConfig, {"policy": {}, "drafter": {}, **values}, source)
+    values = _checked(SelfQuantConfig, {"policy": {}, "drafter": {}, "updates": {}, **values}, source)
     limit = max(1, values.get("gamma_max", SelfQuantConfig().gamma_max))
     ladder = tuple(gamma for gamma in PolicyConfig().ladder if gamma <= limit)
     values["policy"] = PolicyConfig(**{"mode": SERVED_MODE, "ladder": ladder, "fixed_gamma": limit, **values["policy"]})
     values["drafter"] = DrafterConfig(**values["drafter"])
+    values["updates"] = UpdatesConfig(**values["updates"])
     return SelfQuantConfig(**values)
 
 

@@ -21,13 +21,21 @@ def _worker(worker):
     return worker if isinstance(worker, SelfQuantWorker) else None
 
 
+def _all_agree(success: bool, group) -> bool:
+    """Whether every rank succeeded: they must agree on whether to draft."""
+    everywhere = torch.tensor(success, dtype=torch.int32)
+    torch.distributed.all_reduce(everywhere, torch.distributed.ReduceOp.MIN, group=group)
+    return bool(everywhere)
+
+
 def _receive_update(transport: str):
     def hook(original, updater, recv_req):
         if (worker := _worker(updater.draft_worker)) is None:
             return original(updater, recv_req)
+        worker.synchronize()  # A cycle in flight ends on the weights it began with.
         with worker.freshness.receiving(transport) as report:
             result = original(updater, recv_req)
-            report(result.success, result.message)
+            report(_all_agree(result.success, updater.tp_cpu_group), result.message)
         return result
 
     return hook
@@ -49,7 +57,7 @@ def _resume_memory(original, updater, recv_req):
 
 def _continue_generation(result, scheduler, recv_req) -> None:
     if worker := _worker(scheduler.draft_worker):
-        worker.freshness.ensure()
+        worker.freshness.continued()
 
 
 def _on_idle(result, scheduler) -> None:

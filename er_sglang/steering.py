@@ -82,8 +82,13 @@ class Steering:
         if self._trace:
             self._trace.write(step, sum(accepted))
 
+    @property
+    def first_acceptance(self) -> float:
+        """Live acceptance of the first drafted token; 0 if the mode never drafts."""
+        return next(iter(self.controller.acceptance.alphas()), 0.0)
+
     def policy_updated(self) -> None:
-        """The drafter follows new weights of the policy."""
+        """The policy has new weights, or the drafter follows those it had."""
         self.controller.policy_updated()
 
     def idle(self) -> None:

@@ -1,7 +1,12 @@
-"""When the drafter follows the policy: once per update, never half, never stale. Pure Python.
+"""When the drafter follows the policy: once per update, never half, never stale but by the user's wish. Pure Python.
 
-One policy update is many calls on any transport, and the q, k and v of one fused layer may arrive in different ones.
-So a call only marks the drafter dirty; it is refreshed once, when generation continues, or before the first draft.
+One policy update is everything that happens to the policy's weights between two moments of generation: any number of
+calls by any transport (the q, k and v of one fused layer may arrive in different ones), direct writes that nobody
+reports, or both. It ends when generation goes on, at `continue_generation` or at the next decode step, and only then is
+the drafter refreshed, once. If one of its calls failed, the update failed: nothing is drafted until a later one succeeds.
+
+    receiving() ...   continued() or generating()   ensure()
+    update open  -->  update ended             -->  refreshed, if due
 """
 
 from __future__ import annotations
@@ -10,21 +15,70 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from enum import Enum
+
+from er_sglang.config import UpdatesConfig
 
 logger = logging.getLogger(__name__)
 
+# One call by these carries the whole policy, so it makes good whatever an earlier one left behind.
+WHOLE_POLICY = ("disk", "ipc")
+
+
+class Reason(str, Enum):
+    """Why the drafter is refreshed."""
+
+    LOST = "its weights were lost"
+    DUE = "the policy was updated"
+    DROP = "acceptance fell"
+
+
+def refresh_reason(
+    config: UpdatesConfig, *, whole: bool, behind: int, acceptance: float, fresh_acceptance: float
+) -> Reason | None:
+    """Why the drafter is to be refreshed now, None if it need not be.
+
+    whole: its weights are those of one policy, this one or an earlier one.
+    behind: updates that have ended since it was refreshed.
+    acceptance: of its drafts, now. fresh_acceptance: before the first of those updates.
+    """
+    if not whole:
+        return Reason.LOST
+    if behind >= config.refresh_interval:
+        return Reason.DUE
+    if behind and fresh_acceptance - acceptance > config.refresh_on_acceptance_drop:
+        return Reason.DROP
+    return None
+
 
 class Freshness:
-    """Is the drafter made of the policy's current weights?
+    """Which policy the drafter is made of, and whether it may be used.
 
     refresh: re-derives the drafter from the live policy and returns when that is done.
+    changed: called when what was learned of its acceptance says less: once per update, and when it was refreshed because
+        acceptance fell.
+    acceptance: live acceptance of the first drafted token.
     """
 
-    def __init__(self, refresh: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        config: UpdatesConfig,
+        *,
+        refresh: Callable[[], None],
+        changed: Callable[[], None],
+        acceptance: Callable[[], float],
+    ) -> None:
+        self._config = config
         self._refresh = refresh
-        self._dirty = False
-        self._failed: str | None = None
+        self._changed = changed
+        self._acceptance = acceptance
+        self._open = False
+        self._failed = False  # the update that is open, or the last one
         self._resident = True
+        self._whole = True
+        self._behind = 0
+        self._fresh_acceptance = 0.0
+        self.update_calls = 0
         self.updates = 0
         self.failed_updates = 0
         self.refreshes = 0
@@ -32,22 +86,37 @@ class Freshness:
 
     @property
     def blocker(self) -> str | None:
-        """Why no draft may be made now; None also while dirty, since ``ensure`` mends that."""
+        """Why no draft may be made now; None where ``ensure`` mends what there is."""
         if not self._resident:
             return "weights-released"
         return "update-failed" if self._failed else None
 
     @property
     def dirty(self) -> bool:
-        return self._dirty
+        """Whether the drafter is made of other weights than the policy's current ones."""
+        return self._open or self._behind > 0 or not self._whole
+
+    def snapshot(self) -> dict:
+        """Plain values for /server_info. updates_behind: ended updates that the drafter does not have."""
+        return {
+            "update_calls": self.update_calls,
+            "updates": self.updates,
+            "failed_updates": self.failed_updates,
+            "updates_behind": self._behind,
+            "refreshes": self.refreshes,
+            "refresh_s": self.refresh_s,
+            "dirty": self.dirty,
+        }
 
     @contextmanager
     def receiving(self, transport: str) -> Iterator[Callable[[bool, str], None]]:
         """Around one call that changes weights; yields a function that takes its outcome (success, message).
 
-        The drafter is dirty from the start. After a failure it stays unused until an update succeeds.
+        A call that raises, or that reports nothing, has failed.
         """
-        self._dirty = True
+        if not self._open or transport in WHOLE_POLICY:
+            self._open, self._failed = True, False
+        self.update_calls += 1
         outcome = [False, "interrupted"]
 
         def report(success: bool, message: str) -> None:
@@ -57,10 +126,9 @@ class Freshness:
             yield report
         finally:
             success, message = outcome
-            self.updates += 1
-            self._failed = None if success else message
             if not success:
-                self.failed_updates += 1
+                self.failed_updates += not self._failed
+                self._failed = True
                 logger.error(
                     "Policy update by %s failed (%s): serving plain decoding until an update succeeds.",
                     transport,
@@ -69,18 +137,51 @@ class Freshness:
 
     def released(self) -> None:
         """The weights' memory was given back; what returns on resume is garbage."""
-        self._resident = False
-        self._dirty = True
+        self._resident = self._whole = False
 
     def resumed(self) -> None:
+        """The weights' memory is back."""
         self._resident = True
 
+    def continued(self) -> None:
+        """Generation continues after a pause, in which weights may have been written without any call: an update ends."""
+        self._end_update()
+        self.ensure()
+
+    def generating(self) -> str | None:
+        """A decode step comes next: an update that is open ends. Returns why the step must not draft, None if it may."""
+        if self._open:
+            self._end_update()
+        return self.blocker
+
     def ensure(self) -> None:
-        """Refresh if dirty and allowed; called when generation continues and before a draft."""
-        if self._dirty and self.blocker is None:
-            start = time.perf_counter()
-            self._refresh()
-            self._dirty = False
-            self.refreshes += 1
-            self.refresh_s = time.perf_counter() - start
-            logger.info("Drafter refreshed in %.1f ms.", 1e3 * self.refresh_s)
+        """Refresh if due and allowed; before every draft."""
+        if self.blocker is not None:
+            return
+        reason = refresh_reason(
+            self._config,
+            whole=self._whole,
+            behind=self._behind,
+            acceptance=self._acceptance(),
+            fresh_acceptance=self._fresh_acceptance,
+        )
+        if reason is None:
+            return
+        start_s = time.perf_counter()
+        self._whole = False
+        self._refresh()
+        self._whole = True
+        self._behind = 0
+        self.refreshes += 1
+        self.refresh_s = time.perf_counter() - start_s
+        if reason is Reason.DROP:
+            self._changed()
+        logger.info("Drafter refreshed in %.1f ms: %s.", 1e3 * self.refresh_s, reason.value)
+
+    def _end_update(self) -> None:
+        if not self._behind:
+            self._fresh_acceptance = self._acceptance()
+        self._open = False
+        self.updates += 1
+        self._behind += 1
+        self._changed()

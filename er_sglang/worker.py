@@ -64,7 +64,12 @@ class SelfQuantWorker(BaseSpecWorker):
             runner.memory_saver_adapter.region(GPU_MEMORY_TYPE_WEIGHTS, enable_cpu_backup=False),
             progress=tp_rank == 0,
         )
-        self.freshness = Freshness(self._refresh_drafter)
+        self.freshness = Freshness(
+            self.config.updates,
+            refresh=self._refresh_drafter,
+            changed=lambda: self.steering.policy_updated(),
+            acceptance=lambda: self.steering.first_acceptance,
+        )
         alpha = simulated_acceptance()
         if alpha is not None:
             logger.warning("SIMULATED acceptance %.3f: the output is NOT the policy's. For benchmarks only.", alpha)
@@ -129,6 +134,12 @@ class SelfQuantWorker(BaseSpecWorker):
         # SGLang sends tensors to the draft worker alone, which must pass them on to the policy.
         return self._target_worker.update_weights_from_tensor(recv_req)
 
+    def post_process_weights(self, recv_req) -> tuple[bool, str]:
+        # slime's patch of SGLang calls this once it has repacked the policy's weights, before or after their update.
+        with self.freshness.receiving("post-processing") as report:
+            report(True, "")
+        return True, "the drafter follows the policy's weights in memory"
+
     def on_verify_complete_cpu(self, num_correct_drafts_per_req: list[int], batch_size: int = 0) -> None:
         self.steering.finished(num_correct_drafts_per_req)
 
@@ -146,7 +157,8 @@ class SelfQuantWorker(BaseSpecWorker):
         if batch.forward_mode.is_extend() or batch.is_extend_in_batch:
             return self._prefill(batch, on_publish)
         slack_tokens = self.steering.metrics.in_flight_tokens
-        launched = self.steering.launch([req.kv_committed_len for req in batch.reqs], self._blocker(batch))
+        blocker = self.freshness.generating() or self._blocker(batch)
+        launched = self.steering.launch([req.kv_committed_len for req in batch.reqs], blocker)
         if launched.gamma > 0:
             self.freshness.ensure()
         step = Step.of_batch(batch, self.req_to_token, launched.gamma + 1, slack_tokens)
@@ -155,7 +167,7 @@ class SelfQuantWorker(BaseSpecWorker):
         return self.cycle(batch, step, launched.gamma, on_publish)
 
     def _blocker(self, batch) -> str | None:
-        """Why this batch must not be drafted for: what a draft could not honour exactly, or no usable drafter."""
+        """Why this batch must not be drafted for: what a draft could not honour exactly."""
         info = batch.sampling_info
         if batch.has_grammar:
             return "grammar"
@@ -165,7 +177,7 @@ class SelfQuantWorker(BaseSpecWorker):
             return "custom-logit-processor"
         if batch.return_hidden_states:
             return "hidden-states"
-        return self.freshness.blocker
+        return None
 
     def _prefill(self, batch, on_publish) -> GenerationBatchResult:
         self.steering.metrics.interrupted()
@@ -240,17 +252,17 @@ class SelfQuantWorker(BaseSpecWorker):
             "profile": str(self._profile_path) if self._profile_path else None,
             "weights": self.config.drafter.weights,
             "drafter_bytes": self._drafter.nbytes,
-            "updates": self.freshness.updates,
-            "failed_updates": self.freshness.failed_updates,
-            "refreshes": self.freshness.refreshes,
-            "refresh_s": self.freshness.refresh_s,
-            "dirty": self.freshness.dirty,
+            **self.freshness.snapshot(),
         }
 
-    def _refresh_drafter(self) -> None:
-        self._drafter.refresh_()
+    def synchronize(self) -> None:
+        """Wait for everything launched on the device, a step that overlaps the scheduler included."""
         torch.get_device_module(self.device).synchronize()
-        self.steering.policy_updated()
+
+    def _refresh_drafter(self) -> None:
+        self.synchronize()  # A cycle in flight ends on the drafter it began with.
+        self._drafter.refresh_()
+        self.synchronize()
 
     def _graph_batches(self) -> tuple[list[int], list[int]]:
         """Batch sizes with graphs: of drafts and verifies, and of the policy's plain decoding."""
