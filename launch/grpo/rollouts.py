@@ -1,11 +1,12 @@
 """Rollouts from a live SGLang server, and policy updates to it, by the calls that slime and other trainers send.
 
-    with RolloutServer(policy_path, SELF_QUANT, log_path="server.log") as server:
+    with RolloutServer(policy_path, {"policy": {"mode": "always"}}, seed=0, max_rollouts=128, log_path=log_path) as server:
         rollouts = server.sample(prompts, max_new_tokens=96)
         ...  # train
         server.update_policy(model)
 
-SELF_QUANT needs nothing of the trainer but this: two server flags. The drafter follows the policy by itself.
+SELF_QUANT needs two server flags and nothing of the trainer: the calls are those to a plain server, and the drafter
+follows the policy by itself.
 """
 
 import json
@@ -21,10 +22,7 @@ from er_sglang.bench.serving import CPU_ARGS, CPU_ENV, Server
 from er_sglang.config import CONFIG_ENV
 
 GAMMA = 3
-BUCKET_BYTES = 512 * 1024  # small, so that even this policy travels in several and its fused layers straddle them
-
-# Trainer and server share tensors through files; by descriptors they could only if one had started the other.
-torch.multiprocessing.set_sharing_strategy("file_system")
+BUCKET_BYTES = 300 * 1024  # so small that even this policy travels in several, a layer's q in another one than its k and v
 
 NamedTensors = list[tuple[str, torch.Tensor]]
 
@@ -98,6 +96,8 @@ class RolloutServer(Server):
 
         The order is the trainers'. Every bucket marks the drafter stale; it is re-quantized once, when generation continues.
         """
+        # By files, tensors reach any process; by descriptors, only those that multiprocessing has started.
+        torch.multiprocessing.set_sharing_strategy("file_system")
         self._request("/pause_generation", {})
         self.flush_cache()
         for bucket in buckets(list(model.state_dict().items())):

@@ -1,0 +1,53 @@
+"""A short GRPO run with a live SELF_QUANT server: the policy learns, and the drafter follows it."""
+
+from statistics import fmean
+
+import pytest
+from tqdm import tqdm
+
+from launch.grpo import task
+from launch.grpo.loop import Settings, train
+from launch.grpo.rollouts import RolloutServer
+
+SETTINGS = Settings(steps=14)
+ENDS = 4  # steps that are averaged at either end
+
+# |ln ratio| that float32 leaves between two implementations of one policy; any other policy is off by 0.1 and more.
+ROUNDING = 1e-3
+
+
+@pytest.fixture(scope="module")
+def records(folder):
+    policy = task.base_policy(folder)
+    log = folder / "grpo.log"
+    always = {"policy": {"mode": "always"}}
+    with (
+        RolloutServer(policy, always, seed=0, max_rollouts=SETTINGS.rollouts, log_path=log) as server,
+        tqdm(total=SETTINGS.steps) as bar,
+    ):
+        return train(server, policy, SETTINGS, seed=0, bar=bar)
+
+
+def first_and_last(records, name: str) -> tuple[float, float]:
+    values = [getattr(record, name) for record in records]
+    return fmean(values[:ENDS]), fmean(values[-ENDS:])
+
+
+def test_reward_rises(records):
+    first, last = first_and_last(records, "reward")
+    assert last > first + 0.08
+
+
+def test_acceptance_holds(records):
+    first, last = first_and_last(records, "accepted")
+    assert first > 0.88
+    assert last > first - 0.02
+
+
+def test_one_refresh_a_training_step(records):
+    assert [record.refreshes for record in records] == [1] * SETTINGS.steps
+
+
+def test_sampled_from_the_policy_being_trained(records):
+    """The importance ratio before the first optimiser step is 1: nothing of the drafter is in the log-probabilities."""
+    assert max(record.max_log_ratio for record in records) < ROUNDING
