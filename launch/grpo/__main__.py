@@ -28,12 +28,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="launch/grpo/run",
         description="Train a tiny policy by GRPO on a toy reasoning task, its rollouts sampled by a live SGLang server that gets the new "
-        "weights after every step: with plain decoding, with SELF_QUANT, and with a drafter that is never refreshed. Several seeds each. "
-        "Runs on the CPU, where it shows that learning is the same and acceptance holds, not that it is fast.",
+        "weights after every step: with plain decoding, with SELF_QUANT, and with a drafter that is never refreshed. "
+        "Takes about seven minutes a seed on two CPU cores; shows that learning is the same and acceptance holds, not that it is fast.",
     )
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), metavar="ARM", help=f"of {', '.join(map(repr, ARMS))}; default all")
     parser.add_argument("--seeds", type=int, default=1, metavar="N", help="runs of each arm; default %(default)s")
-    parser.add_argument("--steps", type=int, default=Settings().steps, metavar="N", help="training steps of a run; default %(default)s, about two minutes")
+    parser.add_argument("--steps", type=int, default=Settings().steps, metavar="N", help="training steps of a run; default %(default)s, one to two minutes")
     parser.add_argument("--prompts", type=int, default=Settings().prompts, metavar="N", help="prompts a step; default %(default)s")
     parser.add_argument("--group", type=int, default=Settings().group, metavar="N", help="rollouts a prompt; default %(default)s")
     parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "er_sglang", metavar="DIR", help="where the base policy is kept; default %(default)s")

@@ -16,6 +16,7 @@ Runs = dict[str, list[Columns]]
 
 ENDS = 5  # steps that the start and the end of training average
 PLAIN = "plain"
+ABOUT_TIMES = "Rollout seconds are those of a CPU, of this policy of two layers, and of whatever else the machine did: no speed is measured here."
 COLOURS = ("C0", "C1", "C2")
 
 
@@ -30,10 +31,12 @@ def _rounded(value):
 
 
 def write(out: Path, runs: Runs, about: Mapping) -> str:
-    """Write results.json (with `about`: where it ran, and how), table.md and plot.png; returns the table's text."""
+    """Write results.json (with `about`: the environment, the settings), table.md and plot.png; returns the table's text."""
     write_json(out / "results.json", {**about, "runs": runs})
-    text = f"{table(rows(runs))}\n\n{comparison(runs)}\n"
-    (out / "table.md").write_text(text)
+    text = f"{table(rows(runs))}\n\n{comparison(runs)}\n\n{ABOUT_TIMES}\n"
+    hardware = about["environment"]["hardware"]
+    title = f"`{about['environment']['command']}`, on {hardware['cpu_cores']} cores of {hardware['cpu']}, gamma {GAMMA}"
+    (out / "table.md").write_text(f"{title}\n\n{text}")
     plot(out / "plot.png", runs)
     return text
 
@@ -97,7 +100,7 @@ def plot(path: Path, runs: Runs) -> None:
     """Reward, accept length, refreshes and rollout seconds over training steps; thin lines are seeds, thick ones their mean."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 8), layout="constrained")
+    figure = Figure(figsize=(10, 7), layout="constrained")
     panels = {
         "reward": "reward",
         "accept_length": "accept length",
@@ -121,4 +124,4 @@ def plot(path: Path, runs: Runs) -> None:
     for axis in (refreshes, rollout):
         axis.set_xlabel("training step")
         axis.set_ylim(bottom=0)
-    figure.savefig(path, dpi=100)
+    figure.savefig(path, dpi=80)

@@ -12,7 +12,8 @@ from launch.grpo.rollouts import RolloutServer
 SETTINGS = Settings(steps=14)
 ENDS = 4  # steps that are averaged at either end
 
-# |ln ratio| that float32 leaves between two implementations of one policy; any other policy is off by 0.1 and more.
+# |ln ratio| that float32 leaves between two implementations of one policy: 2e-5 in the recorded runs. Sampling at
+# temperature 0.9 instead of 1 makes it 1.1.
 ROUNDING = 1e-3
 
 
@@ -35,13 +36,13 @@ def first_and_last(records, name: str) -> tuple[float, float]:
 
 def test_reward_rises(records):
     first, last = first_and_last(records, "reward")
-    assert last > first + 0.08
+    assert last > first + 0.1  # 18 recorded runs: 0.22 to 0.37
 
 
 def test_acceptance_holds(records):
     first, last = first_and_last(records, "accepted")
     assert first > 0.88
-    assert last > first - 0.02
+    assert last > first - 0.02  # six recorded runs: -0.006 to +0.019; with a drafter that stays behind -0.021 to -0.048
 
 
 def test_one_refresh_a_training_step(records):
