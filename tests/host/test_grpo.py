@@ -5,9 +5,11 @@ from statistics import fmean
 import pytest
 from tqdm import tqdm
 
+from er_sglang.bench.toy import TOY_SHAPE, make_model
 from launch.grpo import task
 from launch.grpo.loop import Settings, train
-from launch.grpo.rollouts import RolloutServer
+from launch.grpo.report import sign_flip_p
+from launch.grpo.rollouts import RolloutServer, buckets
 
 SETTINGS = Settings(steps=14)
 ENDS = 4  # steps that are averaged at either end
@@ -52,3 +54,17 @@ def test_one_refresh_a_training_step(records):
 def test_sampled_from_the_policy_being_trained(records):
     """The importance ratio before the first optimiser step is 1: nothing of the drafter is in the log-probabilities."""
     assert max(record.max_log_ratio for record in records) < ROUNDING
+
+
+def test_a_fused_layer_straddles_two_buckets():
+    """Otherwise the run above says less than it seems to."""
+    named = list(make_model("qwen3", TOY_SHAPE, seed=0).state_dict().items())
+    sent = [[name for name, _ in bucket] for bucket in buckets(named)]
+    holder = {name: number for number, names in enumerate(sent) for name in names}
+    assert holder["model.layers.1.self_attn.q_proj.weight"] != holder["model.layers.1.self_attn.k_proj.weight"]
+    assert sum(map(len, sent)) == len(holder) == len(named)
+
+
+def test_sign_flips():
+    assert sign_flip_p([0.1, 0.2, 0.3]) == 2 / 8  # these signs and their opposites, of eight
+    assert sign_flip_p([0.1, -0.1]) == 1
