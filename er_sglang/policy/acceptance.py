@@ -2,7 +2,7 @@
 
     estimator = AcceptanceEstimator(gamma_max=7)
     estimator.observe(accepted=[3, 0, 5], gamma=5)   # one cycle of three requests
-    estimator.expected_emitted(gamma=3)              # tokens per request and cycle, the bonus token included
+    emitted(estimator.alphas())[3]                   # expected tokens of a request in a cycle of gamma 3, the bonus included
 
 Per draft position i we count how often a draft was tried there (all earlier ones were accepted) and how often it was
 kept; alpha_i = kept / tried is the conditional acceptance. Three rules keep the counts honest:
@@ -92,10 +92,10 @@ class AcceptanceEstimator:
         self._scale(keep)
         self._batch = 0
 
-    def alphas(self, gamma_max: int | None = None) -> tuple[float, ...]:
-        """Point estimates of alpha for positions 0 .. gamma_max - 1."""
+    def alphas(self) -> tuple[float, ...]:
+        """Point estimates of alpha per position."""
         alphas, alpha, weight = [], self._prior_alpha, self._prior_weight
-        for i in range(self.gamma_max if gamma_max is None else gamma_max):
+        for i in range(self.gamma_max):
             alpha = (self._kept[i] + weight * alpha) / (self._tried[i] + weight)
             alphas.append(alpha)
         return tuple(alphas)
@@ -108,10 +108,6 @@ class AcceptanceEstimator:
             lower.append(max(0.0, alpha - spread))
             upper.append(min(1.0, alpha + spread))
         return tuple(lower), tuple(upper)
-
-    def expected_emitted(self, gamma: int) -> float:
-        """Expected tokens per request and cycle: 1 + sum over i < gamma of alpha_0 ... alpha_i."""
-        return emitted(self.alphas(gamma))[gamma]
 
     def snapshot(self) -> dict[str, list[float]]:
         """For metrics and traces: estimates, bounds and the (decayed) number of tries behind them."""
