@@ -34,8 +34,9 @@ if __name__ == "__main__":
 BOTH_KNOW = "parent SELF_QUANT 4\nchild SELF_QUANT 4\n"
 
 ENGINE = """
-import sglang, sys
+import os, sglang, sys
 if __name__ == "__main__":
+    os.environ["ER_SGLANG_CONFIG"] = '{"policy": {"mode": "always"}}'
     engine = sglang.Engine(model_path=sys.argv[1], device="cpu", attention_backend="torch_native", dtype="float32",
                            sampling_backend="pytorch", grammar_backend="none", skip_tokenizer_init=True,
                            disable_overlap_schedule=True, max_total_tokens=4096,
