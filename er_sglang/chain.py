@@ -11,6 +11,7 @@ import copy
 import logging
 
 import torch
+from sglang.srt.constants import GPU_MEMORY_TYPE_KV_CACHE
 from sglang.srt.distributed import get_tensor_model_parallel_rank
 from sglang.srt.distributed.parallel_state import graph_capture
 from sglang.srt.model_executor.forward_batch_info import CaptureHiddenMode, ForwardBatch, ForwardMode
@@ -67,7 +68,9 @@ class DraftChain:
         self._positions = buffer(gamma_max, max_batch)
         self._seq_lens = buffer(gamma_max, max_batch, fill=1)
         self._steps = torch.arange(gamma_max, device=view.device).view(-1, 1)
-        self._logits = buffer(gamma_max, max_batch, view.model_config.vocab_size, dtype=torch.float32)
+        # The one large buffer, and nothing in it outlives a cycle: a sleeping server gives it back with the KV cache.
+        with target.memory_saver_adapter.region(GPU_MEMORY_TYPE_KV_CACHE):
+            self._logits = buffer(gamma_max, max_batch, view.model_config.vocab_size, dtype=torch.float32)
         self._floor = buffer(gamma_max, max_batch, dtype=torch.float32)
         self._lse = buffer(gamma_max, max_batch, dtype=torch.float32)
         self._params = SamplingParams(

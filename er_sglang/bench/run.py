@@ -28,9 +28,10 @@ CONTEXT_SLACK_TOKENS = 64  # beyond prompt and response; a drafting server reser
 DESCRIPTION = """\
 Measure decode throughput, arm by arm, on the same model and the same prompts.
 
-The SELF_QUANT arms share a server that is switched between them; every other arm gets its own. At each concurrency C, C requests of equal context and equal output length
-(--output-tokens, end-of-sequence ignored) are sent at once. Counted are only the tokens between the
-moment the last request has its first token and the moment the first one ends: a full batch, no prefill.
+The SELF_QUANT arms share a server that is switched between them; every other arm gets its own. At each concurrency C,
+C requests of equal context and equal output length (--output-tokens, end-of-sequence ignored) are sent at once. Counted
+are only the tokens between the moment the last request has its first token and the moment the first one ends: a full
+batch, no prefill.
 The prompts are in the radix cache beforehand. The figure is the median of --repeats; the spread is (max - min) / median.
 """
 
@@ -68,7 +69,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="launch/bench", description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    default_arms = ["plain", "self_quant:0", "self_quant:3"] if ON_CPU else ["plain", "standalone:3", "self_quant:3", "self_quant:0"]
+    default_arms = ["plain", "self_quant:0", "self_quant:3"] if ON_CPU else ["plain", "standalone:3", "self_quant:0", "self_quant:3", "auto:7"]
     grid = [1, 4] if ON_CPU else [1, 2, 4, 8, 16, 32, 64, 128]
     parser.add_argument("--model", default="tiny" if ON_CPU else "14b", help=f"a shape ({', '.join(SHAPES)}) or a checkpoint's path; default %(default)s")
     parser.add_argument("--arms", nargs="+", type=arm_argument, default=[Arm.parse(a) for a in default_arms], metavar="ARM", help=f"see below; default {' '.join(default_arms)}")

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from er_sglang.policy.profile import Profile, ProfileError, Sample
+from er_sglang.policy.tables import isotonic
 
 BATCHES, CONTEXTS = (1, 4, 16), (512, 1024, 4096)
 
@@ -162,3 +163,10 @@ def test_csv(tmp_path):
     path.write_text("phase,batch\ntarget,1")
     with pytest.raises(ProfileError, match="lacks the columns context_tokens, gamma, seconds"):
         Profile.from_csv(path)
+
+
+def test_one_wild_cell_does_not_lift_the_others():
+    """Compilation once went into a sample, four hundred times a step, and its whole row was thought slow."""
+    cells = {(batch, context): 0.005 for batch in range(1, 23) for context in (256, 1024)}
+    repaired = isotonic({**cells, (1, 256): 2.0})
+    assert max(repaired.values()) < 1.2 * 0.005

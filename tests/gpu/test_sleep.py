@@ -1,0 +1,109 @@
+"""Sleep, wake and updates on a GPU, with graphs: the memory comes back, and what wakes serves and drafts as before.
+
+Run with -s to see the memory of each state.
+"""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+
+MIB = 2**20
+PROMPT = [17, 4, 88, 23, 61, 9]
+GREEDY = {"temperature": 0, "max_new_tokens": 48, "ignore_eos": True}
+# What no tag covers: the CUDA contexts of the server and of this process, loaded kernels, the libraries' workspaces.
+LEFT_ASLEEP_MIB = 3072
+
+
+def used_mib() -> float:
+    """Of the whole GPU, by all processes."""
+    free, total = torch.cuda.mem_get_info()
+    return (total - free) / MIB
+
+
+@pytest.fixture(scope="module")
+def policies(tmp_path_factory):
+    """A and B, 0.4 GB each."""
+    from er_sglang.bench.toy import PolicyShape, make_random_policy
+
+    shape = PolicyShape(hidden=1024, intermediate=4096, layers=8, heads=8, kv_heads=4, head_dim=128, vocab=32000)
+    folder = tmp_path_factory.mktemp("policies")
+    return [
+        make_random_policy(folder / name, "qwen3", shape=shape, dtype=torch.bfloat16, seed=seed) for seed, name in enumerate("AB")
+    ]
+
+
+@pytest.fixture(scope="module")
+def server(policies, tmp_path_factory):
+    from er_sglang.bench.serving import Server
+    from er_sglang.config import CONFIG_ENV
+
+    args = {
+        "skip-tokenizer-init": True,
+        "dtype": "bfloat16",
+        "cuda-graph-bs": [1, 2, 4],
+        "cuda-graph-backend-prefill": "disabled",
+        "max-running-requests": 32,
+        "mem-fraction-static": 0.3,
+        "enable-memory-saver": True,
+        "speculative-algorithm": "SELF_QUANT",
+        "speculative-num-steps": 3,
+    }
+    env = {CONFIG_ENV: json.dumps({"policy": {"mode": "always"}}), "SGLANG_MEMORY_SAVER_CUDA_GRAPH": "true"}
+    with Server(policies[0], args, env=env, log_path=tmp_path_factory.mktemp("log") / "server.log") as server:
+        yield server
+
+
+def answer(server) -> list[int]:
+    before = server.self_quant()["cycles"]
+    output = server.generate({"input_ids": PROMPT, "sampling_params": GREEDY})["output_ids"]
+    assert server.self_quant()["cycles"] > before
+    return output
+
+
+def update(server, policy) -> None:
+    server._request("/pause_generation", {})
+    server.flush_cache()
+    server._request("/update_weights_from_disk", {"model_path": str(policy), "flush_cache": False})
+    server._request("/continue_generation", {})
+
+
+def test_graphs_replay_across_updates(server, policies) -> None:
+    """A -> B -> A under the graphs of the start: one refresh each, and A answers as it did."""
+    a, b = policies
+    first, refreshes = answer(server), server.self_quant()["refreshes"]
+    update(server, b)
+    assert answer(server) != first
+    update(server, a)
+    assert answer(server) == first
+    assert server.self_quant()["refreshes"] == refreshes + 2
+
+
+def test_sleep_and_wake(server, policies) -> None:
+    """The order is slime's: everything goes; weights, update, continue; then KV cache and graphs."""
+    first, refreshes = answer(server), server.self_quant()["refreshes"]
+    drafter_mib = server.self_quant()["drafter_bytes"] / MIB
+    policy_mib = sum(file.stat().st_size for file in policies[0].glob("*.safetensors")) / MIB
+    server.flush_cache()
+    used = {"awake": used_mib()}
+    server._request("/release_memory_occupation", {"tags": ["weights"]})
+    used["without weights"] = used_mib()
+    server._request("/release_memory_occupation", {"tags": ["kv_cache", "cuda_graph"]})
+    used["asleep"] = used_mib()
+    server._request("/resume_memory_occupation", {"tags": ["weights"]})
+    update(server, policies[0])
+    used["weights back, updated"] = used_mib()
+    server._request("/resume_memory_occupation", {"tags": ["kv_cache", "cuda_graph"]})
+    assert answer(server) == first
+    used["awake again"] = used_mib()
+    print(f"\npolicy {policy_mib:.0f} MiB, drafter {drafter_mib:.0f} MiB")
+    print("\n".join(f"{state:>22}: {mib:8.0f} MiB" for state, mib in used.items()))
+
+    assert server.self_quant()["refreshes"] == refreshes + 1
+    assert used["awake"] - used["without weights"] > 0.95 * (policy_mib + drafter_mib)
+    assert used["asleep"] < LEFT_ASLEEP_MIB
+    assert abs(used["awake again"] - used["awake"]) < 64
