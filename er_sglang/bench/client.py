@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import aiohttp
 from tqdm import tqdm
 
-from er_sglang.bench.load import Completion, LoadResult, Request, Sample
+from er_sglang.bench.load import Completion, LoadResult, Request, Sample, payload
 
 SAMPLE_EVERY_S = 0.25
 
@@ -36,28 +36,29 @@ async def _run_load(base_url, requests, concurrency, sample_self_quant, descript
     session = aiohttp.ClientSession(
         base_url, timeout=aiohttp.ClientTimeout(total=None), connector=aiohttp.TCPConnector(limit=0), read_bufsize=2**20
     )
+    # Requests that all start at once travel together: sent one by one, the last may come a hundred steps after the first.
+    groups = [requests] if concurrency >= len(requests) else [[request] for request in requests]
     async with session:
         with tqdm(total=len(requests), desc=description, mininterval=1.0, leave=False) as bar:
 
-            async def send(request: Request) -> Completion:
+            async def send(group: Sequence[Request]) -> list[Completion]:
                 async with slots:
-                    completion = await _stream(session, request, origin_s)
-                bar.update()
-                return completion
+                    return await _stream(session, group, origin_s, bar)
 
-            work = asyncio.gather(*(send(request) for request in requests))
+            work = asyncio.gather(*(send(group) for group in groups))
             if sample_self_quant:
                 while not work.done():
                     samples.append(await _sample(session, origin_s))
                     await asyncio.wait([work], timeout=SAMPLE_EVERY_S)
-            completions = await work
+            completions = [completion for group in await work for completion in group]
     return LoadResult(completions=tuple(completions), samples=tuple(samples))
 
 
-async def _stream(session: aiohttp.ClientSession, request: Request, origin_s: float) -> Completion:
+async def _stream(session: aiohttp.ClientSession, requests: Sequence[Request], origin_s: float, bar: tqdm) -> list[Completion]:
+    """Completions of `requests`, sent as one call."""
     start_s = time.perf_counter() - origin_s
-    times_s, tokens, chunk = [], [], {}
-    async with session.post("/generate", json=request.payload()) as response:
+    chunks: list[list[tuple[float, dict]]] = [[] for _ in requests]
+    async with session.post("/generate", json=payload(requests)) as response:
         if response.status != 200:
             raise RuntimeError(f"/generate answered {response.status}: {await response.text()}")
         async for line in response.content:
@@ -66,19 +67,22 @@ async def _stream(session: aiohttp.ClientSession, request: Request, origin_s: fl
             chunk = json.loads(line.removeprefix(b"data: "))
             if "error" in chunk:
                 raise RuntimeError(f"/generate failed: {chunk['error']}")
-            times_s.append(time.perf_counter() - origin_s)
-            tokens.append(chunk["meta_info"]["completion_tokens"])
-    finish_reason = chunk["meta_info"]["finish_reason"]
-    if finish_reason["type"] == "abort":
-        raise RuntimeError(f"/generate was aborted: {finish_reason}")
-    return Completion(
-        start_s=start_s,
-        end_s=times_s[-1],
-        times_s=tuple(times_s),
-        tokens=tuple(tokens),
-        text=chunk.get("text", ""),
-        meta_info=chunk["meta_info"],
-    )
+            finish_reason = chunk["meta_info"]["finish_reason"]
+            if finish_reason and finish_reason["type"] == "abort":
+                raise RuntimeError(f"/generate was aborted: {finish_reason}")
+            chunks[chunk["index"]].append((time.perf_counter() - origin_s, chunk))
+            bar.update(finish_reason is not None)
+    return [
+        Completion(
+            start_s=start_s,
+            end_s=received[-1][0],
+            times_s=tuple(time_s for time_s, _ in received),
+            tokens=tuple(chunk["meta_info"]["completion_tokens"] for _, chunk in received),
+            text=received[-1][1].get("text", ""),
+            meta_info=received[-1][1]["meta_info"],
+        )
+        for received in chunks
+    ]
 
 
 async def _sample(session: aiohttp.ClientSession, origin_s: float) -> Sample:

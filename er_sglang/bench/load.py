@@ -21,17 +21,23 @@ class Request:
     stream_interval: int = 1
     """Tokens between streamed chunks; raise it where the server's HTTP side would become the bottleneck."""
 
-    def payload(self) -> dict:
+    @property
+    def sampling_params(self) -> dict:
         return {
-            "text" if isinstance(self.prompt, str) else "input_ids": self.prompt,
-            "sampling_params": {
-                "temperature": self.temperature,
-                "max_new_tokens": self.max_new_tokens,
-                "ignore_eos": self.ignore_eos,
-                "stream_interval": self.stream_interval,
-            },
-            "stream": True,
+            "temperature": self.temperature,
+            "max_new_tokens": self.max_new_tokens,
+            "ignore_eos": self.ignore_eos,
+            "stream_interval": self.stream_interval,
         }
+
+
+def payload(requests: Sequence[Request]) -> dict:
+    """The body of one /generate call that streams all of `requests`; their prompts are all text, or all token ids."""
+    return {
+        "text" if isinstance(requests[0].prompt, str) else "input_ids": [request.prompt for request in requests],
+        "sampling_params": [request.sampling_params for request in requests],
+        "stream": True,
+    }
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

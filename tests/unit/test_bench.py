@@ -9,7 +9,7 @@ import pytest
 
 from er_sglang.bench import report
 from er_sglang.bench.arms import Arm, server_args, server_env, server_name, servers
-from er_sglang.bench.load import Completion, LoadResult, Request, Sample, interpolate, lognormal_lengths, random_prompts
+from er_sglang.bench.load import Completion, LoadResult, Request, Sample, interpolate, lognormal_lengths, payload, random_prompts
 from er_sglang.bench.serving import CPU_ARGS, server_command
 from er_sglang.bench.shapes import SHAPES, W4_DRAFT, model_config, write_model
 from er_sglang.config import load_config, simulated_acceptance
@@ -46,11 +46,12 @@ def test_random_prompts_stay_inside_the_vocabulary():
     assert all(0 < token < 128 for p in prompts for token in p)
 
 
-def test_payload_names_the_prompt_by_its_kind():
-    assert Request(prompt="a", max_new_tokens=3).payload()["text"] == "a"
-    payload = Request(prompt=(4, 5), max_new_tokens=3, ignore_eos=True, stream_interval=8).payload()
-    assert payload["input_ids"] == (4, 5) and "text" not in payload
-    assert payload["sampling_params"] == {"temperature": 1.0, "max_new_tokens": 3, "ignore_eos": True, "stream_interval": 8}
+def test_one_call_carries_all_requests_and_names_prompts_by_their_kind():
+    assert payload([Request(prompt="a", max_new_tokens=3)])["text"] == ["a"]
+    two = [Request(prompt=(4, 5), max_new_tokens=n, ignore_eos=True, stream_interval=8) for n in (3, 7)]
+    body = payload(two)
+    assert body["input_ids"] == [(4, 5), (4, 5)] and "text" not in body
+    assert body["sampling_params"][1] == {"temperature": 1.0, "max_new_tokens": 7, "ignore_eos": True, "stream_interval": 8}
 
 
 @pytest.mark.parametrize("x, y", [(-1, 0), (0, 0), (0.5, 5), (1, 10), (2, 15), (3, 20), (9, 20)])
