@@ -13,8 +13,9 @@ import torch
 from sgl_kernel.scalar_type import scalar_types
 from sglang.jit_kernel.gptq_marlin import _jit_gptq_marlin_module
 
-from er_sglang.quantize import marlin_layout, rtn, small_batch
+from er_sglang.quantize import marlin_layout, rtn
 from er_sglang.quantize.base import Format, Packed
+from er_sglang.quantize.blocks import MAX_M
 from er_sglang.quantize.kernels import refresh_int4_marlin_
 from er_sglang.quantize.small_batch import SmallBatchGemm
 
@@ -35,8 +36,8 @@ class MarlinInt4(Format):
         self.symmetric = symmetric
         self._type_id = (scalar_types.uint4b8 if symmetric else scalar_types.uint4).id
         self._gemm = {}  # by activation dtype, loaded by allocate()
-        self._small_batch_gemm = {}  # likewise; empty where the GPU cannot run it
-        self._has_clusters = torch.cuda.get_device_capability(device) >= (9, 0)
+        self._small_batch_gemm = {}  # likewise; empty on other chips than those it was measured on
+        self._on_hopper = torch.cuda.get_device_capability(device) == (9, 0)
         sm_count = torch.cuda.get_device_properties(device).multi_processor_count
         self._locks = torch.zeros(sm_count, dtype=torch.int32, device=device)
         self._partial_sums = torch.empty(sm_count * _MAX_TILE_M * _MAX_TILE_N, dtype=torch.float32, device=device)
@@ -55,7 +56,7 @@ class MarlinInt4(Format):
 
     def allocate(self, n: int, k: int, dtype: torch.dtype, device: torch.device) -> Packed:
         self._gemm[dtype] = _jit_gptq_marlin_module(dtype).gptq_marlin_gemm
-        if self._has_clusters and dtype not in self._small_batch_gemm:
+        if self._on_hopper and dtype not in self._small_batch_gemm:
             self._small_batch_gemm[dtype] = SmallBatchGemm(
                 dtype=dtype, symmetric=self.symmetric, group_size=self.group_size, device=device
             )
@@ -74,7 +75,7 @@ class MarlinInt4(Format):
 
     def apply(self, packed: Packed, x_MK: torch.Tensor, bias_N: torch.Tensor | None) -> torch.Tensor:
         y_MN = x_MK.new_empty(x_MK.shape[0], packed.n)
-        if len(x_MK) <= small_batch.MAX_M and packed.dtype in self._small_batch_gemm:
+        if len(x_MK) <= MAX_M and packed.dtype in self._small_batch_gemm:
             self._small_batch_gemm[packed.dtype](packed, x_MK, bias_N, y_MN)
             return y_MN
         self._gemm[packed.dtype](

@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parents[2] / "er_sglang"
 
 PURE = (
     "config control errors host metrics policy.acceptance policy.config policy.decide policy.paper policy.profile policy.tables "
-    "refusals tools.simulate tools.workload trace updates"
+    "quantize.blocks refusals tools.simulate tools.workload trace updates"
 ).split()
 KNOWS_SGLANG = {
     *("algorithm autoload chain drafter hooks logprobs relay steering verifier worker".split()),

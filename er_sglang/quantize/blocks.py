@@ -1,0 +1,46 @@
+"""How a small-batch product is shared out over a Hopper chip. Pure Python; the numbers are those of `small_batch_gemm.cuh`."""
+
+from typing import NamedTuple
+
+MAX_M = 16  # rows
+UNIT_K = 128  # of K, what a warp multiplies at a time
+TILE_N = 64  # of N, likewise
+SHARED_BYTES = 227 * 1024  # of a multiprocessor
+MOST_FILL = 0.9  # blocks of a cluster share a part of the chip (GPC): its last tenth cannot be counted on
+SPLITS = (1, 2, 4, 5, 8)  # a GPC has 16 or 18 multiprocessors: clusters of 3, 6 and 7 pack badly
+
+
+class Blocks(NamedTuple):
+    """`warps_n` x `warps_k` warps a block; `splits` blocks, a cluster, share the columns of K."""
+
+    warps_n: int
+    warps_k: int
+    splits: int
+
+
+# Blocks of that many warps that a multiprocessor's registers hold, for up to 8 rows and for up to 16. Wide blocks read x less
+# often and come first; narrow ones fill the chip where those leave a gap.
+RESIDENT = ({(4, 2): 2, (2, 4): 2, (4, 1): 5}, {(4, 2): 1, (2, 4): 1, (4, 1): 3})
+
+
+def shared_bytes(m: int, k: int, blocks: Blocks) -> int:
+    """Shared memory of a block: its part of x, and later in the same place its parts of y."""
+    rows = 8 * -(-m // 8)
+    x_bytes = rows * (-(-(k // UNIT_K) // blocks.splits) * UNIT_K + 8) * 2
+    y_bytes = blocks.warps_k * rows * (blocks.warps_n * TILE_N + 4) * 4
+    return max(x_bytes, y_bytes)
+
+
+def choose_blocks(m: int, n: int, k: int, multiprocessors: int) -> Blocks:
+    """The shape that fills the chip best with blocks that all run at once, each warp with about two units of K or more."""
+    best, best_fill = None, 0.0
+    for (warps_n, warps_k), by_registers in RESIDENT[m > 8].items():
+        columns = -(-n // (TILE_N * warps_n))
+        for splits in SPLITS:
+            blocks = Blocks(warps_n, warps_k, splits)
+            resident = min(by_registers, SHARED_BYTES // shared_bytes(m, k, blocks)) * multiprocessors
+            if columns * splits <= MOST_FILL * resident and k // UNIT_K >= 1.7 * splits * warps_k:
+                if columns * splits / resident > best_fill + 0.02:
+                    best, best_fill = blocks, columns * splits / resident
+    # A product too large for one wave, or too small to be cut: the fewest blocks that hold their part of x.
+    return best or next(b for b in (Blocks(4, 2, splits) for splits in SPLITS) if shared_bytes(m, k, b) <= SHARED_BYTES)
