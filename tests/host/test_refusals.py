@@ -63,7 +63,7 @@ SETTINGS = {
 # SGLang itself refuses it where SELF_QUANT is supported.
 REFUSED_BEFORE = {"dcp_size"}
 CONFIGS = {
-    '{"modus": "always"}': "unknown setting modus; known: drafter,",
+    '{"modus": "always"}': "unknown setting modus; known: calibration_s, drafter,",
     '{"drafter": {"bits": 4}}': "unknown setting bits; known: group_size, weights",
     '{"policy": {"mode": "sometimes"}}': "choose one of auto, always, off",
     '{"policy": {"mode": 3}}': "mode must be of type str",
