@@ -9,7 +9,7 @@ from tests.host.oracle import Oracle, Sampling
 from tests.host.policies import make_policy
 from tests.host.servers import greedy, self_quant, tokens
 from tests.host.test_exactness import PROMPT, sample
-from tests.host.test_updates_transports import PLUGIN
+from tests.host.test_updates import PLUGIN
 from tests.host.trainer_client import SLIME, TrainerClient
 
 CORES = sorted(os.sched_getaffinity(0))

@@ -5,7 +5,7 @@ import torch
 
 from tests.host.policies import make_policy
 from tests.host.servers import greedy, self_quant, tokens
-from tests.host.test_updates_transports import PLUGIN, Policy
+from tests.host.test_updates import PLUGIN, Policy
 from tests.host.trainer_client import TrainerClient
 
 PROMPTS = [[5, 6, 7], [12] * 9, [90, 8, 71, 15, 33], [64, 2]]
