@@ -38,9 +38,11 @@ def policies(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def server(policies, tmp_path_factory):
-    from er_sglang.bench.serving import Server
+def trainer(policies, tmp_path_factory):
+    """The client of a server of A."""
     from er_sglang.config import CONFIG_ENV
+    from tests.host.servers import HostServer
+    from tests.host.trainer_client import TrainerClient
 
     args = {
         "skip-tokenizer-init": True,
@@ -54,8 +56,13 @@ def server(policies, tmp_path_factory):
         "speculative-num-steps": 3,
     }
     env = {CONFIG_ENV: json.dumps({"policy": {"mode": "always"}}), "SGLANG_MEMORY_SAVER_CUDA_GRAPH": "true"}
-    with Server(policies[0], args, env=env, log_path=tmp_path_factory.mktemp("log") / "server.log") as server:
-        yield server
+    with HostServer(policies[0], args, env=env, log_path=tmp_path_factory.mktemp("log") / "server.log") as server:
+        yield TrainerClient(server)
+
+
+def update(trainer, policy) -> None:
+    with trainer.paused():
+        trainer.send_disk(policy, flush_cache=False)
 
 
 def answer(server) -> list[int]:
@@ -65,39 +72,33 @@ def answer(server) -> list[int]:
     return output
 
 
-def update(server, policy) -> None:
-    server._request("/pause_generation", {})
-    server.flush_cache()
-    server._request("/update_weights_from_disk", {"model_path": str(policy), "flush_cache": False})
-    server._request("/continue_generation", {})
-
-
-def test_graphs_replay_across_updates(server, policies) -> None:
+def test_graphs_replay_across_updates(trainer, policies) -> None:
     """A -> B -> A under the graphs of the start: one refresh each, and A answers as it did."""
-    a, b = policies
+    server, (a, b) = trainer.server, policies
     first, refreshes = answer(server), server.self_quant()["refreshes"]
-    update(server, b)
+    update(trainer, b)
     assert answer(server) != first
-    update(server, a)
+    update(trainer, a)
     assert answer(server) == first
     assert server.self_quant()["refreshes"] == refreshes + 2
 
 
-def test_sleep_and_wake(server, policies) -> None:
+def test_sleep_and_wake(trainer, policies) -> None:
     """The order is slime's: everything goes; weights, update, continue; then KV cache and graphs."""
+    server = trainer.server
     first, refreshes = answer(server), server.self_quant()["refreshes"]
     drafter_mib = server.self_quant()["drafter_bytes"] / MIB
     policy_mib = sum(file.stat().st_size for file in policies[0].glob("*.safetensors")) / MIB
-    server.flush_cache()
+    server.empty()
     used = {"awake": used_mib()}
-    server._request("/release_memory_occupation", {"tags": ["weights"]})
+    trainer.release("weights")
     used["without weights"] = used_mib()
-    server._request("/release_memory_occupation", {"tags": ["kv_cache", "cuda_graph"]})
+    trainer.release("kv_cache", "cuda_graph")
     used["asleep"] = used_mib()
-    server._request("/resume_memory_occupation", {"tags": ["weights"]})
-    update(server, policies[0])
+    trainer.reclaim("weights")
+    update(trainer, policies[0])
     used["weights back, updated"] = used_mib()
-    server._request("/resume_memory_occupation", {"tags": ["kv_cache", "cuda_graph"]})
+    trainer.reclaim("kv_cache", "cuda_graph")
     assert answer(server) == first
     used["awake again"] = used_mib()
     print(f"\npolicy {policy_mib:.0f} MiB, drafter {drafter_mib:.0f} MiB")
