@@ -71,7 +71,7 @@ def _on_idle(result, scheduler) -> None:
 
 def _internal_state(result, scheduler, recv_req):
     if worker := _worker(scheduler.draft_worker):
-        result.internal_state["self_quant"] = worker.snapshot()
+        result.internal_state[KEY] = worker.snapshot()
     return result
 
 

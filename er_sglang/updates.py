@@ -156,7 +156,7 @@ class Freshness:
 
     def ensure(self) -> None:
         """Refresh if due and allowed; before every draft."""
-        if self.blocker is not None:
+        if not self.dirty or self.blocker is not None:
             return
         reason = refresh_reason(
             self._config,

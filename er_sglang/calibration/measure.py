@@ -47,7 +47,8 @@ logger = logging.getLogger(__name__)
 CONTEXTS_TOKENS = {"cuda": (256, 2048, 8192, 32768), "cpu": (64, 256)}
 LONGEST_S = {"cuda": float("inf"), "cpu": 5.0}
 BATCHES_WITHOUT_GRAPHS = (1, 8, 32)
-MIN_PASSES, MAX_PASSES = {"cuda": 3, "cpu": 1}, 5
+MIN_PASSES = {"cuda": 3, "cpu": 1}
+MAX_PASSES = 5
 
 
 def obtain_profile(worker: SelfQuantWorker) -> tuple[Profile, Path]:

@@ -101,7 +101,8 @@ struct Operands {
 };
 
 template <typename T, bool kSymmetric, int kGroup, int kTilesM, int kWarpsN, int kWarpsK>
-__global__ void __launch_bounds__(kWarpsN * kWarpsK * 32, kTilesM == 1 ? 20 / (kWarpsN * kWarpsK) : 1) small_batch_gemm_kernel(const __grid_constant__ Operands p) {
+__global__ void __launch_bounds__(kWarpsN * kWarpsK * 32, kTilesM == 1 ? 20 / (kWarpsN * kWarpsK) : 1)
+    small_batch_gemm_kernel(const __grid_constant__ Operands p) {  // up to 8 rows leave registers for 20 warps
   namespace cg = cooperative_groups;
   constexpr int kThreads = kWarpsN * kWarpsK * 32;
   constexpr int kGroups = kUnitK / kGroup;
