@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-MAX_M = 16  # rows
+MAX_M = 32  # rows
 UNIT_K = 128  # of K, what a warp multiplies at a time
 TILE_N = 64  # of N, likewise
 SHARED_BYTES = 227 * 1024  # of a multiprocessor
@@ -18,9 +18,16 @@ class Blocks(NamedTuple):
     splits: int
 
 
-# Blocks of that many warps that a multiprocessor's registers hold, for up to 8 rows and for up to 16. Wide blocks read x less
-# often and come first; narrow ones fill the chip where those leave a gap.
-RESIDENT = ({(4, 2): 2, (2, 4): 2, (4, 1): 5}, {(4, 2): 1, (2, 4): 1, (4, 1): 3})
+# Blocks of that many warps that a multiprocessor's registers hold, for up to 8 rows, up to 16, and more. Wide blocks read x
+# less often and come first; narrow ones fill the chip where those leave a gap.
+RESIDENT = (
+    {(4, 2): 2, (2, 4): 2, (4, 1): 5},
+    {(4, 2): 1, (2, 4): 1, (4, 1): 3},
+    {(4, 2): 1, (2, 4): 1, (4, 1): 2},
+)
+# Above 16 rows a multiprocessor is busy with its weights for longer than they take to arrive: with more of them than this
+# Marlin, slow to start and to end, is ahead (H200: 70 million weights in 24 rows take 23 us against 31, 140 million 41 against 38).
+MOST_WEIGHTS_ABOVE_16_ROWS = 640 * 1024
 
 
 def shared_bytes(m: int, k: int, blocks: Blocks) -> int:
@@ -31,10 +38,15 @@ def shared_bytes(m: int, k: int, blocks: Blocks) -> int:
     return max(x_bytes, y_bytes)
 
 
-def choose_blocks(m: int, n: int, k: int, multiprocessors: int) -> Blocks:
-    """The shape that fills the chip best with blocks that all run at once, each warp with about two units of K or more."""
+def choose_blocks(m: int, n: int, k: int, multiprocessors: int) -> Blocks | None:
+    """The shape that fills the chip best with blocks that all run at once, each warp with about two units of K or more.
+
+    None where Marlin is faster.
+    """
+    if m > MAX_M or (m > 16 and n * k > MOST_WEIGHTS_ABOVE_16_ROWS * multiprocessors):
+        return None
     best, best_fill = None, 0.0
-    for (warps_n, warps_k), by_registers in RESIDENT[m > 8].items():
+    for (warps_n, warps_k), by_registers in RESIDENT[min(-(-m // 8), len(RESIDENT)) - 1].items():
         columns = -(-n // (TILE_N * warps_n))
         for splits in SPLITS:
             blocks = Blocks(warps_n, warps_k, splits)
@@ -43,4 +55,5 @@ def choose_blocks(m: int, n: int, k: int, multiprocessors: int) -> Blocks:
                 if columns * splits / resident > best_fill + 0.02:
                     best, best_fill = blocks, columns * splits / resident
     # A product too large for one wave, or too small to be cut: the fewest blocks that hold their part of x.
-    return best or next(b for b in (Blocks(4, 2, splits) for splits in SPLITS) if shared_bytes(m, k, b) <= SHARED_BYTES)
+    fewest = (blocks for splits in SPLITS if shared_bytes(m, k, blocks := Blocks(4, 2, splits)) <= SHARED_BYTES)
+    return best or next(fewest, None)

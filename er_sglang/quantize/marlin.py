@@ -15,7 +15,6 @@ from sglang.jit_kernel.gptq_marlin import _jit_gptq_marlin_module
 
 from er_sglang.quantize import marlin_layout, rtn
 from er_sglang.quantize.base import Format, Packed
-from er_sglang.quantize.blocks import MAX_M
 from er_sglang.quantize.kernels import refresh_int4_marlin_
 from er_sglang.quantize.small_batch import SmallBatchGemm
 
@@ -75,8 +74,9 @@ class MarlinInt4(Format):
 
     def apply(self, packed: Packed, x_MK: torch.Tensor, bias_N: torch.Tensor | None) -> torch.Tensor:
         y_MN = x_MK.new_empty(x_MK.shape[0], packed.n)
-        if len(x_MK) <= MAX_M and packed.dtype in self._small_batch_gemm:
-            self._small_batch_gemm[packed.dtype](packed, x_MK, bias_N, y_MN)
+        small_batch = self._small_batch_gemm.get(packed.dtype)
+        if small_batch and (blocks := small_batch.blocks(len(x_MK), packed)):
+            small_batch(packed, x_MK, bias_N, y_MN, blocks)
             return y_MN
         self._gemm[packed.dtype](
             x_MK,

@@ -6,7 +6,7 @@ import torch
 from sglang.jit_kernel.utils import cache_once, load_jit, make_cpp_args
 
 from er_sglang.quantize.base import Packed
-from er_sglang.quantize.blocks import choose_blocks
+from er_sglang.quantize.blocks import Blocks, choose_blocks
 
 
 @cache_once
@@ -21,15 +21,20 @@ def _module(dtype: torch.dtype, symmetric: bool, group_size: int):
 
 
 class SmallBatchGemm:
-    """y = x @ W_hat.T + bias for up to blocks.MAX_M rows. Deterministic; keeps no state between calls."""
+    """y = x @ W_hat.T + bias for few rows. Deterministic; keeps no state between calls."""
 
     def __init__(self, *, dtype: torch.dtype, symmetric: bool, group_size: int, device: torch.device) -> None:
         self._gemm = _module(dtype, symmetric, group_size).gemm
         self._multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
         self._none = torch.empty(0, dtype=torch.int32, device=device)
 
-    def __call__(self, packed: Packed, x_MK: torch.Tensor, bias_N: torch.Tensor | None, y_MN: torch.Tensor) -> None:
+    def blocks(self, m: int, packed: Packed) -> Blocks | None:
+        """How to share out a product of m rows; None where Marlin is faster."""
+        return choose_blocks(m, packed.n, packed.k, self._multiprocessors)
+
+    def __call__(
+        self, packed: Packed, x_MK: torch.Tensor, bias_N: torch.Tensor | None, y_MN: torch.Tensor, blocks: Blocks
+    ) -> None:
         zeros = self._none if packed.zeros is None else packed.zeros
         bias = self._none if bias_N is None else bias_N
-        blocks = choose_blocks(len(x_MK), packed.n, packed.k, self._multiprocessors)
         self._gemm(x_MK, packed.codes, packed.scales, zeros, bias, y_MN, *blocks)
