@@ -77,7 +77,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--acceptance", type=float, default=0.9, metavar="A", help="stated acceptance per drafted token, for shapes; default %(default)s")
     parser.add_argument("--context", type=int, default=64 if ON_CPU else 1024, metavar="TOKENS", help="prompt length; default %(default)s")
     parser.add_argument("--output-tokens", type=int, default=64 if ON_CPU else 256, metavar="TOKENS", help="response length; default %(default)s")
-    parser.add_argument("--repeats", type=int, default=2, metavar="N", help="measurements per point; default %(default)s")
+    parser.add_argument("--repeats", type=int, default=3, metavar="N", help="measurements per point; default %(default)s")
     parser.add_argument("--temperature", type=float, default=1.0, help="default %(default)s")
     parser.add_argument("--self-quant-config", type=json.loads, default={}, metavar="JSON", help='SELF_QUANT settings besides "policy", e.g. \'{"drafter": {"weights": "fp8"}}\'')
     parser.add_argument("--server-args", type=shlex.split, default=[], metavar="'--FLAG VALUE ...'", help="more flags for every server; write --server-args='--tp 2'")

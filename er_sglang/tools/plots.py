@@ -53,6 +53,14 @@ def binned(steps: Sequence[dict], count: int) -> list[Bin]:
     groups: list[list[dict]] = [[] for _ in range(count)]
     for step in steps:
         groups[min(int((step["time_s"] - start_s) / width_s), count - 1)].append(step)
+    tokens = [0.0] * count
+    for before, step in zip(steps, steps[1:]):
+        # A step's tokens took the time since the step before, after a pause a bin at most: they fall into one bin or two.
+        end = (step["time_s"] - start_s) / width_s
+        begin = max((before["time_s"] - start_s) / width_s, end - 1.0)
+        late = min(1.0, (end - int(end)) / (end - begin)) if end > begin else 1.0
+        tokens[min(int(end), count - 1)] += late * (step["accepted"] + step["batch"])
+        tokens[int(end) - 1] += (1.0 - late) * (step["accepted"] + step["batch"])
     bins = []
     for index, group in enumerate(groups):
         cycles = [step for step in group if step["gamma"]]
@@ -63,7 +71,7 @@ def binned(steps: Sequence[dict], count: int) -> list[Bin]:
                 batch=sum(step["batch"] for step in group) / len(group) if group else None,
                 gamma=sum(step["gamma"] for step in group) / len(group) if group else None,
                 accept_length=1 + sum(step["accepted"] for step in cycles) / requests if cycles else None,
-                tokens_per_s=sum(step["accepted"] + step["batch"] for step in group) / width_s,
+                tokens_per_s=tokens[index] / width_s,
             )
         )
     return bins

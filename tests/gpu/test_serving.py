@@ -1,6 +1,6 @@
-"""The real server on a GPU, head_dim 128, bf16, overlap scheduling: graphs equal eager runs bit for bit, and the emitted
-distribution is the policy's (false-alarm rate 1e-4 a test; filters are tested on the sampler itself, since bf16 rounding
-moves tokens across a filter's edge)."""
+"""The real server on a GPU and on two, head_dim 128, bf16, overlap scheduling: graphs equal eager runs bit for bit, and the
+emitted distribution is the policy's (false-alarm rate 1e-4 a test; filters are tested on the sampler itself, since bf16
+rounding moves tokens across a filter's edge)."""
 
 from __future__ import annotations
 
@@ -27,8 +27,10 @@ def policy(tmp_path_factory):
     return make_random_policy(tmp_path_factory.mktemp("policy") / "qwen3", "qwen3", shape=shape, dtype=torch.bfloat16)
 
 
-@pytest.fixture(scope="module")
-def server(policy, tmp_path_factory):
+@pytest.fixture(scope="module", params=[1, 2], ids=["tp1", "tp2"])
+def server(policy, tmp_path_factory, request):
+    if torch.cuda.device_count() < request.param:
+        pytest.skip(f"needs {request.param} GPUs")
     from er_sglang.bench.serving import Server
     from er_sglang.config import CONFIG_ENV
 
@@ -41,6 +43,7 @@ def server(policy, tmp_path_factory):
         "cuda-graph-backend-prefill": "disabled",
         "max-running-requests": 64,
         "mem-fraction-static": 0.3,
+        "tp-size": request.param,
         "speculative-algorithm": "SELF_QUANT",
         "speculative-num-steps": 3,
     }
@@ -58,7 +61,8 @@ def test_graphs_equal_eager_runs(server) -> None:
 
     batches = [batch for batch in GRAPH_BATCHES if batch <= LARGEST_GRAPH_BATCH]
     checks = [line for line in server.log_path.read_text().splitlines() if line.startswith("GRAPH_CHECK")]
-    assert len(checks) == 2 * 3 * len(batches)  # draft and verify, gamma 1 to 3
+    ranks = server.get_server_info()["tp_size"]
+    assert len(checks) == ranks * 2 * 3 * len(batches)  # draft and verify, gamma 1 to 3
 
 
 @pytest.mark.parametrize("temperature", [0.6, 1.0, 1.4])
