@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from er_sglang.sampling import Draft, RandomState, Sampler, SamplingParams
 from er_sglang.step import Step
+from er_sglang.window import AttentionWindow
 
 logger = logging.getLogger(__name__)
 
@@ -47,22 +48,28 @@ class DraftChain:
         gammas: tuple[int, ...],
         graph_batches: list[int],
         max_batch: int,
+        attention_window: int,
     ) -> None:
-        """graph_batches: ascending batch sizes to capture; empty runs the same code eagerly (CPU, or no graphs)."""
+        """graph_batches: ascending batch sizes to capture; empty runs the same code eagerly (CPU, or no graphs).
+        attention_window: recent tokens that a draft attends to, 0 for all."""
         self._drafter = drafter
         self._sampler = sampler
         self._random = random
         self._graph_batches = graph_batches
-        # SGLang's graph backend asks its owner for model_runner and device_module.
-        self.model_runner = view = _decode_view(target)
-        self.device_module = torch.get_device_module(view.device)
         gamma_max = max(gammas)
+        self._req_to_token = target.req_to_token_pool.req_to_token
+        self._window = AttentionWindow(attention_window, gamma_max, max_batch, target.device) if attention_window else None
+        # SGLang's graph backend asks its owner for model_runner and device_module.
+        self.model_runner = view = _decode_view(target, self._window)
+        self.device_module = torch.get_device_module(view.device)
         self._backends = [view._get_attention_backend() for _ in range(gamma_max)]
 
         def buffer(*shape: int, dtype=torch.int64, fill: float = 0) -> torch.Tensor:
             return torch.full(shape, fill, dtype=dtype, device=view.device)
 
         self._req_pool_indices = buffer(max_batch)
+        if self._window:  # whose rows are the step's
+            torch.arange(max_batch, out=self._req_pool_indices)
         self._tokens = buffer(gamma_max + 1, max_batch)
         self._slots = buffer(gamma_max, max_batch)
         self._positions = buffer(gamma_max, max_batch)
@@ -87,15 +94,21 @@ class DraftChain:
         raw = step.batch_size
         size = next((b for b in self._graph_batches if b >= raw), raw)
         if size > raw:  # Padding rows decode token 0 at position 0 into slot 0, which SGLang keeps for padding.
-            for rows in (self._req_pool_indices, self._slots, self._positions, self._tokens):
+            for rows in (self._slots, self._positions, self._tokens):
                 rows[..., raw:size] = 0
             self._seq_lens[:, raw:size] = 1
             self._params.top_k_B[raw:size] = 1
-        self._req_pool_indices[:raw] = step.req_pool_indices_B
         self._tokens[0, :raw] = step.last_B
         self._slots[:gamma, :raw] = step.slots_NB[:gamma]
         torch.add(step.seq_lens_B, self._steps, out=self._positions[:, :raw])
         torch.add(self._positions[:, :raw], 1, out=self._seq_lens[:, :raw])
+        seq_lens_cpu_B = step.seq_lens_cpu_B
+        if self._window:
+            self._seq_lens[:, :raw] -= self._window.load(step, self._req_to_token)
+            seq_lens_cpu_B = self._window.seen_on_host(seq_lens_cpu_B)
+        else:
+            self._req_pool_indices[:raw] = step.req_pool_indices_B
+            self._req_pool_indices[raw:size] = 0
         self._params.temperature_B[:raw] = step.params.temperature_B
         self._params.top_k_B[:raw] = step.params.top_k_B
         self._params.top_p_B[:raw] = step.params.top_p_B
@@ -104,7 +117,7 @@ class DraftChain:
         seq_lens_cpu = torch.ones(size, dtype=torch.int64)
         forward_batches = self._forward_batches(size, gamma)
         for i, (backend, forward_batch) in enumerate(zip(self._backends, forward_batches)):
-            seq_lens_cpu[:raw] = step.seq_lens_cpu_B + (i + 1)
+            seq_lens_cpu[:raw] = seq_lens_cpu_B + (i + 1)
             forward_batch.seq_lens_cpu = seq_lens_cpu.clone()
             forward_batch.seq_lens_sum = int(seq_lens_cpu.sum())
             if self._graph_batches and size in self._graph_batches:
@@ -205,8 +218,9 @@ def _key(size: int, gamma: int) -> ShapeKey:
     return ShapeKey(size=size, variant_label=str(gamma))
 
 
-def _decode_view(target: ModelRunner) -> ModelRunner:
-    """The target as a server without speculation would have it: its backends allocate for plain decode alone."""
+def _decode_view(target: ModelRunner, window: AttentionWindow | None) -> ModelRunner:
+    """The target as a server without speculation would have it: its backends allocate for plain decode alone.
+    With a window its requests are no longer than that."""
     view = copy.copy(target)
     view.server_args = copy.copy(target.server_args)
     view.server_args.speculative_algorithm = None
@@ -214,5 +228,10 @@ def _decode_view(target: ModelRunner) -> ModelRunner:
     view.server_args.speculative_num_draft_tokens = None
     view.server_args.speculative_eagle_topk = None
     view.spec_algorithm = SpeculativeAlgorithm.NONE
+    if window:
+        view.req_to_token_pool = copy.copy(target.req_to_token_pool)
+        view.req_to_token_pool.req_to_token = window.table
+        view.model_config = copy.copy(target.model_config)
+        view.model_config.context_len = window.table.shape[1]
     view.init_attention_backend()
     return view

@@ -28,20 +28,25 @@ WEIGHT_FORMATS = ("int4", "int4_asym", "fp8")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DrafterConfig:
-    """How the drafter's weights are made from the policy's.
+    """How the drafter's weights are made from the policy's, and what of a context it reads.
 
     weights: storage format of the Linear layers ("int4", "int4_asym" or "fp8").
     group_size: input channels that share one scale (int4 formats).
+    attention_window: recent tokens that a draft attends to, besides the first of the context (window.SINK_TOKENS); 0: all.
+        In long contexts a draft reads more KV cache than weights: a window makes it cheaper, for some acceptance.
     """
 
     weights: str = "int4"
     group_size: int = 128
+    attention_window: int = 0
 
     def __post_init__(self) -> None:
         if self.weights not in WEIGHT_FORMATS:
             raise ConfigError(f"drafter.weights is {self.weights!r}; choose one of {', '.join(WEIGHT_FORMATS)}.")
         if self.group_size not in (32, 64, 128):
             raise ConfigError(f"drafter.group_size is {self.group_size}; choose 32, 64 or 128.")
+        if self.attention_window < 0:
+            raise ConfigError(f"drafter.attention_window is {self.attention_window}; choose a number of tokens, or 0 for all.")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

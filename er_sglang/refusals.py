@@ -20,7 +20,7 @@ _FIELDS = (
     ("speculative_accept_threshold_single", (1.0,), "leave --speculative-accept-threshold-single at 1: acceptance is exact"),
     ("speculative_accept_threshold_acc", (1.0,), "leave --speculative-accept-threshold-acc at 1: acceptance is exact"),
     ("speculative_draft_attention_backend", (None,), "drop --speculative-draft-attention-backend: drafts read the policy's KV cache"),
-    ("speculative_draft_window_size", (None,), "drop --speculative-draft-window-size: not supported"),
+    ("speculative_draft_window_size", (None,), 'drop --speculative-draft-window-size: set "drafter": {"attention_window": ...} in the config'),
     ("speculative_draft_model_quantization", (None,), 'drop --speculative-draft-model-quantization: set "drafter": {"weights": ...} in the config'),
     ("quantization", (None,), "serve the policy in bf16 or fp16: a quantized policy leaves nothing to gain or cannot be re-quantized"),
     ("enable_lora", (None, False), "merge the LoRA adapter into the weights: the drafter is built from merged weights"),

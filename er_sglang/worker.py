@@ -21,6 +21,7 @@ from er_sglang.chain import DraftChain
 from er_sglang.config import load_config, simulated_acceptance
 from er_sglang.control import Control, changed
 from er_sglang.drafter import Drafter
+from er_sglang.errors import ConfigError
 from er_sglang.logprobs import attach_logprobs
 from er_sglang.calibration.measure import obtain_profile
 from er_sglang.quantize import create_format
@@ -51,6 +52,11 @@ class SelfQuantWorker(BaseSpecWorker):
     def __init__(self, server_args, gpu_id, tp_rank, target_worker, **_ranks) -> None:
         hooks.check_bound()
         self.config = load_config(server_args.speculative_adaptive_config, server_args.speculative_num_steps)
+        if self.config.drafter.attention_window and server_args.page_size != 1:
+            raise ConfigError(
+                f"drafter.attention_window needs KV pages of one token, not {server_args.page_size}: "
+                "set --page-size 1, or leave the window out."
+            )
         self.server_args = server_args
         self._target_worker = target_worker
         self.runner = runner = target_worker.model_runner
@@ -121,7 +127,14 @@ class SelfQuantWorker(BaseSpecWorker):
             max_batch = max([max_batch, *self.graph_batches])
             self._verifier = Verifier(self.runner, self._algorithm, gammas, self.graph_batches)
             self._chain = DraftChain(
-                self.runner, self._drafter.model, self._sampler, self.random, gammas, self.graph_batches, max_batch
+                self.runner,
+                self._drafter.model,
+                self._sampler,
+                self.random,
+                gammas,
+                self.graph_batches,
+                max_batch,
+                self.config.drafter.attention_window,
             )
         profile, self._profile_path = None, None
         if self.config.policy.needs_profile or self.config.profile:

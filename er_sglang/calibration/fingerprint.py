@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import importlib.metadata
 import json
@@ -44,7 +45,7 @@ def fingerprint(worker: SelfQuantWorker) -> dict[str, object]:
         "context_length": runner.model_config.context_len,
         "tp_size": get_tp_group().world_size,
         "attention": type(runner.attn_backend).__name__,
-        "drafter": [config.drafter.weights, config.drafter.group_size],
+        "drafter": list(dataclasses.astuple(config.drafter)),
         "gamma_max": config.gamma_max,
         "gammas": list(config.policy.gammas),
         "draft_graph_batches": worker.graph_batches,

@@ -17,7 +17,7 @@ import json
 import os
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
@@ -97,6 +97,11 @@ class Profile:
 
     def drafted_token_s(self, batch: float, context_tokens: float) -> float:
         return self._at(self.draft_s, batch, context_tokens)
+
+    def with_attention_window(self, seen_tokens: int) -> Profile:
+        """As if a draft attended to ``seen_tokens`` of a context at most: beyond, T_draft stays what it is there."""
+        draft_s = [[self.drafted_token_s(b, min(c, seen_tokens)) for c in self.contexts_tokens] for b in self.batches]
+        return replace(self, draft_s=_as_table(draft_s))
 
     def _at(self, table: Table, batch: float, context_tokens: float) -> float:
         return blend(table, *locate(self.batches, batch), *locate(self.contexts_tokens, context_tokens))

@@ -176,6 +176,12 @@ def add_command(subparsers: argparse._SubParsersAction) -> None:
     )
     add = parser.add_argument
     add("--profile", required=True, type=Path, help="JSON of `er-sglang calibrate`, or a CSV of the same quantities")
+    add(
+        "--attention-window",
+        type=int,
+        metavar="TOKENS",
+        help="let drafts attend to so many tokens of a context at most, sinks included (default: as the profile was measured)",
+    )
     add("--requests", type=int, default=128, help="requests of one rollout (default %(default)s)")
     add(
         "--lengths",
@@ -221,6 +227,8 @@ def add_command(subparsers: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> int:
     profile = Profile.read(args.profile)
+    if args.attention_window:
+        profile = profile.with_attention_window(args.attention_window)
     alphas = [float(alpha) for alpha in args.alpha.split(",")]
     ladder = tuple(int(gamma) for gamma in args.ladder.split(",")) if args.ladder else profile.gammas
     results = {}

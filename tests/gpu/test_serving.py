@@ -1,6 +1,6 @@
-"""The real server on a GPU and on two, head_dim 128, bf16, overlap scheduling: graphs equal eager runs bit for bit, and the
-emitted distribution is the policy's (false-alarm rate 1e-4 a test; filters are tested on the sampler itself, since bf16
-rounding moves tokens across a filter's edge)."""
+"""The real server on one GPU, on two, and with an attention window; head_dim 128, bf16, overlap scheduling. Graphs equal
+eager runs bit for bit, and the emitted distribution is the policy's (false-alarm rate 1e-4 a test; filters are tested on
+the sampler itself, since bf16 rounding moves tokens across a filter's edge)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
-PROMPT = [17, 4, 88, 23, 61, 9]
+PROMPT = [17, 4, 88, 23, 61, 9] * 14  # longer than the drafter's sinks and its window
 SAMPLES = 1600
 NEW_TOKENS = 8
 LARGEST_GRAPH_BATCH = 32
@@ -27,10 +27,11 @@ def policy(tmp_path_factory):
     return make_random_policy(tmp_path_factory.mktemp("policy") / "qwen3", "qwen3", shape=shape, dtype=torch.bfloat16)
 
 
-@pytest.fixture(scope="module", params=[1, 2], ids=["tp1", "tp2"])
+@pytest.fixture(scope="module", params=[(1, 0), (2, 0), (1, 8)], ids=["tp1", "tp2", "window"])
 def server(policy, tmp_path_factory, request):
-    if torch.cuda.device_count() < request.param:
-        pytest.skip(f"needs {request.param} GPUs")
+    gpus, attention_window = request.param
+    if torch.cuda.device_count() < gpus:
+        pytest.skip(f"needs {gpus} GPUs")
     from er_sglang.bench.serving import Server
     from er_sglang.config import CONFIG_ENV
 
@@ -43,12 +44,14 @@ def server(policy, tmp_path_factory, request):
         "cuda-graph-backend-prefill": "disabled",
         "max-running-requests": 64,
         "mem-fraction-static": 0.3,
-        "tp-size": request.param,
+        "tp-size": gpus,
         "speculative-algorithm": "SELF_QUANT",
         "speculative-num-steps": 3,
     }
     env = {
-        CONFIG_ENV: json.dumps({"policy": {"mode": "cycle", "cycle": [3, 0, 1, 2, 3]}}),
+        CONFIG_ENV: json.dumps(
+            {"policy": {"mode": "cycle", "cycle": [3, 0, 1, 2, 3]}, "drafter": {"attention_window": attention_window}}
+        ),
         "PYTHONPATH": os.pathsep.join(filter(None, [plugin, os.environ.get("PYTHONPATH")])),
     }
     with Server(policy, args, env=env, log_path=tmp_path_factory.mktemp("log") / "server.log") as server:

@@ -43,7 +43,7 @@ SETTINGS = {
     "speculative_accept_threshold_single": (0.9, "leave --speculative-accept-threshold-single at 1"),
     "speculative_accept_threshold_acc": (0.9, "leave --speculative-accept-threshold-acc at 1"),
     "speculative_draft_attention_backend": ("triton", "drop --speculative-draft-attention-backend"),
-    "speculative_draft_window_size": (512, "drop --speculative-draft-window-size"),
+    "speculative_draft_window_size": (512, 'set "drafter": {"attention_window"'),
     "speculative_draft_model_quantization": ("fp8", 'set "drafter": {"weights"'),
     "quantization": ("fp8", "serve the policy in bf16 or fp16"),
     "enable_lora": (True, "merge the LoRA adapter"),
@@ -64,7 +64,7 @@ SETTINGS = {
 REFUSED_BEFORE = {"dcp_size"}
 CONFIGS = {
     '{"modus": "always"}': "unknown setting modus; known: calibration_s, drafter,",
-    '{"drafter": {"bits": 4}}': "unknown setting bits; known: group_size, weights",
+    '{"drafter": {"bits": 4}}': "unknown setting bits; known: attention_window, group_size, weights",
     '{"policy": {"mode": "sometimes"}}': "choose one of auto, always, off",
     '{"policy": {"mode": 3}}': "mode must be of type str",
     '{"drafter": {"weights": "int3"}}': "choose one of int4, int4_asym, fp8",

@@ -62,6 +62,7 @@ def test_draft_lengths_above_the_largest_gamma_are_refused(policy):
         ({"policy": {"mode": "cycle", "cycle": [1, -1]}}, "0 or more"),
         ({"drafter": {"weights": "int3"}}, "drafter.weights is 'int3'"),
         ({"drafter": {"group_size": 100}}, "drafter.group_size is 100"),
+        ({"drafter": {"attention_window": -1}}, "drafter.attention_window is -1"),
         ({"max_draft_batch": 0}, "max_draft_batch is 0"),
         ({"gamma_max": 0}, "--speculative-num-steps is 0"),
         ({"gamma_max": 16}, "--speculative-num-steps is 16"),

@@ -50,6 +50,14 @@ def test_single_tables_agree_with_costs():
     assert 3 * profile.drafted_token_s(7, 2000) + profile.verify_s(7, 2000, 3) == costs.step_s[3]
 
 
+@pytest.mark.parametrize("context", [600, 800, 1024, 4096, 9000])
+def test_a_window_bounds_what_drafts_read(context):
+    profile = Profile.from_samples(samples())
+    windowed = profile.with_attention_window(1024)
+    assert windowed.drafted_token_s(4, context) == pytest.approx(profile.drafted_token_s(4, min(context, 1024)))
+    assert windowed.forward_s == profile.forward_s
+
+
 @pytest.mark.parametrize(("batch", "context"), [(32, 1024), (4, 9000), (4, 100)])
 def test_outside_is_said(batch, context):
     assert Profile.from_samples(samples()).costs(batch, context).outside

@@ -1,7 +1,8 @@
 """SGLang plugin for tests: when SELF_QUANT's graphs are captured, run each against the same code run eagerly.
 
 Prints one line per comparison; raises, and so stops the server, unless every result is equal bit for bit. Contexts are
-short, so that attention takes one split in both (the number of splits is fixed at capture).
+short, so that attention takes one split in both (the number of splits is fixed at capture), and longer than an attention
+window of a few tokens sees.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 from er_sglang.sampling import SamplingParams
 from er_sglang.step import Step
 
-CONTEXT_TOKENS = 37
+CONTEXT_TOKENS = 75
 
 
 def activate() -> None:
