@@ -1,0 +1,132 @@
+"""Time the int4 products of a draft step: what serves, Marlin alone, and the floor of reading the weights once.
+
+    python -m er_sglang.bench.gemm --model 14b --rows 1 8 16 24 32 48 --all-blocks
+
+A product is timed as it runs in a draft chain, in a CUDA graph, over copies of its weight that together exceed the L2 cache.
+Needs a GPU; our kernel, a Hopper GPU.
+"""
+
+import argparse
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from er_sglang.bench import report
+from er_sglang.bench.shapes import SHAPES
+from er_sglang.quantize import Packed, create_format
+from er_sglang.quantize.blocks import RESIDENT, SHARED_BYTES, SPLITS, Blocks, choose_blocks, shared_bytes
+
+L2_BYTES = 50 * 2**20  # of an H100 or H200
+REPLAYS = 3
+DTYPE = torch.bfloat16
+
+
+def products(shape: dict) -> dict[str, tuple[int, int]]:
+    """(n, k) of a layer's fused Linears."""
+    hidden, intermediate = shape["hidden_size"], shape["intermediate_size"]
+    head_dim = hidden // shape["num_attention_heads"]
+    qkv = hidden + 2 * shape["num_key_value_heads"] * head_dim
+    return {"qkv": (qkv, hidden), "o": (hidden, hidden), "gate_up": (2 * intermediate, hidden), "down": (hidden, intermediate)}
+
+
+def graph_us(run: Callable[[int], None], copies: int) -> float:
+    """Microseconds of ``run(i)``, i of ``copies`` in turn; the best of REPLAYS."""
+    run(0)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for i in range(2 * copies):
+            run(i % copies)
+    graph.replay()
+    times_us = []
+    for _ in range(REPLAYS):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times_us.append(start.elapsed_time(end) * 1e3 / (2 * copies))
+    return min(times_us)
+
+
+def all_blocks(m: int, n: int, k: int) -> Iterator[Blocks]:
+    """Every way to share out a product that a multiprocessor's shared memory holds."""
+    for warps_n, warps_k in RESIDENT[0]:
+        for splits in SPLITS:
+            blocks = Blocks(warps_n, warps_k, splits)
+            if shared_bytes(m, k, blocks) <= SHARED_BYTES:
+                yield blocks
+
+
+def measure(name: str, n: int, k: int, rows: Sequence[int], every_shape: bool, bandwidth: float) -> Iterator[dict]:
+    """A table row per number of rows; bandwidth in bytes per second."""
+    device = torch.device("cuda")
+    fmt = create_format("int4", group_size=128, device=device)
+    first = fmt.allocate(n, k, DTYPE, device)
+    fmt.refresh_(first, torch.randn(n, k, device=device, dtype=DTYPE) * 0.02)
+    copies = [first, *(_clone(first) for _ in range(4 * L2_BYTES // first.nbytes + 1))]
+    marlin = copy.copy(fmt)
+    marlin._small_batch_gemm = {}
+    ours = fmt._small_batch_gemm.get(DTYPE)
+    multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+    for m in rows:
+        x_MK, y_MN = torch.randn(m, k, device=device, dtype=DTYPE), torch.empty(m, n, device=device, dtype=DTYPE)
+        chosen = choose_blocks(m, n, k, multiprocessors) if ours else None
+        row = {
+            "product": name,
+            "n": n,
+            "k": k,
+            "rows": m,
+            "floor us": first.nbytes / bandwidth * 1e6,
+            "Marlin us": graph_us(lambda i: marlin.apply(copies[i], x_MK, None), len(copies)),
+            "served us": graph_us(lambda i: fmt.apply(copies[i], x_MK, None), len(copies)),
+            "by": "-".join(map(str, chosen)) if chosen else "Marlin",
+        }
+        if every_shape and ours:
+            times_us = {
+                blocks: graph_us(lambda i: ours(copies[i], x_MK, None, y_MN, blocks), len(copies)) for blocks in all_blocks(m, n, k)
+            }
+            best = min(times_us, key=times_us.__getitem__)
+            row |= {"best us": times_us[best], "best blocks": "-".join(map(str, best))}
+        yield row
+
+
+def _clone(packed: Packed) -> Packed:
+    return Packed(n=packed.n, k=packed.k, dtype=packed.dtype, codes=packed.codes.clone(), scales=packed.scales.clone(), zeros=None)
+
+
+def copy_bandwidth() -> float:
+    """Bytes per second, reads and writes together, of a device-to-device copy of 2 GiB."""
+    source = torch.empty(2**31, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / (graph_us(lambda _: target.copy_(source), 1) / 1e6)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m er_sglang.bench.gemm", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default="14b", choices=list(SHAPES), help="default %(default)s")
+    parser.add_argument("--rows", nargs="+", type=int, default=[1, 8, 16, 24, 32, 48], metavar="M", help="requests; default 1 8 16 24 32 48")
+    parser.add_argument("--all-blocks", action="store_true", help="time every block shape of our kernel, to see whether the best is chosen")
+    parser.add_argument("--out", type=Path, default=Path("gemm-results"), metavar="DIR", help="default %(default)s")
+    args = parser.parse_args(argv)
+    if not torch.cuda.is_available():
+        parser.error("needs a GPU: on a CPU int4 products are plain torch")
+    bandwidth = copy_bandwidth()
+    rows = []
+    for name, (n, k) in tqdm(products(SHAPES[args.model]).items(), desc="products"):
+        rows += measure(name, n, k, args.rows, args.all_blocks, bandwidth)
+    args.out.mkdir(parents=True, exist_ok=True)
+    report.write_json(args.out / "results.json", {"environment": report.environment(), "bandwidth": bandwidth, "rows": rows})
+    text = report.table(rows)
+    (args.out / "table.md").write_text(text + "\n")
+    print(f"{text}\n\nRaw data: {args.out}/")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
