@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
 import time
 from pathlib import Path
 
@@ -10,7 +12,7 @@ from er_sglang.metrics import Launched
 
 
 class Trace:
-    """Appends to a file. A line holds
+    """Appends to a file, or to one of its own in a folder. A line holds
 
     time_s: Unix time at which the step's result reached the host.
     mode, change: the policy's mode; how many changes of the policy at run time came before the step.
@@ -22,6 +24,9 @@ class Trace:
     """
 
     def __init__(self, path: str) -> None:
+        """path: a file, or a folder, ending with a slash, for all servers that share the config."""
+        if path.endswith("/"):
+            path += f"{socket.gethostname()}-{os.getpid()}.jsonl"
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         self._file = open(path, "a", buffering=1)
 

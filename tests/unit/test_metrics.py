@@ -1,6 +1,7 @@
 """Counters of steps that overlap, predicted and measured speed-up, and the trace's lines."""
 
 import json
+import os
 
 import pytest
 
@@ -94,3 +95,9 @@ def test_trace_lines(tmp_path):
         "batch": 2, "context_tokens": 100.0, "gamma": 3, "reason": "pays", "expected_speedup": 1.25, "outside": False, "accepted": 4,
     }  # fmt: skip
     assert second["expected_speedup"] is None
+
+
+def test_a_trace_folder_holds_a_file_of_each_server(tmp_path):
+    Trace(f"{tmp_path}/traces/").write(step(0), 0)
+    (file,) = (tmp_path / "traces").iterdir()
+    assert str(os.getpid()) in file.name and len(file.read_text().splitlines()) == 1
