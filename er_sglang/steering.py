@@ -113,13 +113,15 @@ class Steering:
             self.controller.idle()
 
 
-def create_steering(config: SelfQuantConfig, profile: Profile | None, server_args) -> Steering:
-    """Rank 0 exports and traces; the ranks of a tensor-parallel group check each other."""
+def create_steering(config: SelfQuantConfig, profile: Profile | None, server_args, dp_rank: int | None) -> Steering:
+    """Rank 0 of every replica exports and traces; the ranks of a tensor-parallel group check each other."""
     group = get_tp_group()
     exporter = trace = None
     if group.rank_in_group == 0:
         if server_args.enable_metrics:
-            exporter = PrometheusExporter({"model_name": server_args.served_model_name, "tp_rank": "0"})
+            replica = {} if dp_rank is None else {"dp_rank": str(dp_rank)}
+            more = server_args.extra_metric_labels or {}
+            exporter = PrometheusExporter({"model_name": server_args.served_model_name, "tp_rank": "0", **replica, **more})
         if config.trace:
             trace = Trace(config.trace)
     return Steering(

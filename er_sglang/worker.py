@@ -49,7 +49,7 @@ class SelfQuantWorker(BaseSpecWorker):
     gamma = 0 are SGLang's own code and graphs; drafting and verifying run on views of it.
     """
 
-    def __init__(self, server_args, gpu_id, tp_rank, target_worker, **_ranks) -> None:
+    def __init__(self, server_args, gpu_id, tp_rank, target_worker, dp_rank, **_ranks) -> None:
         hooks.check_bound()
         self.config = load_config(server_args.speculative_adaptive_config, server_args.speculative_num_steps)
         if self.config.drafter.attention_window and server_args.page_size != 1:
@@ -58,6 +58,7 @@ class SelfQuantWorker(BaseSpecWorker):
                 "set --page-size 1, or leave the window out."
             )
         self.server_args = server_args
+        self._dp_rank = dp_rank
         self._target_worker = target_worker
         self.runner = runner = target_worker.model_runner
         self._algorithm = runner.spec_algorithm
@@ -139,7 +140,7 @@ class SelfQuantWorker(BaseSpecWorker):
         profile, self._profile_path = None, None
         if self.config.policy.needs_profile or self.config.profile:
             profile, self._profile_path = obtain_profile(self)
-        self.steering = create_steering(self.config, profile, self.server_args)
+        self.steering = create_steering(self.config, profile, self.server_args, self._dp_rank)
 
     def update_weights_from_disk(self, recv_req) -> tuple[bool, str]:
         return True, "the drafter follows the policy's weights in memory"

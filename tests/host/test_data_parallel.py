@@ -1,0 +1,30 @@
+"""Two replicas behind one server: each drafts, follows updates and reports for itself."""
+
+import random
+
+from tests.host.oracle import Oracle
+from tests.host.policies import VOCAB, make_policy
+from tests.host.servers import greedy, self_quant, tokens
+
+
+def test_replicas(qwen3, qwen3_oracle, folder):
+    rng = random.Random(7)
+    prompts = [[rng.randrange(2, VOCAB) for _ in range(12)] for _ in range(8)]
+    other = make_policy(folder, "qwen3", seed=3)
+    config = {"policy": {"mode": "always"}, "trace": f"{folder}/replicas/"}
+    with self_quant(qwen3, folder / "data-parallel.log", config, 3, {"dp-size": 2, "enable-metrics": True}) as server:
+
+        def replicas() -> list[dict]:
+            return [state["self_quant"] for state in server.get_server_info()["internal_states"]]
+
+        for policy, oracle in ((qwen3, qwen3_oracle), (other, Oracle(other))):
+            answers = server.generate({"input_ids": prompts, "sampling_params": greedy(16)})
+            assert tokens(answers) == [oracle.greedy(prompt, 16) for prompt in prompts]
+            if policy is qwen3:
+                server.post("/pause_generation", {"mode": "abort"})
+                server.post("/update_weights_from_disk", {"model_path": str(other)})
+                server.post("/continue_generation", {})
+        assert [replica["cycles"] > 0 and replica["refreshes"] for replica in replicas()] == [1, 1]
+        metrics = server.metrics()
+        assert all(f'sglang:self_quant_gamma{{dp_rank="{rank}"' in metrics for rank in (0, 1))
+    assert len(list((folder / "replicas").iterdir())) == 2
