@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
-from sglang.srt.speculative.spec_registry import CustomSpecAlgo
-from sglang.srt.speculative.spec_registry import get_spec
+from sglang.srt.speculative.spec_registry import CustomSpecAlgo, get_spec
 
 from er_sglang.config import load_config
 from er_sglang.host import ALGORITHM
@@ -31,7 +30,6 @@ class SelfQuantAlgorithm(CustomSpecAlgo):
         server_args.speculative_num_steps = config.gamma_max
         server_args.speculative_num_draft_tokens = config.gamma_max + 1
         server_args.speculative_eagle_topk = 1
-        server_args.enable_mixed_chunk = False
 
     def need_topk(self) -> bool:
         return False

@@ -8,7 +8,6 @@ the KV cache, positions L to L + gamma - 1, is overwritten by the verify forward
 from __future__ import annotations
 
 import copy
-import logging
 
 import torch
 from sglang.srt.constants import GPU_MEMORY_TYPE_KV_CACHE
@@ -27,8 +26,6 @@ from tqdm import tqdm
 from er_sglang.sampling import Draft, RandomState, Sampler, SamplingParams
 from er_sglang.step import Step
 from er_sglang.window import AttentionWindow
-
-logger = logging.getLogger(__name__)
 
 
 class DraftChain:
@@ -120,7 +117,7 @@ class DraftChain:
             seq_lens_cpu[:raw] = seq_lens_cpu_B + (i + 1)
             forward_batch.seq_lens_cpu = seq_lens_cpu.clone()
             forward_batch.seq_lens_sum = int(seq_lens_cpu.sum())
-            if self._graph_batches and size in self._graph_batches:
+            if size in self._graph_batches:
                 backend.init_forward_metadata_out_graph(forward_batch)
             else:
                 backend.init_forward_metadata(forward_batch)

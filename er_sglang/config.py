@@ -86,7 +86,7 @@ class SelfQuantConfig:
         ``fixed_gamma`` is gamma_max.
     drafter, updates: what it is made of, and when it follows the policy.
     profile: measured times to decide by; None: those in the cache, measured at start-up if there are none.
-    calibration_s: how long that measuring may take (on a CPU, 5 at most); on a GPU every cell is measured three times at least.
+    calibration_s: how long that measuring may take (on a CPU, 5 at most); on a GPU every cell is measured three to five times.
     trace: file to append a line of JSON to for every decode step; ending with a slash, a folder in which every server that
         shares this config writes a file of its own.
     """

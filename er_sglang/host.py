@@ -26,7 +26,7 @@ class UnsupportedHost(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class Seam:
-    """A function of SGLang that we call, override or hook, and its leading parameter names."""
+    """A function of SGLang that we call, override, hook or rely upon, and its leading parameter names."""
 
     module: str
     name: str
@@ -54,11 +54,11 @@ SEAMS = (
     _seam("speculative.eagle_utils:eagle_prepare_for_decode", "batch"),
     _seam("managers.tp_worker:TpModelWorker.forward_batch_generation", "self batch forward_batch"),
     _seam("model_executor.model_runner:ModelRunner.forward", "self forward_batch"),
-    _seam("model_executor.model_runner:ModelRunner.sample", "self logits_output forward_batch"),
     _seam("model_executor.model_runner:ModelRunner._get_attention_backend", "self init_new_workspace"),
-    _seam("layers.linear:LinearBase.__init__", "self input_size output_size"),
+    _seam("speculative.dflash_utils:resolve_dflash_verify_mask_policy", "attn_backend"),
     _seam("layers.utils.logprob:compute_spec_v2_logprobs", "batch logits_output predict accept_index"),
     # graphs
+    _seam("model_executor.runner.base_cuda_graph_runner:get_batch_sizes_to_capture", "model_runner num_tokens_per_bs"),
     _seam(
         "model_executor.runner.decode_cuda_graph_runner:DecodeCudaGraphRunner.__init__",
         "self model_runner attn_backend speculative_num_steps speculative_num_draft_tokens",
@@ -97,6 +97,11 @@ SEAMS = (
         "speculative.triton_ops.cache_locs:assign_req_to_token_pool_func",
         "req_pool_indices req_to_token start_offset end_offset out_cache_loc batch_size",
     ),
+    _seam(
+        "mem_cache.allocator.paged:alloc_extend_naive",
+        "prefix_lens seq_lens last_loc free_pages out_indices page_size device",
+    ),
+    _seam("utils.common:get_num_new_pages", "seq_lens page_size prefix_lens decode"),
     _seam(
         "mem_cache.allocator.paged:PagedTokenToKVPoolAllocator.alloc_extend",
         "self prefix_lens prefix_lens_cpu seq_lens seq_lens_cpu last_loc extend_num_tokens num_new_pages",

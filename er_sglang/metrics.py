@@ -14,6 +14,7 @@ RECENT_STEPS = 100  # what "recent" speed-ups are averaged over, exponentially w
 class Launched:
     """A decode step on its way.
 
+    reason: of its gamma. outside: decided by extrapolated step times.
     plain_s: measured seconds of a plain decode step of this batch, None without a profile.
     probe: drafts to learn, not to gain.
     mode, change: the policy's mode, and how many changes at run time came before it.

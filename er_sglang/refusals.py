@@ -29,6 +29,7 @@ _FIELDS = (
     ("dcp_size", (None, 1), "leave --dcp-size at 1"),
     ("enable_dp_attention", (False,), "drop --enable-dp-attention"),
     ("disaggregation_mode", ("null",), "serve prefill and decode together: PD disaggregation is not supported"),
+    ("enable_mixed_chunk", (False,), "drop --enable-mixed-chunk"),
     ("enable_two_batch_overlap", (False,), "drop --enable-two-batch-overlap"),
     ("enable_pdmux", (False,), "drop --enable-pdmux"),
     ("enable_hisparse", (False,), "drop --enable-hisparse"),

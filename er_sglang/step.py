@@ -17,7 +17,7 @@ class Step:
     seq_lens_B: int64, L on the device.
     seq_lens_cpu_B: int64 on the host; L, or an upper bound of it where the attention backend needs no more.
     last_B: int64, the last emitted token; its KV entry belongs at position L and is not written yet.
-    slots_NB: int64 [gamma_max + 1, B], KV slots of positions L, L + 1, ..., reserved by the scheduler.
+    slots_NB: int64 [gamma + 1, B], KV slots of positions L, L + 1, ..., reserved by the scheduler.
     params: sampling settings.
     """
 

@@ -20,7 +20,7 @@ class AttentionWindow:
     table: int32 [rows, SINK_TOKENS + recent + gamma_max].
     """
 
-    def __init__(self, recent: int, gamma_max: int, rows: int, device: torch.device) -> None:
+    def __init__(self, recent: int, gamma_max: int, rows: int, device: str | torch.device) -> None:
         """recent: committed tokens that a draft attends to, besides the first SINK_TOKENS and the chain itself."""
         self._most = SINK_TOKENS + recent
         self._columns = torch.arange(self._most + gamma_max, device=device)

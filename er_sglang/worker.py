@@ -52,7 +52,7 @@ class SelfQuantWorker(BaseSpecWorker):
     def __init__(self, server_args, gpu_id, tp_rank, target_worker, dp_rank, **_ranks) -> None:
         hooks.check_bound()
         self.config = load_config(server_args.speculative_adaptive_config, server_args.speculative_num_steps)
-        if self.config.drafter.attention_window and server_args.page_size != 1:
+        if self.config.drafter.attention_window and server_args.page_size != 1:  # which SGLang has only now settled
             raise ConfigError(
                 f"drafter.attention_window needs KV pages of one token, not {server_args.page_size}: "
                 "set --page-size 1, or leave the window out."

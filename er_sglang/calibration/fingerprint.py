@@ -7,12 +7,13 @@ import hashlib
 import importlib.metadata
 import json
 import platform
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from sglang.srt.distributed import get_tp_group
 
-from er_sglang import __version__
+import er_sglang
 
 if TYPE_CHECKING:
     from er_sglang.worker import SelfQuantWorker
@@ -39,7 +40,7 @@ def fingerprint(worker: SelfQuantWorker) -> dict[str, object]:
         "cuda": torch.version.cuda if on_gpu else None,
         "torch": torch.__version__,
         "sglang": importlib.metadata.version("sglang"),
-        "er_sglang": __version__,
+        "er_sglang": f"{er_sglang.__version__}, sources {_digest_of_sources()}",
         "model": _digest(runner.model_config.hf_config.to_dict()),
         "dtype": str(runner.model_config.dtype),
         "context_length": runner.model_config.context_len,
@@ -52,6 +53,12 @@ def fingerprint(worker: SelfQuantWorker) -> dict[str, object]:
         "target_graph_batches": worker.target_graph_batches,
         **{name: getattr(args, name) for name in _SERVER_ARGS},
     }
+
+
+def _digest_of_sources() -> str:
+    """Of this package: any change may change a step's time, and measuring anew takes a minute."""
+    files = sorted(file for pattern in ("*.py", "*.cuh") for file in Path(er_sglang.__file__).parent.rglob(pattern))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
 
 
 def _digest(hf_config: dict) -> str:

@@ -6,8 +6,8 @@ that host work counts where the GPU waits for it: plain decoding, the shortest a
 verify with its verdict. T_draft is what the longest chain takes per token; what the shortest takes beyond that is
 counted to T_verify, so that gamma * T_draft + T_verify is a whole cycle.
 
-The first pass compiles and is not counted. The grid is then gone over until `calibration_s` is spent, and at least three
-times, so that a disturbance spoils one sample of a cell and the median forgets it. The table is kept on disk under a
+The first pass compiles and is not counted. The grid is then gone over until `calibration_s` is spent, at least three times,
+so that a disturbance spoils one sample of a cell and the median forgets it, and at most five. The table is kept on disk under a
 fingerprint of all that it depends on.
 """
 
@@ -54,7 +54,7 @@ MAX_PASSES = 5
 def obtain_profile(worker: SelfQuantWorker) -> tuple[Profile, Path]:
     """The profile that the config names, else the cached one, else one measured now; the same on every rank.
 
-    Returns it and its file on rank 0. Raises ConfigError for a profile that is unreadable or was measured elsewhere.
+    Returns it and the path of rank 0's file. Raises ConfigError for a profile that is unreadable or was measured elsewhere.
     """
     group = get_tp_group()
     expected = fingerprint(worker)
@@ -122,7 +122,8 @@ def _grid(worker: SelfQuantWorker) -> list[tuple[int, int]]:
         contexts.append(limit)
     sizes = worker.graph_batches
     above = [size + 1 for size in sizes[:-1]]
-    batches = [batch for batch in sorted({*sizes, *above}) or BATCHES_WITHOUT_GRAPHS if batch < rows]
+    most = min(rows - 1, worker.config.max_draft_batch)
+    batches = [batch for batch in sorted({*sizes, *above}) or BATCHES_WITHOUT_GRAPHS if batch <= most]
     cells = []
     for context in contexts:
         fitting = [b for b in batches if b * _stride(worker, context) < worker.runner.max_total_num_tokens]

@@ -11,12 +11,13 @@ def test_replicas(qwen3, qwen3_oracle, folder):
     rng = random.Random(7)
     prompts = [[rng.randrange(2, VOCAB) for _ in range(12)] for _ in range(8)]
     other = make_policy(folder, "qwen3", seed=3)
-    config = {"policy": {"mode": "always"}, "trace": f"{folder}/replicas/"}
+    config = {"max_draft_batch": 4, "calibration_s": 1, "trace": f"{folder}/replicas/"}
     with self_quant(qwen3, folder / "data-parallel.log", config, 3, {"dp-size": 2, "enable-metrics": True}) as server:
 
         def replicas() -> list[dict]:
             return [state["self_quant"] for state in server.get_server_info()["internal_states"]]
 
+        assert server.post("/set_internal_state", {"server_args": {"self_quant": {"mode": "always"}}}) == [True, True]
         for policy, oracle in ((qwen3, qwen3_oracle), (other, Oracle(other))):
             answers = server.generate({"input_ids": prompts, "sampling_params": greedy(16)})
             assert tokens(answers) == [oracle.greedy(prompt, 16) for prompt in prompts]

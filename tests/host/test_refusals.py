@@ -51,6 +51,7 @@ SETTINGS = {
     "pp_size": (2, "use --tp instead of --pp-size"),
     "enable_dp_attention": (True, "drop --enable-dp-attention"),
     "disaggregation_mode": ("decode", "serve prefill and decode together"),
+    "enable_mixed_chunk": (True, "drop --enable-mixed-chunk"),
     "enable_two_batch_overlap": (True, "drop --enable-two-batch-overlap"),
     "enable_pdmux": (True, "drop --enable-pdmux"),
     "enable_hisparse": (True, "drop --enable-hisparse"),
