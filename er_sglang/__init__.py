@@ -8,7 +8,7 @@ One request, from batch to accepted tokens:
     worker.py     one scheduler step: prefill, plain decode (gamma = 0) or a cycle (gamma > 0)
     steering.py   asks policy/ how far to draft, and watches what comes of it
     chain.py      the cycle's draft: gamma plain decodes of the drafter, one CUDA graph
-    verifier.py   the policy's forward over [last, d1..dgamma], one CUDA graph per gamma
+    verifier.py   the policy's forward over [last, d1..dgamma], a CUDA graph per batch size and gamma
     sampling/     draw the drafts, accept or reject them, exactly
 """
 
