@@ -140,6 +140,14 @@ def _finish_token_by_token(original, req, new_accepted_len=1):
     req.output_ids.extend(emitted[count:])  # SGLang cuts them off at finished_len
 
 
+def _request_row_headroom(result, server_args):
+    """Columns of the request table beyond the context length. SGLang reserves KV slots for two cycles at every step but counts
+    one: from gamma 8 on, a request that nears the limit would write into the row of another."""
+    if server_args.speculative_algorithm != ALGORITHM:
+        return result
+    return result + server_args.speculative_num_draft_tokens
+
+
 def _skip_kv_copy_on_cpu(original, pool):
     # A Triton kernel that compacts rejected branches of a draft tree; a chain has none.
     if not _on_cpu():
@@ -193,6 +201,10 @@ HOOKS = {
     f"{_RESULTS}_resolve_spec_v2_tokens": (HookType.AFTER, _count_drafts),
     f"{_FRONT_END}_calculate_spec_decoding_metrics": (HookType.AFTER, _report_drafts),
     "sglang.srt.managers.schedule_batch.Req.update_finish_state": (HookType.AROUND, _finish_token_by_token),
+    "sglang.srt.model_executor.model_runner_kv_cache_mixin.get_req_to_token_extra_context_len": (
+        HookType.AFTER,
+        _request_row_headroom,
+    ),
     "sglang.srt.mem_cache.memory_pool.MHATokenToKVPool._init_kv_copy_and_warmup": (
         HookType.AROUND,
         _skip_kv_copy_on_cpu,

@@ -52,6 +52,7 @@ SEAMS = (
     _seam("managers.overlap_utils:FutureMap.__init__", "self device spec_algo req_to_token_pool needs_cpu_seq_lens"),
     _seam("managers.overlap_utils:FutureMap._resolve_spec_extras", "self batch"),
     _seam("speculative.eagle_utils:eagle_prepare_for_decode", "batch"),
+    _seam("mem_cache.common:get_req_to_token_extra_context_len", "server_args"),
     _seam("managers.tp_worker:TpModelWorker.forward_batch_generation", "self batch forward_batch"),
     _seam("model_executor.model_runner:ModelRunner.forward", "self forward_batch"),
     _seam("model_executor.model_runner:ModelRunner._get_attention_backend", "self init_new_workspace"),
@@ -117,7 +118,7 @@ def check_host() -> None:
     try:
         version = importlib.metadata.version("sglang")
     except importlib.metadata.PackageNotFoundError as error:
-        raise UnsupportedHost("SGLang is not installed: pip install 'er_sglang[sglang]'.") from error
+        raise UnsupportedHost(f"SGLang is not installed: pip install sglang=={SUPPORTED_VERSIONS[0]}.") from error
     if version.partition("+")[0] not in SUPPORTED_VERSIONS:
         raise UnsupportedHost(
             f"SGLang {version} is not supported; install one of {', '.join(SUPPORTED_VERSIONS)} "

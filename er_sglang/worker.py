@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import logging
 from collections.abc import Mapping
@@ -9,6 +10,7 @@ from types import SimpleNamespace
 
 import torch
 from sglang.srt.constants import GPU_MEMORY_TYPE_WEIGHTS
+from sglang.srt.distributed import get_tp_group
 from sglang.srt.managers.utils import GenerationBatchResult
 from sglang.srt.model_executor.cuda_graph_config import Backend
 from sglang.srt.model_executor.forward_batch_info import CaptureHiddenMode
@@ -18,7 +20,7 @@ from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
 from er_sglang import hooks
 from er_sglang.chain import DraftChain
-from er_sglang.config import load_config, simulated_acceptance
+from er_sglang.config import CONFIG_ENV, load_config, simulated_acceptance
 from er_sglang.control import Control, changed
 from er_sglang.drafter import Drafter
 from er_sglang.errors import ConfigError
@@ -57,6 +59,12 @@ class SelfQuantWorker(BaseSpecWorker):
                 f"drafter.attention_window needs KV pages of one token, not {server_args.page_size}: "
                 "set --page-size 1, or leave the window out."
             )
+        rank_0_config = get_tp_group().broadcast_object(self.config, src=0)
+        if rank_0_config != self.config:
+            raise ConfigError(
+                f"the nodes of this engine read different settings: {rank_0_config} and {self.config}. "
+                f"Set {CONFIG_ENV}, or the file, alike on all of them."
+            )
         self.server_args = server_args
         self._dp_rank = dp_rank
         self._target_worker = target_worker
@@ -84,7 +92,7 @@ class SelfQuantWorker(BaseSpecWorker):
         if alpha is not None:
             logger.warning("SIMULATED acceptance %.3f: the output is NOT the policy's. For benchmarks only.", alpha)
         self._sampler = create_sampler(self.device, alpha)
-        self.random = RandomState.create(server_args.random_seed, self.device)
+        self.random = RandomState.create(target_worker.random_seed, self.device)  # one seed on all nodes, unlike server_args'
         self._chain: DraftChain | None = None
         self._verifier: Verifier | None = None
         self._refused_change: str | None = None
@@ -111,6 +119,11 @@ class SelfQuantWorker(BaseSpecWorker):
 
     def alloc_memory_pool(self, memory_pool_config=None, req_to_token_pool=None, token_to_kv_pool_allocator=None) -> None:
         self.req_to_token = req_to_token_pool.req_to_token
+        self.context_tokens = self.runner.model_config.context_len
+        # A request that has reached the context limit rides along one more step, and a cycle writes beyond it. SGLang keeps its
+        # own limit; what attention backends, yet to be made, size by ours are page tables, which must hold whole rows.
+        self.runner.model_config = copy.copy(self.runner.model_config)
+        self.runner.model_config.context_len = self.req_to_token.shape[1]
 
     def init_attention_backends(self) -> None:
         backend = self.runner.attn_backend

@@ -97,7 +97,9 @@ def _measure(worker: SelfQuantWorker, expected: dict) -> Profile:
         return tqdm(cells, desc=f"Measuring step times, {what}", unit="cell", disable=group.rank_in_group != 0)
 
     # A server that measures samples the same tokens as one that finds its profile.
-    with torch.no_grad(), torch.random.fork_rng(gpus), _borrowed(worker.req_to_token):
+    # The cells' requests take the rows after the first, which is SGLang's padding.
+    rows = worker.req_to_token[: 1 + max(batch for batch, _ in cells), : _stride(worker, cells[-1][1])]
+    with torch.no_grad(), torch.random.fork_rng(gpus), _borrowed(rows):
         for batch, context_tokens in go_over([cell for cell in cells if cell[1] == cells[0][1]], "warm-up"):
             _measure_cell(worker, batch, context_tokens)
         start_s = time.perf_counter()
@@ -114,15 +116,14 @@ def _measure(worker: SelfQuantWorker, expected: dict) -> Profile:
 
 def _grid(worker: SelfQuantWorker) -> list[tuple[int, int]]:
     """(batch, context) cells that the KV pool holds; a context in which a single batch size fits is left out."""
-    rows, columns = worker.req_to_token.shape
-    limit = min(worker.runner.model_config.context_len, columns) - worker.config.gamma_max - 1
+    limit = worker.context_tokens - worker.config.gamma_max - 1
     wanted = CONTEXTS_TOKENS[worker.device.type]
     contexts = [context for context in wanted if context < limit]
     if len(contexts) < len(wanted):
         contexts.append(limit)
     sizes = worker.graph_batches
     above = [size + 1 for size in sizes[:-1]]
-    most = min(rows - 1, worker.config.max_draft_batch)
+    most = min(len(worker.req_to_token) - 1, worker.config.max_draft_batch)
     batches = [batch for batch in sorted({*sizes, *above}) or BATCHES_WITHOUT_GRAPHS if batch <= most]
     cells = []
     for context in contexts:
@@ -144,12 +145,12 @@ def _stride(worker: SelfQuantWorker, context_tokens: int) -> int:
 
 
 @contextmanager
-def _borrowed(req_to_token: torch.Tensor) -> Iterator[None]:
-    before = req_to_token.clone()
+def _borrowed(rows: torch.Tensor) -> Iterator[None]:
+    before = rows.clone()
     try:
         yield
     finally:
-        req_to_token.copy_(before)
+        rows.copy_(before)
 
 
 def _measure_cell(worker: SelfQuantWorker, batch: int, context_tokens: int) -> list[Sample]:
