@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from math import exp, log
 from pathlib import Path
 
-from er_sglang.policy.acceptance import emitted
+from er_sglang.policy.decide import predicted_speedups
 from er_sglang.policy.profile import Profile
 
 POINTS = 160  # of the crossover map, along each axis
@@ -22,8 +22,7 @@ def best_gamma(profile: Profile, batch: float, context_tokens: float, alphas: Se
     alphas: conditional acceptance per draft position, for the profile's longest draft.
     """
     step_s, _ = profile.costs(batch, context_tokens)
-    tokens = emitted(alphas)
-    speedups = {gamma: tokens[gamma] * step_s[0] / step_s[gamma] for gamma in profile.gammas}
+    speedups = predicted_speedups(alphas, profile.gammas, step_s)
     best = max(speedups, key=speedups.__getitem__)
     return (best if speedups[best] > 1.0 else 0), speedups[best]
 
