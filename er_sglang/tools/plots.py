@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from math import exp, log
 from pathlib import Path
 
+from er_sglang.errors import ConfigError
 from er_sglang.policy.decide import predicted_speedups
 from er_sglang.policy.profile import Profile
 
@@ -39,9 +40,13 @@ class Bin:
 
 
 def read_trace(path: Path) -> list[dict]:
-    steps = [json.loads(line) for line in path.read_text().splitlines()]
+    """The steps of a trace. Raises ConfigError for another file, or for too few of them to plot."""
+    try:
+        steps = [json.loads(line) for line in path.read_text().splitlines()]
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{path} is not a trace, a JSON object in each line: {error}") from error
     if len(steps) < 2:
-        raise ValueError(f"{path} holds {len(steps)} steps: nothing to plot")
+        raise ConfigError(f"{path} holds {len(steps)} steps: nothing to plot")
     return steps
 
 
@@ -141,7 +146,9 @@ def _log_axis(measured: Sequence[int]) -> list[float]:
 
 def add_command(subparsers: argparse._SubParsersAction) -> None:
     parser = subparsers.add_parser(
-        "plot", help="plot where drafting pays, or what a server did", description=__doc__.partition(": ")[2]
+        "plot",
+        help="plot where drafting pays, or what a server did",
+        description="Plot where drafting pays, by a profile, or what a server did, by its trace. Needs matplotlib.",
     )
     plots = parser.add_subparsers(required=True, metavar="PLOT")
     crossover = plots.add_parser(
