@@ -6,6 +6,7 @@ import argparse
 import sys
 
 from er_sglang import __version__
+from er_sglang.errors import ConfigError
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -18,7 +19,11 @@ def main(argv: list[str] | None = None) -> int:
     for module in (calibrate, simulate, plots, patching, autoload):
         module.add_command(subparsers)
     args = parser.parse_args(argv)
-    return args.run(args)
+    try:
+        return args.run(args)
+    except (ConfigError, OSError) as error:
+        print(f"er-sglang: {error}", file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ CONFIG_ENV = "ER_SGLANG_CONFIG"
 CACHE_ENV = "ER_SGLANG_CACHE"
 SIMULATE_ACCEPTANCE_ENV = "ER_SGLANG_SIMULATE_ACCEPTANCE"
 WEIGHT_FORMATS = ("int4", "int4_asym", "fp8")
+SINK_TOKENS = 64  # the first of a context, which a draft attends to whatever its attention window
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,7 +33,7 @@ class DrafterConfig:
 
     weights: storage format of the Linear layers ("int4", "int4_asym" or "fp8").
     group_size: input channels that share one scale (int4 formats).
-    attention_window: recent tokens that a draft attends to, besides the first of the context (window.SINK_TOKENS); 0: all.
+    attention_window: recent tokens that a draft attends to, besides the first SINK_TOKENS of the context; 0: all.
         In long contexts a draft reads more KV cache than weights: a window makes it cheaper, for some acceptance.
     """
 

@@ -2,4 +2,4 @@
 
 
 class ConfigError(ValueError):
-    """A setting that cannot be honoured; the message says what to change."""
+    """What was asked for cannot be done; the message says what to change."""

@@ -58,12 +58,9 @@ class Steering:
         blocker: why this batch must not be drafted for, None if it may.
         """
         batch = len(committed_tokens)
-        state = State(
-            batch=batch,
-            mean_context_tokens=sum(committed_tokens) / batch,
-            forbid_reason=blocker,
-            gamma_limit=0 if batch > self._max_draft_batch else None,
-        )
+        if batch > self._max_draft_batch:
+            blocker = blocker or "max-draft-batch"
+        state = State(batch=batch, mean_context_tokens=sum(committed_tokens) / batch, forbid_reason=blocker)
         decision = self.controller.decide(state)
         self._agreement.add((state, decision.gamma))
         self._agreement.check()

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import torch
 
+from er_sglang.config import SINK_TOKENS
 from er_sglang.step import Step
-
-SINK_TOKENS = 64
 
 
 class AttentionWindow:

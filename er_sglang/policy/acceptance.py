@@ -81,14 +81,12 @@ class AcceptanceEstimator:
             self._tried[i] *= stale_keep
             self._kept[i] *= stale_keep
 
-    def age(self, cycles: int = 1) -> None:
-        """Let `cycles` steps without drafting pass: bounds widen, estimates drift back to the prior."""
-        self._scale(self._stale_keep**cycles)
+    def age(self) -> None:
+        """Let a step without drafting pass: bounds widen, estimates drift back to the prior."""
+        self._scale(self._stale_keep)
 
-    def reset(self, keep: float = 0.0) -> None:
+    def reset(self, keep: float) -> None:
         """After a policy update or an idle edge, keep this fraction of the evidence (0 forgets all)."""
-        if not 0.0 <= keep <= 1.0:
-            raise ValueError(f"keep must lie in [0, 1], got {keep}")
         self._scale(keep)
         self._batch = 0
 

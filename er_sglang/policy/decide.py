@@ -32,9 +32,10 @@ from math import ceil, inf
 
 from er_sglang.policy.acceptance import AcceptanceEstimator, emitted
 from er_sglang.errors import ConfigError
-from er_sglang.policy.paper import PaperRule
+from er_sglang.policy.paper import PaperRule, fit_roofline
 from er_sglang.policy.config import PolicyConfig
 from er_sglang.policy.profile import Profile
+
 
 class Reason(str, Enum):
     """Why a step drafts as much as it does; one counter each."""
@@ -45,7 +46,6 @@ class Reason(str, Enum):
     PAPER = "paper"  # mode paper, on or off
     CYCLE = "cycle"  # mode cycle
     FORBIDDEN = "forbidden"  # a request of the batch must not be drafted for
-    LIMITED = "limited"  # fewer tokens may be drafted now than the smallest rung
     PAYS = "pays"  # auto: this gamma has the best predicted speed
     SLOWER = "slower"  # auto: no gamma is predicted faster than plain decoding
     HELD = "held"  # auto: another gamma is predicted better, not yet by enough
@@ -59,13 +59,11 @@ class State:
     batch: requests that decode in this step, at least 1.
     mean_context_tokens: their mean number of tokens in the KV cache.
     forbid_reason: why this batch must not be drafted for (a grammar, say), or None.
-    gamma_limit: the most tokens that may be drafted now (KV slots, captured graphs), or None.
     """
 
     batch: int
     mean_context_tokens: float
     forbid_reason: str | None = None
-    gamma_limit: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,13 +96,9 @@ def decide(
     """Mode auto, one step."""
     if state.forbid_reason is not None:
         return Decision(0, Reason.FORBIDDEN), memory
-    limit = inf if state.gamma_limit is None else state.gamma_limit
-    rungs = [gamma for gamma in config.ladder if gamma <= limit]
-    if not rungs:
-        return Decision(0, Reason.LIMITED), memory
     step_s, outside = profile.costs(state.batch, state.mean_context_tokens)
 
-    speedups = _speedups(acceptance.alphas(), rungs, step_s)
+    speedups = predicted_speedups(acceptance.alphas(), config.ladder, step_s)
     values = {gamma: speedup / (1.0 + config.margin) for gamma, speedup in speedups.items()}
     speedups[0] = values[0] = 1.0
     best = max(values, key=values.__getitem__)
@@ -121,29 +115,29 @@ def decide(
     if current:
         reason = Reason.PAYS if current == best else Reason.HELD
         return Decision(current, reason, speedups[current], outside), memory
-    gamma, memory = _probe(state.batch, step_s, rungs, acceptance, config, memory)
+    gamma, memory = _probe(state.batch, step_s, acceptance, config, memory)
     if gamma:
         return Decision(gamma, Reason.PROBE, speedups[gamma], outside), memory
     return Decision(0, Reason.SLOWER if best == 0 else Reason.HELD, 1.0, outside), memory
 
 
-def _speedups(alphas: Sequence[float], rungs: Sequence[int], step_s: dict[int, float]) -> dict[int, float]:
+def predicted_speedups(alphas: Sequence[float], gammas: Sequence[int], step_s: dict[int, float]) -> dict[int, float]:
+    """Of each gamma over plain decoding, in tokens per second; alphas: per draft position, for the largest gamma."""
     tokens = emitted(alphas)
-    return {gamma: tokens[gamma] * step_s[0] / step_s[gamma] for gamma in rungs}
+    return {gamma: tokens[gamma] * step_s[0] / step_s[gamma] for gamma in gammas}
 
 
 def _probe(
     batch: int,
     step_s: dict[int, float],
-    rungs: Sequence[int],
     acceptance: AcceptanceEstimator,
     config: PolicyConfig,
     memory: Memory,
 ) -> tuple[int, Memory]:
     """gamma to probe with in a step that would be off (0: do not), and the credit left."""
     lower, upper = acceptance.bounds(config.confidence_z)
-    optimistic = _speedups(upper, rungs, step_s)
-    promising = [gamma for gamma in rungs if optimistic[gamma] > 1.0 + config.margin]
+    optimistic = predicted_speedups(upper, config.ladder, step_s)
+    promising = [gamma for gamma, speedup in optimistic.items() if speedup > 1.0 + config.margin]
     credit_s, left = memory.probe_credit_s, memory.probe_cycles_left
     if promising:
         gamma = min(promising, key=step_s.__getitem__)  # deeper positions borrow what the shallow ones teach
@@ -174,7 +168,8 @@ class Controller:
         self.profile = profile
         self.acceptance = config.estimator()
         self._memory = Memory()
-        self._paper = PaperRule.from_profile(profile, config.paper_ladder) if config.mode == "paper" else None
+        ladder = config.paper_ladder
+        self._paper = PaperRule(fit_roofline(profile, ladder), ladder) if config.mode == "paper" else None
         self._cycle = cycle(config.cycle)
 
     def decide(self, state: State) -> Decision:
@@ -186,12 +181,8 @@ class Controller:
             return decision
         if self.config.mode == "off":
             return Decision(0, Reason.OFF)
-        if state.forbid_reason is not None:
-            return Decision(0, Reason.FORBIDDEN)
-        gamma, reason = self._rule(state)
-        if state.gamma_limit is not None and gamma > state.gamma_limit:
-            return Decision(0, Reason.LIMITED)
-        return Decision(gamma, reason)
+        gamma, reason = self._rule(state)  # of every batch: the paper's toggle is armed by one too large to draft for
+        return Decision(0, Reason.FORBIDDEN) if state.forbid_reason is not None else Decision(gamma, reason)
 
     def _rule(self, state: State) -> tuple[int, Reason]:
         if self._paper:

@@ -126,10 +126,6 @@ class PaperRule:
         self._armed = self._on = False
         self._accepted = self._requests = 0
 
-    @classmethod
-    def from_profile(cls, profile: Profile, ladder: Sequence[int]) -> PaperRule:
-        return cls(fit_roofline(profile, ladder), ladder)
-
     def gamma(self, batch: int, mean_context_tokens: float) -> int:
         """The draft length of this step, 0 before the toggle."""
         gamma = self._ladder[self._rung]

@@ -164,7 +164,7 @@ class Profile:
         )
 
     @classmethod
-    def from_csv(cls, path: str | Path, fingerprint: Mapping[str, object] | None = None) -> Profile:
+    def from_csv(cls, path: str | Path) -> Profile:
         """Columns: phase (target, draft, verify), gamma, batch, context_tokens, seconds; repeated cells are samples."""
         with open(path, newline="") as file:
             reader = csv.DictReader(file)
@@ -173,11 +173,14 @@ class Profile:
                 raise ProfileError(
                     f"{path} lacks the columns {', '.join(sorted(missing))}; expected {','.join(CSV_COLUMNS)}"
                 )
-            rows = [
-                Sample(row["phase"], *(int(row[key]) for key in CSV_COLUMNS[1:4]), float(row["seconds"]))
-                for row in reader
-            ]
-        return cls.from_samples(rows, fingerprint)
+            try:
+                rows = [
+                    Sample(row["phase"], *(int(row[key]) for key in CSV_COLUMNS[1:4]), float(row["seconds"]))
+                    for row in reader
+                ]
+            except ValueError as error:
+                raise ProfileError(f"{path}, line {reader.line_num}: {error}") from error
+        return cls.from_samples(rows)
 
     @classmethod
     def read(cls, path: str | Path) -> Profile:
@@ -205,7 +208,10 @@ class Profile:
     @classmethod
     def load(cls, path: str | Path, expected: Mapping[str, object] | None = None) -> Profile:
         """Read JSON. With `expected`, raise ProfileError unless it equals the fingerprint, naming what differs."""
-        content = json.loads(Path(path).read_text())
+        try:
+            content = json.loads(Path(path).read_text())
+        except json.JSONDecodeError as error:
+            raise ProfileError(f"{path} is not JSON: {error}") from error
         if content.get("format") != FORMAT:
             raise ProfileError(
                 f"{path} has format {content.get('format')}, this version reads {FORMAT}: calibrate again"

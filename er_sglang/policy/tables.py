@@ -6,10 +6,12 @@ import math
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 
+from er_sglang.errors import ConfigError
+
 Table = tuple[tuple[float, ...], ...]  # [batch][context]
 
 
-class ProfileError(ValueError):
+class ProfileError(ConfigError):
     """The table cannot be used as it is; the message says why and what to do."""
 
 

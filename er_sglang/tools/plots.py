@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from math import exp, log
 from pathlib import Path
 
-from er_sglang.policy.acceptance import emitted
+from er_sglang.errors import ConfigError
+from er_sglang.policy.decide import predicted_speedups
 from er_sglang.policy.profile import Profile
 
 POINTS = 160  # of the crossover map, along each axis
@@ -22,8 +23,7 @@ def best_gamma(profile: Profile, batch: float, context_tokens: float, alphas: Se
     alphas: conditional acceptance per draft position, for the profile's longest draft.
     """
     step_s, _ = profile.costs(batch, context_tokens)
-    tokens = emitted(alphas)
-    speedups = {gamma: tokens[gamma] * step_s[0] / step_s[gamma] for gamma in profile.gammas}
+    speedups = predicted_speedups(alphas, profile.gammas, step_s)
     best = max(speedups, key=speedups.__getitem__)
     return (best if speedups[best] > 1.0 else 0), speedups[best]
 
@@ -40,9 +40,13 @@ class Bin:
 
 
 def read_trace(path: Path) -> list[dict]:
-    steps = [json.loads(line) for line in path.read_text().splitlines()]
+    """The steps of a trace. Raises ConfigError for another file, or for too few of them to plot."""
+    try:
+        steps = [json.loads(line) for line in path.read_text().splitlines()]
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{path} is not a trace, a JSON object in each line: {error}") from error
     if len(steps) < 2:
-        raise ValueError(f"{path} holds {len(steps)} steps: nothing to plot")
+        raise ConfigError(f"{path} holds {len(steps)} steps: nothing to plot")
     return steps
 
 
@@ -142,7 +146,9 @@ def _log_axis(measured: Sequence[int]) -> list[float]:
 
 def add_command(subparsers: argparse._SubParsersAction) -> None:
     parser = subparsers.add_parser(
-        "plot", help="plot where drafting pays, or what a server did", description=__doc__.partition(": ")[2]
+        "plot",
+        help="plot where drafting pays, or what a server did",
+        description="Plot where drafting pays, by a profile, or what a server did, by its trace. Needs matplotlib.",
     )
     plots = parser.add_subparsers(required=True, metavar="PLOT")
     crossover = plots.add_parser(

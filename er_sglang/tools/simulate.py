@@ -3,7 +3,7 @@
 The simulated server is a decode loop with the profile's step times, at most `max_running` requests, and a prefill that
 stalls it (instant by default). How hard a token is to draft is drawn once per request and position, so all modes face
 the same tokens. A synchronous batch is requests that all run at once; a refilled pool is more requests than
-`max_running`; multi-turn requests leave the batch between turns.
+`max_running`, or requests that arrive one by one; multi-turn requests leave the batch between turns.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from er_sglang.config import SINK_TOKENS
 from er_sglang.policy.decide import Controller, State
 from er_sglang.policy.config import PolicyConfig
 from er_sglang.policy.profile import Profile
@@ -88,14 +89,14 @@ def simulate(
     """Run `requests` to their end with the step times of `profile`; `controller` may decide by another table."""
     rng = random.Random(seed)
     slots = [_Slot(index, request, rng) for index, request in enumerate(requests)]
-    waiting = deque(slot for slot in slots if not slot.request.arrival_s)
-    away = [(slot.request.arrival_s, slot.index, slot) for slot in slots if slot.request.arrival_s]  # heap, by time of return
+    away = [(slot.request.arrival_s, slot.index, slot) for slot in slots]  # a heap, by when they arrive or return
     heapq.heapify(away)
+    waiting: deque[_Slot] = deque()
     running: list[_Slot] = []
     running_tokens = 0  # KV cache of the running batch
     rollout, last_gamma = Rollout(), 0
     while waiting or away or running:
-        if away and not running and not waiting:
+        if not running and not waiting:
             rollout.time_s = max(rollout.time_s, away[0][0])
         while away and away[0][0] <= rollout.time_s:
             waiting.append(heapq.heappop(away)[2])
@@ -159,6 +160,8 @@ _EXAMPLES = """examples:
     er-sglang simulate --profile profile.json --requests 128 --lengths lognormal:1500:0.9:8192 --alpha 0.92
   A refilled pool (asynchronous RL), 1000 responses at 64 a time, the longest of which accept least:
     er-sglang simulate --profile profile.json --requests 1000 --max-running 64 --alpha 0.92 --tail-alpha 0.6
+  Requests that arrive over ten minutes:
+    er-sglang simulate --profile profile.json --requests 1000 --max-running 64 --arrival-s 600
   Multi-turn agents: four turns, two seconds in the environment after each:
     er-sglang simulate --profile profile.json --turns 4 --turn-wait-s 2 --turn-prompt-tokens 300
   A table measured elsewhere: --profile table.csv with the columns phase,gamma,batch,context_tokens,seconds, where phase
@@ -174,13 +177,14 @@ def add_command(subparsers: argparse._SubParsersAction) -> None:
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add = parser.add_argument
+    add, defaults = parser.add_argument, PolicyConfig()
     add("--profile", required=True, type=Path, help="JSON of `er-sglang calibrate`, or a CSV of the same quantities")
     add(
         "--attention-window",
         type=int,
         metavar="TOKENS",
-        help="let drafts attend to so many tokens of a context at most, sinks included (default: as the profile was measured)",
+        help='as "drafter.attention_window" in a server\'s config: recent tokens that a draft attends to, besides the first '
+        f"{SINK_TOKENS} of its context (default: as the profile was measured)",
     )
     add("--requests", type=int, default=128, help="requests of one rollout (default %(default)s)")
     add(
@@ -192,6 +196,7 @@ def add_command(subparsers: argparse._SubParsersAction) -> None:
     add("--prompt-tokens", type=int, default=512, help="prompt length (default %(default)s)")
     add(
         "--alpha",
+        type=alpha_list,
         default="0.9",
         help="acceptance per drafted token; a list is per draft position: 0.92,0.9,0.88 (default %(default)s)",
     )
@@ -200,6 +205,7 @@ def add_command(subparsers: argparse._SubParsersAction) -> None:
         type=float,
         help="acceptance of the longest request; it falls towards it with length (default: no fall)",
     )
+    add("--arrival-s", type=float, default=0.0, help="requests arrive evenly over so many seconds (default: all at once)")
     add("--max-running", type=int, default=1 << 30, help="requests decoded at once (default: all)")
     add("--turns", type=int, default=1, help="turns that each request's tokens are split into (default %(default)s)")
     add("--turn-wait-s", type=float, default=0.0, help="seconds in the environment between turns (default %(default)s)")
@@ -217,24 +223,40 @@ def add_command(subparsers: argparse._SubParsersAction) -> None:
         help="rollouts in a row, a policy update before each but the first; times are sums (default %(default)s)",
     )
     add("--modes", default="off,always,auto", help="comma-separated, of auto, always, off, threshold, paper (default %(default)s)")
-    add("--ladder", help="draft lengths of auto (default: all that the profile holds)")
-    add("--fixed-gamma", type=int, default=5, help="draft length of always and threshold (default %(default)s)")
-    add("--threshold-batch", type=int, default=32, help="batch of mode threshold (default %(default)s)")
+    add("--ladder", type=gamma_list, help="draft lengths of auto, such as 1,2,3 (default: all that the profile holds)")
+    add(
+        "--fixed-gamma",
+        type=int,
+        help=f"draft length of always and threshold (default {defaults.fixed_gamma}, or the profile's longest if that is less)",
+    )
+    add("--threshold-batch", type=int, default=defaults.threshold_batch, help="batch of mode threshold (default %(default)s)")
     add("--seed", type=int, default=0)
     add("--json", type=Path, help="also write all figures to this file")
     parser.set_defaults(run=run)
 
 
+def alpha_list(text: str) -> tuple[float, ...]:
+    return tuple(float(alpha) for alpha in text.split(","))
+
+
+def gamma_list(text: str) -> tuple[int, ...]:
+    return tuple(int(gamma) for gamma in text.split(","))
+
+
 def run(args: argparse.Namespace) -> int:
     profile = Profile.read(args.profile)
     if args.attention_window:
-        profile = profile.with_attention_window(args.attention_window)
-    alphas = [float(alpha) for alpha in args.alpha.split(",")]
-    ladder = tuple(int(gamma) for gamma in args.ladder.split(",")) if args.ladder else profile.gammas
+        profile = profile.with_attention_window(SINK_TOKENS + args.attention_window)
+    fixed_gamma = args.fixed_gamma
+    if fixed_gamma is None:
+        fixed_gamma = min(PolicyConfig().fixed_gamma, max(profile.gammas))
     results = {}
     for mode in args.modes.split(","):
         config = PolicyConfig(
-            mode=mode, ladder=ladder, fixed_gamma=args.fixed_gamma, threshold_batch=args.threshold_batch
+            mode=mode,
+            ladder=args.ladder or profile.gammas,
+            fixed_gamma=fixed_gamma,
+            threshold_batch=args.threshold_batch,
         )
         controller = Controller(config, profile)
         rollouts = []
@@ -243,12 +265,13 @@ def run(args: argparse.Namespace) -> int:
                 controller.policy_updated()
             requests = make_requests(
                 draw_lengths(args.lengths, args.requests, seed=args.seed + index),
-                alphas,
+                args.alpha,
                 tail_alpha=args.tail_alpha,
                 prompt_tokens=args.prompt_tokens,
                 turns=args.turns,
                 turn_prompt_tokens=args.turn_prompt_tokens,
                 turn_wait_s=args.turn_wait_s,
+                arrival_s=args.arrival_s,
             )
             rollouts.append(
                 simulate(

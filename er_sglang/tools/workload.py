@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from er_sglang.errors import ConfigError
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Request:
@@ -27,9 +29,9 @@ class Request:
 
     def __post_init__(self) -> None:
         if self.prompt_tokens < 1 or not self.turns or min(self.turns) < 1:
-            raise ValueError("a request needs a prompt and at least one token to generate in each turn")
+            raise ConfigError("a request needs a prompt and at least one token to generate in each turn")
         if not self.alphas or not all(0.0 <= alpha <= 1.0 for alpha in self.alphas):
-            raise ValueError(f"acceptance must be one or more numbers from 0 to 1, got {self.alphas}")
+            raise ConfigError(f"acceptance must be one or more numbers from 0 to 1, got {self.alphas}")
 
 
 def draw_lengths(text: str, count: int, seed: int) -> list[int]:
@@ -41,7 +43,7 @@ def draw_lengths(text: str, count: int, seed: int) -> list[int]:
         return [lengths[i % len(lengths)] for i in range(count)]
     values = [float(number) for number in numbers]
     if len(values) != {"fixed": 1, "uniform": 2, "lognormal": 3}[kind]:
-        raise ValueError(f"{text!r}: write fixed:N, uniform:LOW:HIGH or lognormal:MEDIAN:SIGMA:MAX")
+        raise ConfigError(f"{text!r}: write fixed:N, uniform:LOW:HIGH or lognormal:MEDIAN:SIGMA:MAX")
     if kind == "fixed":
         return [int(values[0])] * count
     if kind == "uniform":
@@ -59,8 +61,12 @@ def make_requests(
     turns: int = 1,
     turn_prompt_tokens: int = 0,
     turn_wait_s: float = 0.0,
+    arrival_s: float = 0.0,
 ) -> list[Request]:
-    """One request per length, split into `turns`. `tail_alpha`: acceptance of the longest; it falls with length."""
+    """One request per length, split into `turns`; they arrive evenly over `arrival_s`.
+
+    tail_alpha: acceptance of the longest; it falls with length.
+    """
     longest = max(lengths)
     drop = 0.0 if tail_alpha is None else 1.0 - tail_alpha / alphas[0]
     return [
@@ -70,6 +76,7 @@ def make_requests(
             alphas=tuple(alpha * (1.0 - drop * length / longest) for alpha in alphas),
             turn_prompt_tokens=turn_prompt_tokens,
             turn_wait_s=turn_wait_s,
+            arrival_s=arrival_s * index / len(lengths),
         )
-        for length in lengths
+        for index, length in enumerate(lengths)
     ]

@@ -1,10 +1,12 @@
 """What the plots show: the best gamma of a cell, the bins of a trace; and that the commands write pictures."""
 
 import json
+import re
 
 import pytest
 
 from er_sglang.cli import main
+from er_sglang.errors import ConfigError
 from er_sglang.tools.plots import best_gamma, binned, read_trace
 from er_sglang.policy.profile import Profile, Sample
 
@@ -53,8 +55,32 @@ def test_bins():
 
 def test_an_empty_trace_is_refused(tmp_path):
     (tmp_path / "trace.jsonl").write_text("")
-    with pytest.raises(ValueError, match="nothing to plot"):
+    with pytest.raises(ConfigError, match="nothing to plot"):
         read_trace(tmp_path / "trace.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        ("plot timeline no.jsonl", "No such file"),
+        ("plot timeline empty.jsonl", "nothing to plot"),
+        ("plot timeline table.csv", "is not a trace"),
+        ("plot crossover no.json", "No such file"),
+        ("plot crossover empty.jsonl", "is not JSON"),
+        ("plot crossover table.csv", "line 2: invalid literal"),
+        ("simulate --profile 14b.json --fixed-gamma 2", r"\[2\].*calibrate"),
+        ("simulate --profile 14b.json --modes on", "choose one of auto"),
+        ("simulate --profile 14b.json --lengths fixed", "write fixed:N"),
+        ("simulate --profile 14b.json --alpha 1.5", "from 0 to 1"),
+    ],
+)
+def test_what_a_user_can_mend_is_a_line_and_not_a_traceback(words, named, profile, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    profile.save("14b.json")
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "table.csv").write_text("phase,gamma,batch,context_tokens,seconds\ntarget,0,one,256,0.01\n")
+    assert main(words.split()) == 1
+    assert re.match(f"er-sglang: .*{named}", capsys.readouterr().err.splitlines()[-1])
 
 
 def test_commands(profile, tmp_path):

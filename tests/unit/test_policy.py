@@ -99,23 +99,6 @@ def test_margin_is_asked_of_drafting_and_not_between_rungs():
     assert decide(SMALL, profile, acceptance, PolicyConfig(margin=0.3, patience=0.0), NO_CREDIT)[0].gamma == 0
 
 
-@pytest.mark.parametrize(
-    ("limit", "gamma", "reason"), [(None, 7, "pays"), (6, 5, "pays"), (1, 1, "pays"), (0, 0, "limited")]
-)
-def test_never_more_than_the_limit(limit, gamma, reason):
-    state = State(batch=1, mean_context_tokens=1000.0, gamma_limit=limit)
-    config = PolicyConfig(patience=0.0)
-    decision, _ = decide(state, PROFILE, Acceptance([0.98] * 7), config, Memory(gamma=7))
-    assert (decision.gamma, decision.reason.value) == (gamma, reason)
-
-
-def test_a_limit_falls_back_to_the_next_rung_at_once():
-    acceptance, config = Acceptance([0.6] * 7), PolicyConfig()
-    _, memory = decide(SMALL, PROFILE, acceptance, config, Memory(gamma=7, probe_credit_s=0.0))
-    limited = State(batch=4, mean_context_tokens=1000.0, gamma_limit=3)
-    assert decide(limited, PROFILE, acceptance, config, memory)[0].gamma in (1, 2, 3)
-
-
 @pytest.mark.parametrize("mode", ["auto", "always", "threshold", "paper"])
 def test_a_batch_that_forbids_drafting_is_not_drafted_for(mode):
     profile = make_profile(lambda b, c: 10e-3, lambda b, c: 1e-3, lambda b, c, g: 10e-3, gammas=(1, 2, 3, 5, 7, 9, 11))
@@ -126,6 +109,13 @@ def test_a_batch_that_forbids_drafting_is_not_drafted_for(mode):
     forbidden = controller.decide(State(batch=4, mean_context_tokens=1000.0, forbid_reason="grammar"))
     assert free.gamma > 0 and (forbidden.gamma, forbidden.reason) == (0, Reason.FORBIDDEN)
     assert controller.decide(SMALL).gamma == free.gamma
+
+
+def test_a_batch_too_large_to_draft_for_arms_the_papers_toggle():
+    profile = make_profile(lambda b, c: 10e-3, lambda b, c: 1e-3, lambda b, c, g: 10e-3, gammas=(5, 7, 9, 11))
+    controller = Controller(PolicyConfig(mode="paper"), profile)
+    full = State(batch=40, mean_context_tokens=1000.0, forbid_reason="max-draft-batch")
+    assert [controller.decide(state).gamma for state in (SMALL, full, SMALL)] == [0, 0, 5]
 
 
 def test_a_large_change_acts_at_once_and_both_ways():

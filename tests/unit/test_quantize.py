@@ -1,9 +1,6 @@
 """Weight formats without a GPU: the numbers, the Marlin layout, and the fused kernels in Triton's interpreter."""
 
 import importlib.util
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -209,58 +206,53 @@ def test_old_gpu_is_refused_with_advice(monkeypatch, name, capability, advice):
         create_format(name, group_size=128, device=torch.device("cuda"))
 
 
-# ---- fused kernels, interpreted on CPU in a process of their own: Triton reads TRITON_INTERPRET when it is imported
+# ---- fused kernels, interpreted on CPU (conftest.py)
 #
 # The interpreter truncates float32 to bf16 and mishandles rounding to e4m3. So bf16 is interpreted for symmetric
 # scales only, which are exact, and fp8 on weights that e4m3 represents; tests/gpu has the rest.
 
-
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton (Linux wheels of torch bring it)")
-@pytest.mark.parametrize("case", ["int4 bfloat16", "int4_asym float16", "fp8"])
-def test_fused_refresh_is_bit_identical_to_reference(case):
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    result = subprocess.run([sys.executable, __file__, *case.split()], env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout + result.stderr
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="needs triton (Linux wheels of torch bring it)"
+)
+divides_by_zero = pytest.mark.filterwarnings("ignore:divide by zero")  # the scale of a row of zeros
 
 
-def interpret_int4(symmetric: bool, dtype: torch.dtype) -> None:
+@needs_triton
+@divides_by_zero
+@pytest.mark.parametrize(("symmetric", "dtype"), [(True, torch.bfloat16), (False, torch.float16)])
+@pytest.mark.parametrize(("group_size", "n", "k"), [(128, 64, 384), (128, 192, 512), (128, 256, 256), (64, 192, 128), (32, 64, 256)])
+def test_fused_int4_refresh_is_bit_identical_to_reference(symmetric, dtype, group_size, n, k):
     from er_sglang.quantize.kernels import refresh_int4_marlin_
 
-    for group_size, n, k in [(128, 64, 384), (128, 192, 512), (128, 256, 256), (64, 192, 128), (32, 64, 256)]:
-        weight = awkward_weight(n, k, dtype)
-        weight[15] = -weight[15].abs() * 2e-5  # float16 rounds this scale by a quarter: codes below 0 and above 15
-        groups = k // group_size
-        codes = torch.full((k // 16, 2 * n), -1, dtype=torch.int32)
-        scales = torch.full((groups, n), torch.nan, dtype=dtype)
-        zeros = None if symmetric else torch.full((groups, n // 8), -1, dtype=torch.int32)
-        refresh_int4_marlin_(weight, codes, scales, zeros, group_size=group_size)
-        expected = rtn.quantize_int4(weight, group_size=group_size, symmetric=symmetric)
-        assert torch.equal(codes, marlin_layout.pack_codes(expected.codes_NK)), (group_size, n, k)
-        assert torch.equal(scales, marlin_layout.pack_scales(expected.scales_NG)), (group_size, n, k)
-        if not symmetric:
-            assert torch.equal(zeros, marlin_layout.pack_zeros(expected.zeros_NG)), (group_size, n, k)
+    weight = awkward_weight(n, k, dtype)
+    weight[15] = -weight[15].abs() * 2e-5  # float16 rounds this scale by a quarter: codes below 0 and above 15
+    groups = k // group_size
+    codes = torch.full((k // 16, 2 * n), -1, dtype=torch.int32)
+    scales = torch.full((groups, n), torch.nan, dtype=dtype)
+    zeros = None if symmetric else torch.full((groups, n // 8), -1, dtype=torch.int32)
+    refresh_int4_marlin_(weight, codes, scales, zeros, group_size=group_size)
+    expected = rtn.quantize_int4(weight, group_size=group_size, symmetric=symmetric)
+    assert torch.equal(codes, marlin_layout.pack_codes(expected.codes_NK))
+    assert torch.equal(scales, marlin_layout.pack_scales(expected.scales_NG))
+    if not symmetric:
+        assert torch.equal(zeros, marlin_layout.pack_zeros(expected.zeros_NG))
 
 
-def interpret_fp8() -> None:
+@needs_triton
+@divides_by_zero
+@pytest.mark.parametrize(("n", "k"), [(16, 48), (32, 1040)])
+def test_fused_fp8_refresh_is_bit_identical_to_reference(n, k):
     from er_sglang.quantize.kernels import refresh_fp8_
 
-    for n, k in [(16, 48), (32, 1040)]:
-        generator = torch.Generator().manual_seed(5)
-        mantissas = torch.randint(8, 16, (n, k), generator=generator) / 8
-        weight = (mantissas * 2.0 ** torch.randint(-4, 8, (n, k), generator=generator)).bfloat16()
-        weight[:, -1] = -448
-        weight *= 2.0 ** torch.arange(-8, n - 8)[:, None]
-        weight[3] = 0
-        codes = torch.full((n, k), torch.nan).to(torch.float8_e4m3fn)
-        scales = torch.full((n,), torch.nan)
-        refresh_fp8_(weight, codes, scales)
-        expected = rtn.quantize_fp8(weight)
-        assert torch.equal(codes.view(torch.uint8), expected.codes_NK.view(torch.uint8)), (n, k)
-        assert torch.equal(scales, expected.scales_N), (n, k)
-
-
-if __name__ == "__main__":
-    if sys.argv[1] == "fp8":
-        interpret_fp8()
-    else:
-        interpret_int4(sys.argv[1] == "int4", getattr(torch, sys.argv[2]))
+    generator = torch.Generator().manual_seed(5)
+    mantissas = torch.randint(8, 16, (n, k), generator=generator) / 8
+    weight = (mantissas * 2.0 ** torch.randint(-4, 8, (n, k), generator=generator)).bfloat16()
+    weight[:, -1] = -448
+    weight *= 2.0 ** torch.arange(-8, n - 8)[:, None]
+    weight[3] = 0
+    codes = torch.full((n, k), torch.nan).to(torch.float8_e4m3fn)
+    scales = torch.full((n,), torch.nan)
+    refresh_fp8_(weight, codes, scales)
+    expected = rtn.quantize_fp8(weight)
+    assert torch.equal(codes.view(torch.uint8), expected.codes_NK.view(torch.uint8))
+    assert torch.equal(scales, expected.scales_N)

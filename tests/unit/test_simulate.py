@@ -1,18 +1,19 @@
 """The simulator: closed forms, request patterns, the paper's ablation, and the property that auto does not lose."""
 
-import argparse
 import json
 import os
 import random
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
+from er_sglang.cli import main
 from er_sglang.policy.acceptance import emitted
 from er_sglang.policy.decide import Controller
 from er_sglang.policy.config import PolicyConfig
 from er_sglang.policy.profile import Profile, Sample
-from er_sglang.tools.simulate import add_command, simulate
+from er_sglang.tools.simulate import simulate
 from er_sglang.tools.workload import Request, draw_lengths, make_requests
 
 LADDER = (1, 2, 3, 5, 7)
@@ -253,22 +254,42 @@ def test_auto_never_loses_to_off_or_always():
 
 def test_command_line(tmp_path, capsys):
     a100_14b_profile().save(tmp_path / "profile.json")
-    parser = argparse.ArgumentParser()
-    add_command(parser.add_subparsers())
-    arguments = [
-        "simulate",
-        "--profile",
-        str(tmp_path / "profile.json"),
-        "--requests",
-        "16",
-        "--lengths",
-        "uniform:50:200",
-    ]
-    args = parser.parse_args(
-        [*arguments, "--modes", "off,always,threshold,paper,auto", "--json", str(tmp_path / "out.json")]
-    )
-    assert args.run(args) == 0
+    arguments = ["simulate", "--profile", str(tmp_path / "profile.json"), "--requests", "16", "--lengths", "uniform:50:200"]
+    assert main([*arguments, "--modes", "off,always,threshold,paper,auto", "--json", str(tmp_path / "out.json")]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines[1:6]] == ["off", "always", "threshold", "paper", "auto"]
     results = json.loads((tmp_path / "out.json").read_text())
     assert results["auto"]["time_s"] < results["off"]["time_s"]
+
+
+def figures(profile: Profile, tmp_path: Path, *words: str) -> dict:
+    """What `er-sglang simulate` writes; two requests of a hundred tokens."""
+    profile.save(tmp_path / "profile.json")
+    files = ["--profile", str(tmp_path / "profile.json"), "--json", str(tmp_path / "out.json")]
+    assert main(["simulate", *files, "--requests", "2", "--lengths", "fixed:100", *words]) == 0
+    return json.loads((tmp_path / "out.json").read_text())
+
+
+@pytest.mark.parametrize(("gammas", "expected"), [((1, 2), 2), ((1, 2, 3), 3), ((1, 2, 3, 5, 7), 3)])
+def test_the_command_line_takes_the_servers_defaults(gammas, expected, tmp_path):
+    results = figures(flat_profile(gammas=gammas), tmp_path, "--modes", "always,threshold")
+    for mode in ("always", "threshold"):
+        assert {*results[mode]["rollouts"][0]["steps_by_gamma"]} == {str(expected)}
+    crowd = figures(flat_profile(), tmp_path, "--modes", "threshold", "--requests", str(PolicyConfig().threshold_batch + 1))
+    assert {*crowd["threshold"]["rollouts"][0]["steps_by_gamma"]} == {"0"}
+
+
+def test_the_command_line_lets_requests_arrive_over_time(tmp_path):
+    results = figures(flat_profile(), tmp_path, "--modes", "off", "--arrival-s", "80", "--rollouts", "1")
+    assert results["off"]["time_s"] == pytest.approx(40.0 + 100.0)
+
+
+def test_the_command_lines_window_is_that_of_a_servers_config(tmp_path):
+    """A draft takes 1 ms per token that it attends to: of 1000 and more, the first 64 and the last 136."""
+    rows = []
+    for batch in (1, 8):
+        for context in (100, 1000, 2000):
+            rows += [Sample("target", 0, batch, context, 1.0), Sample("verify", 3, batch, context, 1.0)]
+            rows.append(Sample("draft", 0, batch, context, 1e-3 * context))
+    words = "--modes always --alpha 0 --prompt-tokens 1000 --rollouts 1 --attention-window 136".split()
+    assert figures(Profile.from_samples(rows), tmp_path, *words)["always"]["time_s"] == pytest.approx(100 * (3 * 0.2 + 1.0))
