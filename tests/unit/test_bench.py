@@ -6,6 +6,7 @@ import random
 from statistics import median
 
 import pytest
+import torch
 
 from er_sglang.bench import report
 from er_sglang.bench.arms import Arm, server_args, server_env, server_name, servers
@@ -14,6 +15,7 @@ from er_sglang.bench.serving import CPU_ARGS, server_command
 from er_sglang.bench.shapes import SHAPES, W4_DRAFT, model_config, write_model
 from er_sglang.config import load_config, simulated_acceptance
 from er_sglang.control import Control, changed
+from er_sglang.quantize.blocks import MAX_M, SHARED_BYTES, choose_blocks, shared_bytes
 
 needs_transformers = pytest.mark.skipif(
     importlib.util.find_spec("transformers") is None, reason="transformers is not installed (it comes with sglang)"
@@ -318,7 +320,6 @@ def test_tokenizer_is_one_token_a_character_and_survives_a_round_trip(tmp_path):
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
 def test_random_policies_are_neither_flat_nor_certain(family, tied, tmp_path):
-    import torch
     from transformers import AutoModelForCausalLM
 
     from er_sglang.bench import toy
@@ -335,7 +336,6 @@ def test_random_policies_are_neither_flat_nor_certain(family, tied, tmp_path):
 
 @needs_transformers
 def test_outlier_channels_keep_the_function():
-    import torch
 
     from er_sglang.bench import toy
 
@@ -349,7 +349,6 @@ def test_outlier_channels_keep_the_function():
 
 @needs_transformers
 def test_training_learns_the_task(tmp_path):
-    import torch
     from transformers import AutoModelForCausalLM
 
     from er_sglang.bench import toy
@@ -382,6 +381,48 @@ def test_a_cycle_is_summarized_by_kind_and_gap():
     )
     with pytest.raises(ValueError, match="no whole cycle"):
         summarize(cycle(0))
+
+
+# ---------------------------------------------------------------- products of a draft step
+
+
+@pytest.mark.parametrize("model", SHAPES)
+def test_products_are_those_of_a_layer(model):
+    from er_sglang.bench.gemm import products
+
+    transformers = pytest.importorskip("transformers", reason="it comes with sglang")
+    config = transformers.Qwen2Config(**{**model_config(model), "num_hidden_layers": 1, "vocab_size": 8})
+    with torch.device("meta"):
+        layer = transformers.Qwen2ForCausalLM(config).model.layers[0]
+    linears = {name.rpartition(".")[2]: tuple(m.weight.shape) for name, m in layer.named_modules() if isinstance(m, torch.nn.Linear)}
+
+    def fused(*names):
+        (k,) = {linears[name][1] for name in names}
+        return sum(linears[name][0] for name in names), k
+
+    assert products(SHAPES[model]) == {
+        "qkv": fused("q_proj", "k_proj", "v_proj"),
+        "o": fused("o_proj"),
+        "gate_up": fused("gate_proj", "up_proj"),
+        "down": fused("down_proj"),
+    }
+
+
+def test_every_block_shape_is_one_that_the_kernel_can_run():
+    from er_sglang.bench.gemm import all_blocks
+
+    assert len(set(all_blocks(8, 5120))) == 3 * 5  # all
+    large = list(all_blocks(32, 18944))
+    assert large and all(shared_bytes(32, 18944, blocks) <= SHARED_BYTES for blocks in large)
+    assert len(large) < 3 * 5
+    assert list(all_blocks(MAX_M, 5120)) and not list(all_blocks(MAX_M + 1, 5120))
+
+
+@pytest.mark.parametrize("m, n, k", [(1, 7168, 5120), (16, 27648, 5120), (24, 5120, 13824)])
+def test_the_chosen_blocks_are_among_them(m, n, k):
+    from er_sglang.bench.gemm import all_blocks
+
+    assert choose_blocks(m, n, k, multiprocessors=132) in [*all_blocks(m, k)]
 
 
 # ---------------------------------------------------------------- rollouts
