@@ -16,7 +16,8 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
+
+import torch
 
 from er_sglang.bench import report
 from er_sglang.bench.arms import Arm, server_args, server_env
@@ -90,7 +91,6 @@ def summarize(kernels: Sequence[Kernel]) -> dict:
     return {
         "cycles": len(spans),
         "cycle_ms": (end_us - begin_us) / 1e3,
-        "median_cycle_ms": median(b - a for a, b in zip(ends_us, ends_us[1:])) / 1e3,
         "gaps_ms": (end_us - begin_us - busy_us) / 1e3,
         "largest_gap_us": max(gaps_us, default=0.0),
         "kernels": len(cycle),
@@ -129,6 +129,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--acceptance", type=float, default=0.9, metavar="A", help="stated acceptance; default %(default)s")
     parser.add_argument("--out", type=Path, default=Path("cycle-results"), metavar="DIR", help="default %(default)s")
     args = parser.parse_args(argv)
+    if not torch.cuda.is_available():
+        parser.error("needs a GPU: it profiles CUDA kernels")
     exit_on_sigterm()
     arms = [Arm(algorithm="self_quant", gamma=args.gamma)]
     flags = {
