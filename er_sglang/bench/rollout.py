@@ -85,7 +85,7 @@ def main(argv: list[str] | None = None) -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     runs: list[dict] = []
     traces: list[Path] = []
-    settings = {**vars(args), "arms": [str(arm) for arm in args.arms], "profile": str(args.profile), "out": str(args.out)}
+    settings = {**vars(args), "arms": [str(arm) for arm in args.arms], "profile": args.profile and str(args.profile), "out": str(args.out)}
     record = {"environment": report.environment(), "settings": settings, "rows": [], "runs": runs}
     profile = Profile.read(args.profile) if args.profile else None
     with tempfile.TemporaryDirectory() as scratch, tqdm(total=count_runs(args), desc="rollouts") as bar:
