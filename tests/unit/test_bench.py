@@ -3,19 +3,19 @@
 import importlib.util
 import json
 import random
-from statistics import median
 
 import pytest
 import torch
 
 from er_sglang.bench import report
 from er_sglang.bench.arms import Arm, server_args, server_env, server_name, servers
-from er_sglang.bench.load import Completion, LoadResult, Request, Sample, interpolate, lognormal_lengths, payload, random_prompts
+from er_sglang.bench.load import Completion, LoadResult, Request, interpolate, payload, random_prompts
 from er_sglang.bench.serving import CPU_ARGS, server_command
 from er_sglang.bench.shapes import SHAPES, W4_DRAFT, model_config, write_model
 from er_sglang.config import load_config, simulated_acceptance
 from er_sglang.control import Control, changed
 from er_sglang.quantize.blocks import MAX_M, SHARED_BYTES, choose_blocks, shared_bytes
+from er_sglang.tools.plots import Bin
 
 needs_transformers = pytest.mark.skipif(
     importlib.util.find_spec("transformers") is None, reason="transformers is not installed (it comes with sglang)"
@@ -26,20 +26,11 @@ def completion(start_s=0.0, times_s=(1.0, 2.0, 3.0), tokens=(1, 5, 9), **meta_in
     return Completion(start_s=start_s, end_s=times_s[-1], times_s=times_s, tokens=tokens, text="", meta_info=meta_info)
 
 
-def result(*completions, samples=()):
-    return LoadResult(completions=completions, samples=samples)
+def result(*completions, began_unix_s=0.0):
+    return LoadResult(began_unix_s=began_unix_s, completions=completions)
 
 
 # ---------------------------------------------------------------- load
-
-
-def test_lengths_are_reproducible_long_tailed_and_bounded():
-    lengths = lognormal_lengths(4000, seed=1, median=100, sigma=1.0, largest=2000)
-    assert lengths == lognormal_lengths(4000, seed=1, median=100, sigma=1.0, largest=2000)
-    assert lengths != lognormal_lengths(4000, seed=2, median=100, sigma=1.0, largest=2000)
-    assert 90 < median(lengths) < 110
-    assert sum(lengths) / len(lengths) > 1.4 * median(lengths)  # exp(sigma^2 / 2) = 1.65, less the cut
-    assert min(lengths) >= 1 and max(lengths) <= 2000
 
 
 def test_random_prompts_stay_inside_the_vocabulary():
@@ -255,32 +246,30 @@ def test_environment_names_command_hardware_and_versions():
     json.dumps(environment)
 
 
-def sample(time_s, gamma, drafted, accepted):
-    return Sample(time_s=time_s, state={"gamma": gamma, "drafted_tokens": drafted, "accepted_tokens": accepted})
-
-
-def test_accept_length_over_time_uses_differences_at_one_gamma():
-    samples = (
-        sample(0, 3, 0, 0),
-        sample(1, 3, 30, 20),
-        sample(2, 0, 36, 21),  # gamma went to 0 in between
-        sample(3, 0, 36, 21),  # nothing drafted
-        sample(4, 5, 46, 31),
-        sample(5, 5, 96, 61),
-    )
-    assert report.accept_length_over_time(result(completion(), samples=samples)) == ([1, 5], [3.0, 4.0])
-
-
 def test_plots_and_raw_data_are_written(tmp_path):
     pytest.importorskip("matplotlib", reason="plots need the plot extra")
-    speculative = result(completion(), completion(), samples=(sample(0, 3, 0, 0), sample(1, 3, 30, 20)))
-    report.plot_timeline(tmp_path / "timeline.png", {"plain": result(completion()), "self_quant:3": speculative}, "title")
+    speculative = result(completion(), completion())
+    bins = [Bin(time_s=1.0, batch=2.0, gamma=3.0, accept_length=2.5, tokens_per_s=5.0), Bin(time_s=2.0, batch=None, gamma=None, accept_length=None, tokens_per_s=0.0)]
+    results = {"plain": result(completion()), "self_quant:3": speculative}
+    report.plot_loads(tmp_path / "timeline.png", results, {"self_quant:3": bins}, "title")
     rows = [{"arm": arm, "concurrency": c, "tokens/s": 10.0 * c} for arm in ("plain", "self_quant:3") for c in (1, 8)]
     report.plot_grid(tmp_path / "grid.png", rows, "title")
     assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in ("timeline.png", "grid.png"))
     report.write_json(tmp_path / "results.json", {"results": {"self_quant:3": speculative}})
     raw = json.loads((tmp_path / "results.json").read_text())
     assert raw["results"]["self_quant:3"]["completions"][0]["tokens"] == [1, 5, 9]
+
+
+@needs_transformers
+def test_the_quick_start_plots_the_load_and_not_what_came_before_it(tmp_path):
+    from er_sglang.bench.quickstart import trace_bins
+
+    trace = tmp_path / "trace.jsonl"
+    steps = [{"time_s": 90.0 + i, "batch": 2, "gamma": 3 if i < 20 else 1, "accepted": 4 if i < 20 else 1} for i in range(40)]
+    trace.write_text("".join(json.dumps(step) + "\n" for step in steps))
+    bins = trace_bins(trace, result(completion(), began_unix_s=99.5))
+    assert bins[0].time_s == pytest.approx(0.5, abs=0.5) and bins[-1].time_s == pytest.approx(29.5, abs=0.5)
+    assert [(each.gamma, each.accept_length) for each in bins if each.gamma] == [(3, 3.0)] * 10 + [(1, 1.5)] * 20
 
 
 # ---------------------------------------------------------------- the toy policy
