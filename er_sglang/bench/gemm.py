@@ -16,6 +16,7 @@ import torch
 from tqdm import tqdm
 
 from er_sglang.bench import report
+from er_sglang.bench.serving import ON_CPU
 from er_sglang.bench.shapes import SHAPES
 from er_sglang.quantize import create_format
 from er_sglang.quantize.blocks import MAX_M, RESIDENT, SHARED_BYTES, SPLITS, Blocks, shared_bytes
@@ -115,7 +116,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--all-blocks", action="store_true", help="time every block shape of our kernel, to see whether the best is chosen")
     parser.add_argument("--out", type=Path, default=Path("gemm-results"), metavar="DIR", help="default %(default)s")
     args = parser.parse_args(argv)
-    if not torch.cuda.is_available():
+    if ON_CPU:
         parser.error("needs a GPU: on a CPU int4 products are plain torch")
     bandwidth = copy_bandwidth()
     rows = []

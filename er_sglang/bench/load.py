@@ -9,6 +9,9 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+STREAM_INTERVAL_TOKENS = 8
+WARM_UP_TOKENS = 16
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Request:

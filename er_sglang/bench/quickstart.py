@@ -6,17 +6,14 @@ import hashlib
 import textwrap
 from pathlib import Path
 
-import torch
-
 from er_sglang.bench import report, toy
 from er_sglang.bench.arms import Arm, server_args, server_env
 from er_sglang.bench.client import run_load
 from er_sglang.bench.load import LoadResult, Request
-from er_sglang.bench.serving import Server, exit_on_sigterm
+from er_sglang.bench.serving import ON_CPU, Server, exit_on_sigterm
 from er_sglang.config import cache_folder
 from er_sglang.tools import plots
 
-ON_CPU = not torch.cuda.is_available()
 SEED = 7
 MAX_NEW_TOKENS = 512
 TEMPERATURE = 1.0
