@@ -10,17 +10,21 @@ paper:G       SELF_QUANT by EfficientRollout's rule, up to G tokens a cycle (11 
 The SELF_QUANT arms of one benchmark share a server, which is switched between them: see `servers` and `Arm.settings`.
 """
 
+import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from er_sglang.bench.serving import ON_CPU
 from er_sglang.config import CONFIG_ENV, SIMULATE_ACCEPTANCE_ENV, checked
 from er_sglang.policy.acceptance import emitted
 from er_sglang.policy.config import PolicyConfig
 
 POLICY_MODES = {"self_quant": "always", "auto": "auto", "paper": "paper"}
 DRAFTERS = ("standalone", *POLICY_MODES)
+SEED = 0  # of prompts, lengths and servers
+CONTEXT_SLACK_TOKENS = 64  # beyond prompt and response; a drafting server reserves a few
 SHORTEST = {"self_quant": 0, "paper": PolicyConfig().paper_ladder[0]}  # gamma; of the others, 1
 
 
@@ -83,6 +87,14 @@ class Arm:
         return emitted([alpha] * gamma)[gamma]
 
 
+def arm_argument(text: str) -> Arm:
+    """`Arm.parse` for argparse, which shows no other error's words."""
+    try:
+        return Arm.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
 def servers(arms: Sequence[Arm]) -> list[tuple[Arm, ...]]:
     """The arms of each server: all SELF_QUANT arms on one, every other arm on its own."""
     shared = tuple(arm for arm in arms if arm.self_quant)
@@ -105,6 +117,18 @@ def start_policy(arms: Sequence[Arm]) -> dict:
     if any(policy.needs_profile for policy in policies):
         return {"mode": "auto", "ladder": gammas}
     return {"mode": "cycle", "cycle": gammas or [0]}
+
+
+def shared_args(requests: int, tokens: int) -> dict[str, object]:
+    """Flags of every arm's server, of dummy weights, for so many requests at once and tokens in each, prompt and response."""
+    return {
+        "skip-tokenizer-init": True,
+        "load-format": "dummy",
+        "random-seed": SEED,
+        "max-running-requests": requests,
+        "context-length": tokens + CONTEXT_SLACK_TOKENS,  # nothing longer need be calibrated
+        **({} if ON_CPU else {"dtype": "bfloat16", "cuda-graph-backend-prefill": "disabled"}),
+    }
 
 
 def server_args(arms: Sequence[Arm], draft_path: Path | None, idle_gamma: int) -> dict[str, object]:

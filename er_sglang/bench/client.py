@@ -1,4 +1,4 @@
-"""Send requests to a server's /generate, and sample SELF_QUANT's state meanwhile."""
+"""Send requests to a server's /generate."""
 
 import asyncio
 import json
@@ -8,31 +8,20 @@ from collections.abc import Sequence
 import aiohttp
 from tqdm import tqdm
 
-from er_sglang.bench.load import Completion, LoadResult, Request, Sample, payload
-
-SAMPLE_EVERY_S = 0.25
+from er_sglang.bench.load import Completion, LoadResult, Request, payload
 
 
-def run_load(
-    base_url: str,
-    requests: Sequence[Request],
-    *,
-    concurrency: int,
-    sample_self_quant: bool = False,
-    description: str = "requests",
-) -> LoadResult:
+def run_load(base_url: str, requests: Sequence[Request], *, concurrency: int, description: str = "requests") -> LoadResult:
     """Send `requests`, at most `concurrency` at a time, and wait for all of them.
 
-    `sample_self_quant` asks a SELF_QUANT server for its state every SAMPLE_EVERY_S (and raises KeyError
-    with any other server). Raises RuntimeError with the server's words if a request fails.
+    Raises RuntimeError with the server's words if a request fails.
     """
-    return asyncio.run(_run_load(base_url, requests, concurrency, sample_self_quant, description))
+    return asyncio.run(_run_load(base_url, requests, concurrency, description))
 
 
-async def _run_load(base_url, requests, concurrency, sample_self_quant, description) -> LoadResult:
+async def _run_load(base_url, requests, concurrency, description) -> LoadResult:
     slots = asyncio.Semaphore(concurrency)
-    samples: list[Sample] = []
-    origin_s = time.perf_counter()
+    began_unix_s, origin_s = time.time(), time.perf_counter()
     session = aiohttp.ClientSession(
         base_url, timeout=aiohttp.ClientTimeout(total=None), connector=aiohttp.TCPConnector(limit=0), read_bufsize=2**20
     )
@@ -45,13 +34,8 @@ async def _run_load(base_url, requests, concurrency, sample_self_quant, descript
                 async with slots:
                     return await _stream(session, group, origin_s, bar)
 
-            work = asyncio.gather(*(send(group) for group in groups))
-            if sample_self_quant:
-                while not work.done():
-                    samples.append(await _sample(session, origin_s))
-                    await asyncio.wait([work], timeout=SAMPLE_EVERY_S)
-            completions = [completion for group in await work for completion in group]
-    return LoadResult(completions=tuple(completions), samples=tuple(samples))
+            answers = await asyncio.gather(*(send(group) for group in groups))
+    return LoadResult(began_unix_s=began_unix_s, completions=tuple(completion for group in answers for completion in group))
 
 
 async def _stream(session: aiohttp.ClientSession, requests: Sequence[Request], origin_s: float, bar: tqdm) -> list[Completion]:
@@ -83,9 +67,3 @@ async def _stream(session: aiohttp.ClientSession, requests: Sequence[Request], o
         )
         for received in chunks
     ]
-
-
-async def _sample(session: aiohttp.ClientSession, origin_s: float) -> Sample:
-    async with session.get("/server_info") as response:
-        state = (await response.json())["internal_states"][0]["self_quant"]
-    return Sample(time_s=time.perf_counter() - origin_s, state=state)

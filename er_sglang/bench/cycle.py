@@ -16,13 +16,12 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 
 from er_sglang.bench import report
-from er_sglang.bench.arms import Arm, server_args, server_env
+from er_sglang.bench.arms import Arm, server_args, server_env, shared_args
 from er_sglang.bench.client import run_load
 from er_sglang.bench.load import Request, random_prompts
-from er_sglang.bench.serving import Server, exit_on_sigterm
+from er_sglang.bench.serving import ON_CPU, Server, exit_on_sigterm
 from er_sglang.bench.shapes import SHAPES, write_model
 
 CYCLE_END = "_emit_kernel"  # the last kernel of a cycle
@@ -90,7 +89,6 @@ def summarize(kernels: Sequence[Kernel]) -> dict:
     return {
         "cycles": len(spans),
         "cycle_ms": (end_us - begin_us) / 1e3,
-        "median_cycle_ms": median(b - a for a, b in zip(ends_us, ends_us[1:])) / 1e3,
         "gaps_ms": (end_us - begin_us - busy_us) / 1e3,
         "largest_gap_us": max(gaps_us, default=0.0),
         "kernels": len(cycle),
@@ -129,14 +127,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--acceptance", type=float, default=0.9, metavar="A", help="stated acceptance; default %(default)s")
     parser.add_argument("--out", type=Path, default=Path("cycle-results"), metavar="DIR", help="default %(default)s")
     args = parser.parse_args(argv)
+    if ON_CPU:
+        parser.error("needs a GPU: it profiles CUDA kernels")
     exit_on_sigterm()
     arms = [Arm(algorithm="self_quant", gamma=args.gamma)]
     flags = {
-        "load-format": "dummy",
-        "skip-tokenizer-init": True,
-        "dtype": "bfloat16",
+        **shared_args(max(args.batch), args.context + PROFILED_TOKENS),
         "cuda-graph-bs": sorted(args.batch),
-        "cuda-graph-backend-prefill": "disabled",
         **server_args(arms, draft_path=None, idle_gamma=args.gamma),
     }
     record = {"environment": report.environment(), "settings": {**vars(args), "out": str(args.out)}, "batches": {}}

@@ -8,6 +8,7 @@ Needs a GPU; our kernel, a Hopper GPU.
 
 import argparse
 import copy
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -15,9 +16,10 @@ import torch
 from tqdm import tqdm
 
 from er_sglang.bench import report
+from er_sglang.bench.serving import ON_CPU
 from er_sglang.bench.shapes import SHAPES
-from er_sglang.quantize import Packed, create_format
-from er_sglang.quantize.blocks import RESIDENT, SHARED_BYTES, SPLITS, Blocks, choose_blocks, shared_bytes
+from er_sglang.quantize import create_format
+from er_sglang.quantize.blocks import MAX_M, RESIDENT, SHARED_BYTES, SPLITS, Blocks, shared_bytes
 
 L2_BYTES = 50 * 2**20  # of an H100 or H200
 REPLAYS = 3
@@ -52,8 +54,10 @@ def graph_us(run: Callable[[int], None], copies: int) -> float:
     return min(times_us)
 
 
-def all_blocks(m: int, n: int, k: int) -> Iterator[Blocks]:
-    """Every way to share out a product that a multiprocessor's shared memory holds."""
+def all_blocks(m: int, k: int) -> Iterator[Blocks]:
+    """Every way to share out a product of m rows that our kernel has and a multiprocessor's shared memory holds."""
+    if m > MAX_M:
+        return
     for warps_n, warps_k in RESIDENT[0]:
         for splits in SPLITS:
             blocks = Blocks(warps_n, warps_k, splits)
@@ -67,14 +71,14 @@ def measure(name: str, n: int, k: int, rows: Sequence[int], every_shape: bool, b
     fmt = create_format("int4", group_size=128, device=device)
     first = fmt.allocate(n, k, DTYPE, device)
     fmt.refresh_(first, torch.randn(n, k, device=device, dtype=DTYPE) * 0.02)
-    copies = [first, *(_clone(first) for _ in range(4 * L2_BYTES // first.nbytes + 1))]
-    marlin = copy.copy(fmt)
-    marlin._small_batch_gemm = {}
-    ours = fmt._small_batch_gemm.get(DTYPE)
-    multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+    copies = [first]
+    for _ in range(4 * L2_BYTES // first.nbytes + 1):
+        copies.append(dataclasses.replace(first, **{name: tensor.clone() for name, tensor in first.tensors().items()}))
+    marlin = copy.copy(fmt)  # without our kernel
+    ours, marlin._small_batch_gemm = fmt._small_batch_gemm.get(DTYPE), {}
     for m in rows:
         x_MK, y_MN = torch.randn(m, k, device=device, dtype=DTYPE), torch.empty(m, n, device=device, dtype=DTYPE)
-        chosen = choose_blocks(m, n, k, multiprocessors) if ours else None
+        chosen = ours.blocks(m, first) if ours else None
         row = {
             "product": name,
             "n": n,
@@ -83,19 +87,17 @@ def measure(name: str, n: int, k: int, rows: Sequence[int], every_shape: bool, b
             "floor us": first.nbytes / bandwidth * 1e6,
             "Marlin us": graph_us(lambda i: marlin.apply(copies[i], x_MK, None), len(copies)),
             "served us": graph_us(lambda i: fmt.apply(copies[i], x_MK, None), len(copies)),
-            "by": "-".join(map(str, chosen)) if chosen else "Marlin",
+            "by": _text(chosen) or "Marlin",
         }
         if every_shape and ours:
-            times_us = {
-                blocks: graph_us(lambda i: ours(copies[i], x_MK, None, y_MN, blocks), len(copies)) for blocks in all_blocks(m, n, k)
-            }
-            best = min(times_us, key=times_us.__getitem__)
-            row |= {"best us": times_us[best], "best blocks": "-".join(map(str, best))}
+            times_us = {blocks: graph_us(lambda i: ours(copies[i], x_MK, None, y_MN, blocks), len(copies)) for blocks in all_blocks(m, k)}
+            best = min(times_us, key=times_us.__getitem__, default=None)
+            row |= {"best us": times_us.get(best), "best blocks": _text(best)}
         yield row
 
 
-def _clone(packed: Packed) -> Packed:
-    return Packed(n=packed.n, k=packed.k, dtype=packed.dtype, codes=packed.codes.clone(), scales=packed.scales.clone(), zeros=None)
+def _text(blocks: Blocks | None) -> str | None:
+    return blocks and "-".join(map(str, blocks))
 
 
 def copy_bandwidth() -> float:
@@ -114,7 +116,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--all-blocks", action="store_true", help="time every block shape of our kernel, to see whether the best is chosen")
     parser.add_argument("--out", type=Path, default=Path("gemm-results"), metavar="DIR", help="default %(default)s")
     args = parser.parse_args(argv)
-    if not torch.cuda.is_available():
+    if ON_CPU:
         parser.error("needs a GPU: on a CPU int4 products are plain torch")
     bandwidth = copy_bandwidth()
     rows = []

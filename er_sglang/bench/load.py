@@ -9,6 +9,9 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+STREAM_INTERVAL_TOKENS = 8
+WARM_UP_TOKENS = 16
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Request:
@@ -63,19 +66,12 @@ class Completion:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Sample:
-    """SELF_QUANT's entry in /server_info at one moment: gamma, reason and counters since the server started."""
-
-    time_s: float
-    state: dict
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class LoadResult:
-    """Completions in the order of the requests; samples in order of time, none if none were asked for."""
+    """Completions in the order of the requests."""
 
+    began_unix_s: float
+    """Unix time at which the load began."""
     completions: tuple[Completion, ...]
-    samples: tuple[Sample, ...]
 
     @property
     def wall_s(self) -> float:
@@ -138,12 +134,6 @@ def interpolate(x: float, xs: Sequence[float], ys: Sequence[float]) -> float:
         if x <= x1:
             return y1 if x1 == x0 else y0 + (y1 - y0) * (x - x0) / (x1 - x0)
     return ys[-1]
-
-
-def lognormal_lengths(n: int, *, seed: int, median: float, sigma: float, largest: int) -> list[int]:
-    """`n` lengths with the long tail of rollouts, from 1 to `largest`."""
-    rng = random.Random(seed)
-    return [min(largest, max(1, round(median * rng.lognormvariate(0, sigma)))) for _ in range(n)]
 
 
 def random_prompts(n: int, *, seed: int, tokens: int, vocab: int) -> list[tuple[int, ...]]:

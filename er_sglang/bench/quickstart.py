@@ -1,19 +1,19 @@
 """`launch/quickstart`: make a small policy, serve it plain and with SELF_QUANT, and show what happened."""
 
 import argparse
+import dataclasses
 import hashlib
 import textwrap
 from pathlib import Path
-
-import torch
 
 from er_sglang.bench import report, toy
 from er_sglang.bench.arms import Arm, server_args, server_env
 from er_sglang.bench.client import run_load
 from er_sglang.bench.load import LoadResult, Request
-from er_sglang.bench.serving import Server, exit_on_sigterm
+from er_sglang.bench.serving import ON_CPU, Server, exit_on_sigterm
+from er_sglang.config import cache_folder
+from er_sglang.tools import plots
 
-ON_CPU = not torch.cuda.is_available()
 SEED = 7
 MAX_NEW_TOKENS = 512
 TEMPERATURE = 1.0
@@ -37,7 +37,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--concurrency", type=int, default=16, metavar="C", help="requests at once; default %(default)s")
     parser.add_argument("--gamma", type=int, default=3, metavar="G", help="drafted tokens a cycle; default %(default)s")
     parser.add_argument("--train-steps", type=int, default=toy.TOY_STEPS, metavar="N", help="training steps of the policy; default %(default)s, about a minute")
-    parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "er_sglang", metavar="DIR", help="where policies are kept; default %(default)s")
+    parser.add_argument("--cache", type=Path, default=cache_folder(), metavar="DIR", help="where policies are kept; default %(default)s")
     parser.add_argument("--out", type=Path, default=Path("quickstart-results"), metavar="DIR", help="folder for plot, raw data and logs; default %(default)s")
     return parser.parse_args(argv)
 
@@ -52,17 +52,20 @@ def main(argv: list[str] | None = None) -> int:
         Request(prompt=prompt, max_new_tokens=MAX_NEW_TOKENS, temperature=TEMPERATURE) for prompt in toy.prompts(args.requests, seed=SEED)
     ]
     arms = [Arm.parse("plain"), Arm(algorithm="self_quant", gamma=args.gamma)]
-    results, rows, decisions = {}, [], {}
+    results, bins, rows, decisions = {}, {}, [], {}
+    trace = args.out / "trace.jsonl"
+    trace.unlink(missing_ok=True)
     for arm in arms:
-        result, state = serve_and_load(policy_path, arm, requests, args)
+        result, state = serve_and_load(policy_path, arm, requests, trace, args)
         results[str(arm)] = result
         rows.append(summary(arm, requests, result, state))
         if state is not None:
             decisions = state["decisions"]
+            bins[str(arm)] = trace_bins(trace, result)
 
     environment = report.environment()
     plot_path = args.out / "timeline.png"
-    report.plot_timeline(plot_path, results, f"{args.requests} countdowns, at most {args.concurrency} at once, temperature {TEMPERATURE:g}")
+    report.plot_loads(plot_path, results, bins, f"{args.requests} countdowns, at most {args.concurrency} at once, temperature {TEMPERATURE:g}")
     report.write_json(args.out / "results.json", {"environment": environment, "rows": rows, "decisions": decisions, "results": results})
 
     example = results[str(arms[-1])].completions[0].text
@@ -70,7 +73,7 @@ def main(argv: list[str] | None = None) -> int:
     print(report.table(rows))
     print(f"\n{report.table([{'decision': name, 'steps': steps} for name, steps in decisions.items()])}\n")
     print(verdict(rows))
-    print(f"\nplot: {plot_path}\nraw data and server logs: {args.out}/")
+    print(f"\nplot: {plot_path}\nraw data, trace and server logs: {args.out}/")
     return 0
 
 
@@ -83,19 +86,26 @@ def cached_policy(cache: Path, steps: int) -> Path:
     return path
 
 
-def serve_and_load(policy_path: Path, arm: Arm, requests: list[Request], args: argparse.Namespace) -> tuple[LoadResult, dict | None]:
+def serve_and_load(policy_path: Path, arm: Arm, requests: list[Request], trace: Path, args: argparse.Namespace) -> tuple[LoadResult, dict | None]:
     """The burst's result, and SELF_QUANT's counters over the burst (None for the plain arm)."""
     flags = {**({} if ON_CPU else {"dtype": "bfloat16"}), "random-seed": SEED, **server_args([arm], draft_path=None, idle_gamma=args.gamma)}
     log_path = args.out / f"server-{arm.algorithm}.log"
-    with Server(policy_path, flags, env=server_env([arm], alpha=None, self_quant_config={}), log_path=log_path) as server:
+    with Server(policy_path, flags, env=server_env([arm], alpha=None, self_quant_config={"trace": str(trace)}), log_path=log_path) as server:
         print(f"{arm}: server up after {server.start_s:.0f} s")
         warm_up = [Request(prompt=request.prompt, max_new_tokens=8) for request in requests[: args.concurrency]]
         run_load(server.base_url, warm_up, concurrency=args.concurrency, description="warm-up")
         if arm.algorithm == "plain":
             return run_load(server.base_url, requests, concurrency=args.concurrency, description=str(arm)), None
         before = server.self_quant()
-        result = run_load(server.base_url, requests, concurrency=args.concurrency, sample_self_quant=True, description=str(arm))
+        result = run_load(server.base_url, requests, concurrency=args.concurrency, description=str(arm))
         return result, difference(before, server.self_quant())
+
+
+def trace_bins(trace: Path, result: LoadResult) -> list[plots.Bin]:
+    """The load's part of a server's trace; times are seconds since the load began."""
+    steps = [step for step in plots.read_trace(trace) if step["time_s"] >= result.began_unix_s]
+    first_s = steps[0]["time_s"] - result.began_unix_s
+    return [dataclasses.replace(each, time_s=first_s + each.time_s) for each in plots.binned(steps, report.TIMELINE_BINS)]
 
 
 def difference(before: dict, after: dict) -> dict:

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from er_sglang.bench.load import LoadResult
+from er_sglang.tools.plots import Bin
 
 PACKAGES = ("er_sglang", "sglang", "sglang-kernel", "torch", "triton", "flashinfer-python", "transformers")
 TIMELINE_BINS = 60
@@ -80,8 +81,8 @@ def write_json(path: Path, content: object) -> None:
     path.write_text(json.dumps(content, indent=1, default=dataclasses.asdict) + "\n")
 
 
-def plot_timeline(path: Path, results: Mapping[str, LoadResult], title: str) -> None:
-    """Tokens per second, running batch, gamma and accept length over time, one colour per arm."""
+def plot_loads(path: Path, results: Mapping[str, LoadResult], bins: Mapping[str, Sequence[Bin]], title: str) -> None:
+    """Tokens per second and running batch over time, one colour per arm; gamma and accept length of arms with bins."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 9), layout="constrained")
@@ -93,9 +94,10 @@ def plot_timeline(path: Path, results: Mapping[str, LoadResult], title: str) -> 
         line = rate.step(edges_s[1:], [(b - a) / bin_s for a, b in zip(received, received[1:])], where="pre", label=arm)[0]
         colour = line.get_color()
         batch.step(edges_s, [result.running_at(t) for t in edges_s], where="post", color=colour)
-        if result.samples:
-            gamma.step([s.time_s for s in result.samples], [s.state["gamma"] for s in result.samples], where="post", color=colour)
-            accept.plot(*accept_length_over_time(result), color=colour)
+        if arm in bins:
+            times_s = [each.time_s for each in bins[arm]]
+            gamma.step(times_s, [_number(each.gamma) for each in bins[arm]], where="mid", color=colour)
+            accept.step(times_s, [_number(each.accept_length) for each in bins[arm]], where="mid", color=colour)
     rate.set_ylabel("tokens/s")
     batch.set_ylabel("requests decoding")
     gamma.set_ylabel("gamma")
@@ -109,20 +111,8 @@ def plot_timeline(path: Path, results: Mapping[str, LoadResult], title: str) -> 
     figure.savefig(path, dpi=120)
 
 
-def accept_length_over_time(result: LoadResult) -> tuple[list[float], list[float]]:
-    """Times, and mean emitted tokens per request and drafting cycle between consecutive samples.
-
-    Only between samples that show the same gamma: there, drafted tokens / gamma counts the requests' cycles.
-    """
-    times_s, lengths = [], []
-    for before, after in zip(result.samples, result.samples[1:]):
-        accepted = after.state["accepted_tokens"] - before.state["accepted_tokens"]
-        drafted = after.state["drafted_tokens"] - before.state["drafted_tokens"]
-        gamma = after.state["gamma"]
-        if drafted and gamma == before.state["gamma"]:
-            times_s.append(after.time_s)
-            lengths.append(1 + accepted * gamma / drafted)
-    return times_s, lengths
+def _number(value: float | None) -> float:
+    return float("nan") if value is None else value
 
 
 def plot_grid(path: Path, rows: Sequence[Mapping[str, object]], title: str) -> None:

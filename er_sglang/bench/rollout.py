@@ -8,15 +8,13 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
 from er_sglang.bench import report
-from er_sglang.bench.arms import Arm, server_args, server_env, server_name, servers
+from er_sglang.bench.arms import SEED, Arm, arm_argument, server_args, server_env, server_name, servers, shared_args
 from er_sglang.bench.client import run_load
-from er_sglang.bench.load import LoadResult, Request, random_prompts
-from er_sglang.bench.run import CONTEXT_SLACK_TOKENS, SEED, STREAM_INTERVAL_TOKENS, WARM_UP_TOKENS, arm_argument
-from er_sglang.bench.serving import Server, exit_on_sigterm
+from er_sglang.bench.load import STREAM_INTERVAL_TOKENS, WARM_UP_TOKENS, LoadResult, Request, random_prompts
+from er_sglang.bench.serving import ON_CPU, Server, exit_on_sigterm
 from er_sglang.bench.shapes import SHAPES, write_model
 from er_sglang.policy.config import PolicyConfig
 from er_sglang.policy.decide import Controller
@@ -24,8 +22,6 @@ from er_sglang.policy.profile import Profile
 from er_sglang.tools import plots
 from er_sglang.tools.simulate import simulate
 from er_sglang.tools.workload import draw_lengths, make_requests
-
-ON_CPU = not torch.cuda.is_available()
 
 DESCRIPTION = """\
 Send a rollout's requests at once and time it to the end of the last one. Lengths are long-tailed, drawn from a fixed
@@ -75,7 +71,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if not all(0.0 <= alpha <= 1.0 for alpha in args.acceptance):
         parser.error(f"--acceptance is {args.acceptance}; give numbers from 0 to 1")
     if not args.no_plot and importlib.util.find_spec("matplotlib") is None:
-        parser.error("the plots need matplotlib: pip install 'er_sglang[plot]', or give --no-plot")
+        parser.error("the plots need matplotlib: pip install '.[plot]' in this checkout, or give --no-plot")
     return args
 
 
@@ -85,7 +81,7 @@ def main(argv: list[str] | None = None) -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     runs: list[dict] = []
     traces: list[Path] = []
-    settings = {**vars(args), "arms": [str(arm) for arm in args.arms], "profile": str(args.profile), "out": str(args.out)}
+    settings = {**vars(args), "arms": [str(arm) for arm in args.arms], "profile": args.profile and str(args.profile), "out": str(args.out)}
     record = {"environment": report.environment(), "settings": settings, "rows": [], "runs": runs}
     profile = Profile.read(args.profile) if args.profile else None
     with tempfile.TemporaryDirectory() as scratch, tqdm(total=count_runs(args), desc="rollouts") as bar:
@@ -129,15 +125,7 @@ def lengths_of(index: int, args: argparse.Namespace) -> list[int]:
 
 def start_server(arms: Sequence[Arm], args: argparse.Namespace, scratch: Path) -> Server:
     longest = max(max(lengths_of(index, args)) for index in range(args.rollouts))
-    flags = {
-        "skip-tokenizer-init": True,
-        "random-seed": SEED,
-        "max-running-requests": args.requests,
-        "context-length": args.prompt_tokens + longest + CONTEXT_SLACK_TOKENS,  # nothing longer need be calibrated
-        "load-format": "dummy",
-        **({} if ON_CPU else {"dtype": "bfloat16", "cuda-graph-backend-prefill": "disabled"}),
-        **server_args(arms, None, idle_gamma=3),
-    }
+    flags = {**shared_args(args.requests, args.prompt_tokens + longest), **server_args(arms, None, idle_gamma=3)}
     trace = args.out / "trace.jsonl"
     trace.unlink(missing_ok=True)
     return Server(

@@ -9,21 +9,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import median
 
-import torch
 from tqdm import tqdm
 
 from er_sglang.bench import report
-from er_sglang.bench.arms import Arm, server_args, server_env, server_name, servers
+from er_sglang.bench.arms import SEED, Arm, arm_argument, server_args, server_env, server_name, servers, shared_args
 from er_sglang.bench.client import run_load
-from er_sglang.bench.load import LoadResult, Request, random_prompts
-from er_sglang.bench.serving import Server, exit_on_sigterm
+from er_sglang.bench.load import STREAM_INTERVAL_TOKENS, WARM_UP_TOKENS, LoadResult, Request, random_prompts
+from er_sglang.bench.serving import ON_CPU, Server, exit_on_sigterm
 from er_sglang.bench.shapes import SHAPES, write_model
-
-ON_CPU = not torch.cuda.is_available()
-SEED = 0
-STREAM_INTERVAL_TOKENS = 8
-WARM_UP_TOKENS = 16
-CONTEXT_SLACK_TOKENS = 64  # beyond prompt and response; a drafting server reserves a few
 
 DESCRIPTION = """\
 Measure decode throughput, arm by arm, on the same model and the same prompts.
@@ -58,13 +51,6 @@ examples
 """
 
 
-def arm_argument(text: str) -> Arm:
-    try:
-        return Arm.parse(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
-
-
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="launch/bench", description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -85,7 +71,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--no-plot", action="store_true", help="do without matplotlib")
     args = parser.parse_args(argv)
     if not args.no_plot and importlib.util.find_spec("matplotlib") is None:
-        parser.error("the plot needs matplotlib: pip install 'er_sglang[plot]', or give --no-plot")
+        parser.error("the plot needs matplotlib: pip install '.[plot]' in this checkout, or give --no-plot")
     if not 0.0 <= args.acceptance < 1.0:
         parser.error(f"--acceptance is {args.acceptance}; it must be at least 0 and below 1")
     if ON_CPU and any(arm.algorithm == "standalone" for arm in args.arms):
@@ -138,14 +124,10 @@ def start_server(arms: Sequence[Arm], args: argparse.Namespace, scratch: Path) -
     draft_path = write_model(scratch, args.model, quantized=True) if from_shape and standalone else None
     if standalone and not from_shape:
         raise SystemExit("the standalone arm drafts with a dummy model of the same shape; with a checkpoint, leave it out")
-    most = max(args.concurrency)
     flags = {
-        "skip-tokenizer-init": True,
-        "random-seed": SEED,
-        "max-running-requests": most,
-        "context-length": args.context + args.output_tokens + CONTEXT_SLACK_TOKENS,  # nothing longer need be calibrated
-        "load-format": "dummy" if from_shape else None,
-        **({} if ON_CPU else {"dtype": "bfloat16", "cuda-graph-bs": sorted(args.concurrency), "cuda-graph-backend-prefill": "disabled"}),
+        **shared_args(max(args.concurrency), args.context + args.output_tokens),
+        **({} if from_shape else {"load-format": None}),
+        "cuda-graph-bs": None if ON_CPU else sorted(args.concurrency),
         **server_args(arms, draft_path, idle_gamma=max([a.gamma or 0 for a in args.arms]) or 3),
     }
     return Server(

@@ -20,6 +20,7 @@ from urllib.error import HTTPError, URLError
 import torch
 from tqdm import tqdm
 
+ON_CPU = not torch.cuda.is_available()
 LOG_TAIL_LINES = 40
 HEALTH_POLL_S = 0.25
 PORTS = range(20000, 32000)
@@ -88,12 +89,11 @@ class Server:
         log_path: str | Path,
         start_timeout_s: float = 600.0,
     ):
-        on_cpu = not torch.cuda.is_available()
         self.log_path = Path(log_path)
         self.port = free_port()
         self.base_url = f"http://127.0.0.1:{self.port}"
-        self.command = server_command(model_path, self.port, {**(CPU_ARGS if on_cpu else {}), **args}, extra_words)
-        self.env = {**os.environ, **(CPU_ENV if on_cpu else {}), **env}
+        self.command = server_command(model_path, self.port, {**(CPU_ARGS if ON_CPU else {}), **args}, extra_words)
+        self.env = {**os.environ, **(CPU_ENV if ON_CPU else {}), **env}
         # SGLang imports for 20 s from source and for 8 s from cached bytecode, twice at every start.
         self.env.pop("PYTHONDONTWRITEBYTECODE", None)
         self.start_timeout_s = start_timeout_s

@@ -23,7 +23,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from er_sglang.bench.load import lognormal_lengths
+from er_sglang.tools.workload import draw_lengths
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 MAX_COUNT = 999
@@ -68,9 +68,9 @@ def prompt(count: int) -> str:
     return f"{count:03d}:"
 
 
-def prompts(n: int, *, seed: int, median: float = 20, sigma: float = 0.9, largest: int = 250) -> list[str]:
+def prompts(n: int, *, seed: int) -> list[str]:
     """`n` prompts whose counts, hence response lengths, are log-normal."""
-    return [prompt(count) for count in lognormal_lengths(n, seed=seed, median=median, sigma=sigma, largest=largest)]
+    return [prompt(count) for count in draw_lengths("lognormal:20:0.9:250", n, seed)]
 
 
 def respond(count: int, rng: random.Random) -> str:

@@ -11,6 +11,7 @@ from transformers.utils import logging as transformers_logging
 
 from er_sglang.bench.report import environment
 from er_sglang.bench.serving import exit_on_sigterm
+from er_sglang.config import cache_folder
 from launch.grpo import report, task
 from launch.grpo.loop import Settings, train
 from launch.grpo.rollouts import GAMMA, RolloutServer
@@ -29,14 +30,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         prog="launch/grpo/run",
         description="Train a tiny policy by GRPO on a toy reasoning task, its rollouts sampled by a live SGLang server that gets the new "
         "weights after every step: with plain decoding, with SELF_QUANT, and with a drafter that is never refreshed. "
-        "Takes about six minutes on two CPU cores, and four more for each further seed; shows that learning is the same and acceptance holds, not that it is fast.",
+        "Takes about six minutes on two CPU cores, and four more for each further seed; lets you compare how the arms learn and what their drafts are accepted at, not how fast they are.",
     )
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), metavar="ARM", help=f"of {', '.join(map(repr, ARMS))}; default all")
     parser.add_argument("--seeds", type=int, default=1, metavar="N", help="runs of each arm; default %(default)s")
     parser.add_argument("--steps", type=int, default=Settings().steps, metavar="N", help="training steps of a run; default %(default)s, one to two minutes")
     parser.add_argument("--prompts", type=int, default=Settings().prompts, metavar="N", help="prompts a step; default %(default)s")
     parser.add_argument("--group", type=int, default=Settings().group, metavar="N", help="rollouts a prompt, at least 2; default %(default)s")
-    parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "er_sglang", metavar="DIR", help="where the base policy is kept; default %(default)s")
+    parser.add_argument("--cache", type=Path, default=cache_folder(), metavar="DIR", help="where the base policy is kept; default %(default)s")
     parser.add_argument("--out", type=Path, default=Path("grpo-results"), metavar="DIR", help="folder for table, plot, raw data and logs; default %(default)s")
     args = parser.parse_args(argv)
     if args.group < 2:

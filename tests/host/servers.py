@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import urllib.request
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,8 +26,13 @@ ARGS = {
 ENV = {
     **CPU_ENV,
     "CUDA_VISIBLE_DEVICES": "",  # float32 on CPU everywhere: outputs are compared token by token
-    "OMP_NUM_THREADS": "1",  # matrices of 128 x 128: threads only wait for each other
     "TORCHDYNAMO_DISABLE": "1",  # SGLang compiles its repetition penalty, for half a minute
+}
+CORES = sorted(os.sched_getaffinity(0))
+# For a server with tp-size 2.
+TWO_RANKS = {
+    "SGLANG_CPU_OMP_THREADS_BIND": f"{CORES[0]}|{CORES[-1]}",  # else one rank per NUMA node
+    "SGLANG_NCCL_SO_PATH": "/none",  # SGLang tries NCCL wherever it finds the library, on CPU too
 }
 
 

@@ -7,7 +7,6 @@ gains for up to CROSSOVER requests and loses beyond.
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +22,7 @@ from er_sglang.policy.config import PolicyConfig
 from er_sglang.policy.decide import Controller
 from er_sglang.policy.profile import Profile
 from er_sglang.steering import Steering
-from tests.host.servers import ARGS, ENV, self_quant
+from tests.host.servers import ARGS, ENV, TWO_RANKS, self_quant
 
 GAMMA_MAX = 3
 AUTO = {"mode": "auto"}
@@ -274,12 +273,7 @@ def test_two_ranks_decide_alike(qwen3, folder, calibrated):
     """Both take rank 0's table; a disagreement would stop the server at a check, a differing gamma hang it."""
     profile = folder / "two-ranks.json"
     crafted(calibrated[0], profile, tp_size=2)
-    cores = sorted(os.sched_getaffinity(0))
-    env = {
-        "SGLANG_CPU_OMP_THREADS_BIND": f"{cores[0]}|{cores[-1]}",  # else one rank per NUMA node
-        "SGLANG_NCCL_SO_PATH": "/none",  # SGLang tries NCCL wherever it finds the library, on CPU too
-    }
-    with self_quant(qwen3, folder / "two-ranks.log", {"profile": str(profile), "policy": AUTO}, GAMMA_MAX, {"tp-size": 2}, env) as server:
+    with self_quant(qwen3, folder / "two-ranks.log", {"profile": str(profile), "policy": AUTO}, GAMMA_MAX, {"tp-size": 2}, TWO_RANKS) as server:
         load(server)
         load(server)
         state = server.self_quant()

@@ -1,29 +1,20 @@
 """Two tensor-parallel ranks draft, verify and accept the same tokens, and agree on what they draft with."""
 
-import os
-
 import pytest
 
 from tests.host.goodness import assert_exact, cells
 from tests.host.oracle import Oracle, Sampling
 from tests.host.policies import make_policy
-from tests.host.servers import greedy, self_quant, tokens
+from tests.host.servers import TWO_RANKS, greedy, self_quant, tokens
 from tests.host.test_exactness import PROMPT, sample
 from tests.host.test_updates import PLUGIN
 from tests.host.trainer_client import SLIME, TrainerClient
-
-CORES = sorted(os.sched_getaffinity(0))
 
 
 @pytest.fixture(scope="module")
 def server(qwen3, folder):
     config = {"policy": {"mode": "cycle", "cycle": [3, 0, 1, 2]}}
-    env = {
-        "SGLANG_CPU_OMP_THREADS_BIND": f"{CORES[0]}|{CORES[-1]}",  # else one rank per NUMA node
-        "SGLANG_NCCL_SO_PATH": "/none",  # SGLang tries NCCL wherever it finds the library, on CPU too
-        **PLUGIN,
-    }
-    with self_quant(qwen3, folder / "tensor-parallel.log", config, 3, {"tp-size": 2}, env) as server:
+    with self_quant(qwen3, folder / "tensor-parallel.log", config, 3, {"tp-size": 2}, {**TWO_RANKS, **PLUGIN}) as server:
         yield server
 
 

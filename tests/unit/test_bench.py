@@ -3,17 +3,19 @@
 import importlib.util
 import json
 import random
-from statistics import median
 
 import pytest
+import torch
 
 from er_sglang.bench import report
 from er_sglang.bench.arms import Arm, server_args, server_env, server_name, servers
-from er_sglang.bench.load import Completion, LoadResult, Request, Sample, interpolate, lognormal_lengths, payload, random_prompts
+from er_sglang.bench.load import Completion, LoadResult, Request, interpolate, payload, random_prompts
 from er_sglang.bench.serving import CPU_ARGS, server_command
 from er_sglang.bench.shapes import SHAPES, W4_DRAFT, model_config, write_model
 from er_sglang.config import load_config, simulated_acceptance
 from er_sglang.control import Control, changed
+from er_sglang.quantize.blocks import MAX_M, SHARED_BYTES, choose_blocks, shared_bytes
+from er_sglang.tools.plots import Bin
 
 needs_transformers = pytest.mark.skipif(
     importlib.util.find_spec("transformers") is None, reason="transformers is not installed (it comes with sglang)"
@@ -24,20 +26,11 @@ def completion(start_s=0.0, times_s=(1.0, 2.0, 3.0), tokens=(1, 5, 9), **meta_in
     return Completion(start_s=start_s, end_s=times_s[-1], times_s=times_s, tokens=tokens, text="", meta_info=meta_info)
 
 
-def result(*completions, samples=()):
-    return LoadResult(completions=completions, samples=samples)
+def result(*completions, began_unix_s=0.0):
+    return LoadResult(began_unix_s=began_unix_s, completions=completions)
 
 
 # ---------------------------------------------------------------- load
-
-
-def test_lengths_are_reproducible_long_tailed_and_bounded():
-    lengths = lognormal_lengths(4000, seed=1, median=100, sigma=1.0, largest=2000)
-    assert lengths == lognormal_lengths(4000, seed=1, median=100, sigma=1.0, largest=2000)
-    assert lengths != lognormal_lengths(4000, seed=2, median=100, sigma=1.0, largest=2000)
-    assert 90 < median(lengths) < 110
-    assert sum(lengths) / len(lengths) > 1.4 * median(lengths)  # exp(sigma^2 / 2) = 1.65, less the cut
-    assert min(lengths) >= 1 and max(lengths) <= 2000
 
 
 def test_random_prompts_stay_inside_the_vocabulary():
@@ -253,32 +246,30 @@ def test_environment_names_command_hardware_and_versions():
     json.dumps(environment)
 
 
-def sample(time_s, gamma, drafted, accepted):
-    return Sample(time_s=time_s, state={"gamma": gamma, "drafted_tokens": drafted, "accepted_tokens": accepted})
-
-
-def test_accept_length_over_time_uses_differences_at_one_gamma():
-    samples = (
-        sample(0, 3, 0, 0),
-        sample(1, 3, 30, 20),
-        sample(2, 0, 36, 21),  # gamma went to 0 in between
-        sample(3, 0, 36, 21),  # nothing drafted
-        sample(4, 5, 46, 31),
-        sample(5, 5, 96, 61),
-    )
-    assert report.accept_length_over_time(result(completion(), samples=samples)) == ([1, 5], [3.0, 4.0])
-
-
 def test_plots_and_raw_data_are_written(tmp_path):
     pytest.importorskip("matplotlib", reason="plots need the plot extra")
-    speculative = result(completion(), completion(), samples=(sample(0, 3, 0, 0), sample(1, 3, 30, 20)))
-    report.plot_timeline(tmp_path / "timeline.png", {"plain": result(completion()), "self_quant:3": speculative}, "title")
+    speculative = result(completion(), completion())
+    bins = [Bin(time_s=1.0, batch=2.0, gamma=3.0, accept_length=2.5, tokens_per_s=5.0), Bin(time_s=2.0, batch=None, gamma=None, accept_length=None, tokens_per_s=0.0)]
+    results = {"plain": result(completion()), "self_quant:3": speculative}
+    report.plot_loads(tmp_path / "timeline.png", results, {"self_quant:3": bins}, "title")
     rows = [{"arm": arm, "concurrency": c, "tokens/s": 10.0 * c} for arm in ("plain", "self_quant:3") for c in (1, 8)]
     report.plot_grid(tmp_path / "grid.png", rows, "title")
     assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in ("timeline.png", "grid.png"))
     report.write_json(tmp_path / "results.json", {"results": {"self_quant:3": speculative}})
     raw = json.loads((tmp_path / "results.json").read_text())
     assert raw["results"]["self_quant:3"]["completions"][0]["tokens"] == [1, 5, 9]
+
+
+@needs_transformers
+def test_the_quick_start_plots_the_load_and_not_what_came_before_it(tmp_path):
+    from er_sglang.bench.quickstart import trace_bins
+
+    trace = tmp_path / "trace.jsonl"
+    steps = [{"time_s": 90.0 + i, "batch": 2, "gamma": 3 if i < 20 else 1, "accepted": 4 if i < 20 else 1} for i in range(40)]
+    trace.write_text("".join(json.dumps(step) + "\n" for step in steps))
+    bins = trace_bins(trace, result(completion(), began_unix_s=99.5))
+    assert bins[0].time_s == pytest.approx(0.5, abs=0.5) and bins[-1].time_s == pytest.approx(29.5, abs=0.5)
+    assert [(each.gamma, each.accept_length) for each in bins if each.gamma] == [(3, 3.0)] * 10 + [(1, 1.5)] * 20
 
 
 # ---------------------------------------------------------------- the toy policy
@@ -318,7 +309,6 @@ def test_tokenizer_is_one_token_a_character_and_survives_a_round_trip(tmp_path):
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
 def test_random_policies_are_neither_flat_nor_certain(family, tied, tmp_path):
-    import torch
     from transformers import AutoModelForCausalLM
 
     from er_sglang.bench import toy
@@ -335,7 +325,6 @@ def test_random_policies_are_neither_flat_nor_certain(family, tied, tmp_path):
 
 @needs_transformers
 def test_outlier_channels_keep_the_function():
-    import torch
 
     from er_sglang.bench import toy
 
@@ -349,7 +338,6 @@ def test_outlier_channels_keep_the_function():
 
 @needs_transformers
 def test_training_learns_the_task(tmp_path):
-    import torch
     from transformers import AutoModelForCausalLM
 
     from er_sglang.bench import toy
@@ -382,6 +370,48 @@ def test_a_cycle_is_summarized_by_kind_and_gap():
     )
     with pytest.raises(ValueError, match="no whole cycle"):
         summarize(cycle(0))
+
+
+# ---------------------------------------------------------------- products of a draft step
+
+
+@pytest.mark.parametrize("model", SHAPES)
+def test_products_are_those_of_a_layer(model):
+    from er_sglang.bench.gemm import products
+
+    transformers = pytest.importorskip("transformers", reason="it comes with sglang")
+    config = transformers.Qwen2Config(**{**model_config(model), "num_hidden_layers": 1, "vocab_size": 8})
+    with torch.device("meta"):
+        layer = transformers.Qwen2ForCausalLM(config).model.layers[0]
+    linears = {name.rpartition(".")[2]: tuple(m.weight.shape) for name, m in layer.named_modules() if isinstance(m, torch.nn.Linear)}
+
+    def fused(*names):
+        (k,) = {linears[name][1] for name in names}
+        return sum(linears[name][0] for name in names), k
+
+    assert products(SHAPES[model]) == {
+        "qkv": fused("q_proj", "k_proj", "v_proj"),
+        "o": fused("o_proj"),
+        "gate_up": fused("gate_proj", "up_proj"),
+        "down": fused("down_proj"),
+    }
+
+
+def test_every_block_shape_is_one_that_the_kernel_can_run():
+    from er_sglang.bench.gemm import all_blocks
+
+    assert len(set(all_blocks(8, 5120))) == 3 * 5  # all
+    large = list(all_blocks(32, 18944))
+    assert large and all(shared_bytes(32, 18944, blocks) <= SHARED_BYTES for blocks in large)
+    assert len(large) < 3 * 5
+    assert list(all_blocks(MAX_M, 5120)) and not list(all_blocks(MAX_M + 1, 5120))
+
+
+@pytest.mark.parametrize("m, n, k", [(1, 7168, 5120), (16, 27648, 5120), (24, 5120, 13824)])
+def test_the_chosen_blocks_are_among_them(m, n, k):
+    from er_sglang.bench.gemm import all_blocks
+
+    assert choose_blocks(m, n, k, multiprocessors=132) in [*all_blocks(m, k)]
 
 
 # ---------------------------------------------------------------- rollouts
