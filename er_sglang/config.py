@@ -143,7 +143,7 @@ def load_config(path: str | None, gamma_max: int | None, env: Mapping[str, str] 
 
 
 def cache_folder(env: Mapping[str, str] = os.environ) -> Path:
-    """Where measured profiles are kept between starts."""
+    """Where measured profiles, and the examples' policies, are kept between starts."""
     return Path(env.get(CACHE_ENV) or Path.home() / ".cache" / "er_sglang")
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import socket
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -188,7 +189,7 @@ class Profile:
         return cls.from_csv(path) if Path(path).suffix == ".csv" else cls.load(path)
 
     def save(self, path: str | Path) -> None:
-        """Write JSON in one atomic replacement: replicas on one host share the cache."""
+        """Write JSON in one atomic replacement: replicas, on many hosts even, may share the cache."""
         content = {
             "format": FORMAT,
             "fingerprint": dict(self.fingerprint),
@@ -201,7 +202,7 @@ class Profile:
         }
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+        partial = path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}.partial")
         partial.write_text(json.dumps(content, indent=1))
         os.replace(partial, path)
 

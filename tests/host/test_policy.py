@@ -208,6 +208,13 @@ def test_steps_in_flight_are_learned_from_by_the_policy_that_decided_them():
     assert steering.controller.acceptance.snapshot()["tried"] == [2.0, 1.0]
 
 
+def test_a_batch_above_max_draft_batch_is_decoded_plainly():
+    always = Controller(PolicyConfig(mode="always"))
+    steering = Steering(always, Metrics(3), max_draft_batch=2, agreement=Agreement(None), trace=None)
+    steps = [steering.launch([5] * batch, None) for batch in (2, 3)]
+    assert [(step.gamma, step.reason) for step in steps] == [(3, "always"), (0, "max-draft-batch")]
+
+
 @pytest.mark.parametrize(
     "settings, words",
     [
