@@ -119,10 +119,10 @@ class SelfQuantWorker(BaseSpecWorker):
 
     def alloc_memory_pool(self, memory_pool_config=None, req_to_token_pool=None, token_to_kv_pool_allocator=None) -> None:
         self.req_to_token = req_to_token_pool.req_to_token
-        self.context_tokens = self.runner.model_config.context_len
-        # A request that has reached the context limit rides along one more step, and a cycle writes beyond it. SGLang keeps its
-        # own limit; what attention backends, yet to be made, size by ours are page tables, which must hold whole rows.
-        self.runner.model_config = copy.copy(self.runner.model_config)
+        # A request that has reached the context limit rides along one more step, and a cycle writes beyond it: until all
+        # attention backends are made, the context is as long as a row, so that their page tables hold one.
+        self._model_config = self.runner.model_config
+        self.runner.model_config = copy.copy(self._model_config)
         self.runner.model_config.context_len = self.req_to_token.shape[1]
 
     def init_attention_backends(self) -> None:
@@ -150,6 +150,7 @@ class SelfQuantWorker(BaseSpecWorker):
                 max_batch,
                 self.config.drafter.attention_window,
             )
+        self.runner.model_config = self._model_config
         profile, self._profile_path = None, None
         if self.config.policy.needs_profile or self.config.profile:
             profile, self._profile_path = obtain_profile(self)

@@ -49,7 +49,7 @@ def fingerprint(worker: SelfQuantWorker) -> dict[str, object]:
         "er_sglang": f"{er_sglang.__version__}, sources {_digest_of_sources()}",
         "model": _digest(runner.model_config.hf_config.to_dict()),
         "dtype": str(runner.model_config.dtype),
-        "context_length": worker.context_tokens,
+        "context_length": runner.model_config.context_len,
         "tp_size": get_tp_group().world_size,
         "attention": type(runner.attn_backend).__name__,
         "drafter": list(dataclasses.astuple(config.drafter)),
