@@ -19,14 +19,15 @@ from sglang.srt.speculative.base_spec_worker import BaseSpecWorker
 from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
 from er_sglang import hooks
+from er_sglang.agreement import check_settings
 from er_sglang.chain import DraftChain
-from er_sglang.config import CONFIG_ENV, load_config, simulated_acceptance
+from er_sglang.config import load_config, simulated_acceptance
 from er_sglang.control import Control, changed
 from er_sglang.drafter import Drafter
-from er_sglang.errors import ConfigError
 from er_sglang.logprobs import attach_logprobs
 from er_sglang.calibration.measure import obtain_profile
 from er_sglang.quantize import create_format
+from er_sglang.refusals import check_pages
 from er_sglang.relay import SelfQuantDraftInput
 from er_sglang.sampling import Draft, RandomState, create_sampler
 from er_sglang.steering import create_steering
@@ -54,17 +55,9 @@ class SelfQuantWorker(BaseSpecWorker):
     def __init__(self, server_args, gpu_id, tp_rank, target_worker, dp_rank, **_ranks) -> None:
         hooks.check_bound()
         self.config = load_config(server_args.speculative_adaptive_config, server_args.speculative_num_steps)
-        if self.config.drafter.attention_window and server_args.page_size != 1:  # which SGLang has only now settled
-            raise ConfigError(
-                f"drafter.attention_window needs KV pages of one token, not {server_args.page_size}: "
-                "set --page-size 1, or leave the window out."
-            )
-        rank_0_config = get_tp_group().broadcast_object(self.config, src=0)
-        if rank_0_config != self.config:
-            raise ConfigError(
-                f"the nodes of this engine read different settings: {rank_0_config} and {self.config}. "
-                f"Set {CONFIG_ENV}, or the file, alike on all of them."
-            )
+        tp_group = get_tp_group()
+        check_settings(self.config, tp_group.cpu_group if tp_group.world_size > 1 else None)
+        check_pages(server_args.page_size, self.config.drafter.attention_window)
         self.server_args = server_args
         self._dp_rank = dp_rank
         self._target_worker = target_worker

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from er_sglang.bench.load import LoadResult
-from er_sglang.tools.plots import Bin
+from er_sglang.tools.plots import Bin, series
 
 PACKAGES = ("er_sglang", "sglang", "sglang-kernel", "torch", "triton", "flashinfer-python", "transformers")
 TIMELINE_BINS = 60
@@ -96,8 +96,8 @@ def plot_loads(path: Path, results: Mapping[str, LoadResult], bins: Mapping[str,
         batch.step(edges_s, [result.running_at(t) for t in edges_s], where="post", color=colour)
         if arm in bins:
             times_s = [each.time_s for each in bins[arm]]
-            gamma.step(times_s, [_number(each.gamma) for each in bins[arm]], where="mid", color=colour)
-            accept.step(times_s, [_number(each.accept_length) for each in bins[arm]], where="mid", color=colour)
+            gamma.step(times_s, series(bins[arm], "gamma"), where="mid", color=colour)
+            accept.step(times_s, series(bins[arm], "accept_length"), where="mid", color=colour)
     rate.set_ylabel("tokens/s")
     batch.set_ylabel("requests decoding")
     gamma.set_ylabel("gamma")
@@ -109,10 +109,6 @@ def plot_loads(path: Path, results: Mapping[str, LoadResult], bins: Mapping[str,
     rate.legend()
     figure.suptitle(title)
     figure.savefig(path, dpi=120)
-
-
-def _number(value: float | None) -> float:
-    return float("nan") if value is None else value
 
 
 def plot_grid(path: Path, rows: Sequence[Mapping[str, object]], title: str) -> None:

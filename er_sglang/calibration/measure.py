@@ -96,9 +96,9 @@ def _measure(worker: SelfQuantWorker, expected: dict) -> Profile:
     def go_over(cells: list[tuple[int, int]], what: str) -> Iterator[tuple[int, int]]:
         return tqdm(cells, desc=f"Measuring step times, {what}", unit="cell", disable=group.rank_in_group != 0)
 
-    # A server that measures samples the same tokens as one that finds its profile.
     # The cells' requests take the rows after the first, which is SGLang's padding.
     rows = worker.req_to_token[: 1 + max(batch for batch, _ in cells), : _stride(worker, cells[-1][1])]
+    # A server that measures samples the same tokens as one that finds its profile.
     with torch.no_grad(), torch.random.fork_rng(gpus), _borrowed(rows):
         for batch, context_tokens in go_over([cell for cell in cells if cell[1] == cells[0][1]], "warm-up"):
             _measure_cell(worker, batch, context_tokens)

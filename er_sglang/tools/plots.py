@@ -81,6 +81,11 @@ def binned(steps: Sequence[dict], count: int) -> list[Bin]:
     return bins
 
 
+def series(bins: Sequence[Bin], name: str) -> list[float]:
+    """A field of each bin; nan, a gap in the plot, where it is None."""
+    return [float("nan") if (value := getattr(each, name)) is None else value for each in bins]
+
+
 def plot_crossover(profile: Profile, alphas: Sequence[float], title: str, out: Path) -> None:
     import matplotlib.pyplot as plt
     from matplotlib.colors import BoundaryNorm, ListedColormap
@@ -126,8 +131,7 @@ def plot_timeline(bins: Sequence[Bin], title: str, out: Path) -> None:
     figure, axes = plt.subplots(len(rows), figsize=(9, 7), sharex=True, layout="constrained")
     times_s = [each.time_s for each in bins]
     for panel, (name, label) in zip(axes, rows):
-        values = [getattr(each, name) for each in bins]
-        panel.step(times_s, [float("nan") if value is None else value for value in values], where="mid", linewidth=1.2)
+        panel.step(times_s, series(bins, name), where="mid", linewidth=1.2)
         panel.set_ylabel(label)
         panel.set_ylim(bottom=0)
         panel.grid(alpha=0.3)

@@ -4,7 +4,9 @@ import pytest
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from er_sglang.agreement import CHECK_EVERY_STEPS, Agreement, RanksDisagree
+from er_sglang.agreement import CHECK_EVERY_STEPS, Agreement, RanksDisagree, check_settings
+from er_sglang.config import DrafterConfig
+from er_sglang.errors import ConfigError
 
 
 def run(rank: int, file: str, drifted_at: int | None, outcomes) -> None:
@@ -34,3 +36,22 @@ def test_a_single_rank_agrees_with_itself():
     for step in range(CHECK_EVERY_STEPS):
         agreement.add(step)
         agreement.check()
+
+
+def read(rank: int, file: str, windows: tuple[int, int], outcomes) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
+    try:
+        check_settings(DrafterConfig(attention_window=windows[rank]), dist.group.WORLD)
+        outcomes[rank] = "agreed"
+    except ConfigError as error:
+        outcomes[rank] = str(error)
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("windows", [(8, 8), (0, 8)])
+def test_settings_of_two_nodes(tmp_path, windows):
+    with mp.get_context("spawn").Manager() as manager:
+        outcomes = manager.dict()
+        mp.spawn(read, (str(tmp_path / "store"), windows, outcomes), nprocs=2)
+        expected = ["agreed"] * 2 if windows == (8, 8) else [f"attention_window={window})" for window in windows]
+        assert len(outcomes) == 2 and all(expected[rank] in outcome for rank, outcome in outcomes.items())

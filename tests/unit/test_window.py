@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from er_sglang.errors import ConfigError
+from er_sglang.refusals import check_pages
 from er_sglang.sampling import SamplingParams
 from er_sglang.step import Step
 from er_sglang.window import SINK_TOKENS, AttentionWindow
@@ -25,6 +27,13 @@ def test_columns_are_sinks_then_recent_tokens_then_the_chain(recent):
         kept += range(length, length + GAMMA_MAX)
         assert window.table[b, : len(kept)].tolist() == req_to_token[row, kept].tolist()
         assert length - hidden[b] == seen[b] == len(kept) - GAMMA_MAX
+
+
+def test_a_window_needs_pages_of_one_token():
+    check_pages(page_size=1, attention_window=8)
+    check_pages(page_size=16, attention_window=0)
+    with pytest.raises(ConfigError, match="not 16: set --page-size 1"):
+        check_pages(page_size=16, attention_window=8)
 
 
 def step(rows, lengths):
