@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from er_sglang.bench.serving import CPU_ARGS, CPU_ENV, Server
@@ -53,16 +53,17 @@ class HostServer(Server):
     def metrics(self) -> str:
         return self._request("/metrics")
 
-    def stream(self, payload: dict) -> list[dict]:
-        """POST /generate with ``stream``; its chunks."""
+    def stream(self, payload: dict) -> Iterator[dict]:
+        """POST /generate with ``stream``; its chunks, as they come."""
         request = urllib.request.Request(
             f"{self.base_url}/generate",
             json.dumps({**payload, "stream": True}).encode(),
             {"Content-Type": "application/json"},
         )
         with urllib.request.urlopen(request, timeout=REQUEST_TIMEOUT_S) as response:
-            lines = [line[len(b"data: ") :].strip() for line in response if line.startswith(b"data: ")]
-        return [json.loads(line) for line in lines if line != b"[DONE]"]
+            for line in response:
+                if line.startswith(b"data: {"):
+                    yield json.loads(line[len(b"data: ") :])
 
     def empty(self) -> None:
         """Wait until no request is left and empty the radix cache. An idle SGLang stops if KV slots have leaked."""

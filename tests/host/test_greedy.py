@@ -5,6 +5,7 @@ Expected outputs come from transformers in float32. Every family is served with 
 
 import random
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 
 from tests.host.oracle import Oracle
 from tests.host.policies import EOS, VOCAB, make_policy
-from tests.host.servers import greedy, plain, self_quant, tokens
+from tests.host.servers import REQUEST_TIMEOUT_S, greedy, plain, self_quant, tokens
 
 CONTEXT_TOKENS = 512
 SERVERS = {
@@ -173,7 +174,7 @@ def test_length_limit(case):
 def test_streaming(case):
     prompt = [11, 12, 13, 14]
     output = case.greedy(prompt, 40)
-    chunks = case.server.stream({"input_ids": prompt, "sampling_params": greedy(40)})
+    chunks = list(case.server.stream({"input_ids": prompt, "sampling_params": greedy(40)}))
     assert len(chunks) > 5
     assert chunks[-1]["output_ids"] == output
     assert all(chunk["output_ids"] == output[: len(chunk["output_ids"])] for chunk in chunks)
@@ -199,36 +200,30 @@ def test_context_limit(case):
 
 def test_abort(case):
     """An aborted request gives up its slots at once; the others do not notice."""
-    prompts = make_prompts(3, seed=6, longest=10)
-    long = greedy(300)
-    victims = {}
+    prompts = {"victim-0": [3, 4, 5], "victim-1": [3, 4, 5]}
+    prompts |= {f"other-{i}": prompt for i, prompt in enumerate(make_prompts(3, seed=6, longest=10))}
+    lengths = {rid: 150 if "victim" in rid else 60 for rid in prompts}  # all fit into the memory of any of the servers
+    all_run = threading.Barrier(len(prompts) + 1, timeout=REQUEST_TIMEOUT_S)
 
     def ask(rid):
-        victims[rid] = case.server.generate({"rid": rid, "input_ids": [3, 4, 5], "sampling_params": long})
+        chunks = case.server.stream({"rid": rid, "input_ids": prompts[rid], "sampling_params": greedy(lengths[rid])})
+        first = next(chunks)
+        all_run.wait()
+        return [first, *chunks][-1]
 
-    threads = [threading.Thread(target=ask, args=(f"victim-{i}",)) for i in range(2)]
-    for thread in threads:
-        thread.start()
-    answers = {}
-    others = threading.Thread(
-        target=lambda: answers.update(
-            enumerate(case.server.generate({"input_ids": prompts, "sampling_params": greedy(60)}))
-        )
-    )
-    others.start()
-    while case.server.self_quant()["running_batch"] < len(prompts) + len(threads):
-        assert others.is_alive(), "the batch was never full: nothing could be aborted in the middle"
-    for rid in ("victim-0", "victim-1"):
-        case.server.post("/abort_request", {"rid": rid})
-    for thread in (*threads, others):
-        thread.join()
-    expected = case.greedy([3, 4, 5], 300)
-    assert len(victims) == 2
-    for victim in victims.values():
-        assert victim["meta_info"]["finish_reason"]["type"] == "abort"
-        assert 0 < len(victim["output_ids"]) < 300
-        assert victim["output_ids"] == expected[: len(victim["output_ids"])]
-    assert [answers[i]["output_ids"] for i in range(len(prompts))] == [case.greedy(prompt, 60) for prompt in prompts]
+    with ThreadPoolExecutor(len(prompts)) as pool:
+        answers = {rid: pool.submit(ask, rid) for rid in prompts}
+        all_run.wait()
+        for rid in ("victim-0", "victim-1"):
+            case.server.post("/abort_request", {"rid": rid})
+    for rid, prompt in prompts.items():
+        answer = answers[rid].result()
+        output = answer["output_ids"]
+        assert output == case.greedy(prompt, lengths[rid])[: len(output)]
+        if "victim" in rid:
+            assert answer["meta_info"]["finish_reason"]["type"] == "abort" and 0 < len(output) < lengths[rid]
+        else:
+            assert len(output) == lengths[rid]
 
 
 def test_plain_server(folder):
