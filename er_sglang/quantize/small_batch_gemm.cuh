@@ -179,7 +179,8 @@ __global__ void __launch_bounds__(kWarpsN * kWarpsK * 32, kTilesM == 1 ? 20 / (k
       float part[4][kTilesM][4] = {};
       uint32_t b[kTilesM][4];
 #pragma unroll
-      for (int t = g * kGroup / kTileK; t < (g + 1) * kGroup / kTileK; ++t) {
+      for (int i = 0; i < kGroup / kTileK; ++i) {  // counted so, nvcc unrolls groups of 64 too: the ring stays in registers
+        const int t = g * (kGroup / kTileK) + i;
         const uint32_t q[4] = {ring[t].x, ring[t].y, ring[t].z, ring[t].w};
         if (more) ring[t] = load_once(next + t * tile_stride);
         if (t % 2 == 0) {

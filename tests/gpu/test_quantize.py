@@ -130,11 +130,14 @@ def test_apply_is_the_product_with_the_dequantized_weight(fmt, m, n, k, with_bia
 
 
 @pytest.mark.parametrize("name", INT4)
-@pytest.mark.parametrize("group_size", [32, 64])
-def test_smaller_groups(name, group_size):
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_groups_and_dtypes(name, group_size, dtype):
     fmt = create_format(name, group_size=group_size, device=CUDA)
-    packed, x = filled(fmt, random_weight(512, 1024)), random_weight(16, 1024, seed=1)
-    assert relative_error(fmt.apply(packed, x, None), x.float() @ fmt.dequantize(packed).float().T) < 0.006
+    packed = filled(fmt, random_weight(512, 1024, dtype))
+    for m in (8, 16, 24, 32, 48):
+        x = random_weight(m, 1024, dtype, seed=m)
+        assert relative_error(fmt.apply(packed, x, None), x.float() @ fmt.dequantize(packed).float().T) < 0.006
 
 
 @pytest.mark.parametrize("name", INT4)
