@@ -116,7 +116,8 @@ def _measure(worker: SelfQuantWorker, expected: dict) -> Profile:
 
 def _grid(worker: SelfQuantWorker) -> list[tuple[int, int]]:
     """(batch, context) cells that the KV pool holds; a context in which a single batch size fits is left out."""
-    limit = worker.runner.model_config.context_len - worker.config.gamma_max - 1
+    page = worker.server_args.page_size
+    limit = worker.runner.model_config.context_len // page * page - worker.config.gamma_max - 1
     wanted = CONTEXTS_TOKENS[worker.device.type]
     contexts = [context for context in wanted if context < limit]
     if len(contexts) < len(wanted):
