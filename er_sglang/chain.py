@@ -93,6 +93,8 @@ class DraftChain:
         if size > raw:  # Padding rows decode token 0 at position 0 into slot 0, which SGLang keeps for padding.
             for rows in (self._slots, self._positions, self._tokens):
                 rows[..., raw:size] = 0
+            if self._window:
+                self._window.table[raw:size, 0] = 0
             self._seq_lens[:, raw:size] = 1
             self._params.top_k_B[raw:size] = 1
         self._tokens[0, :raw] = step.last_B
