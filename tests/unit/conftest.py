@@ -1,5 +1,11 @@
-"""Triton kernels run in its interpreter here: unit tests need no GPU."""
+"""Unit tests need no GPU, and their outcome depends neither on the machine's speed nor on chance."""
 
 import os
 
-os.environ["TRITON_INTERPRET"] = "1"
+from hypothesis import HealthCheck, settings
+
+os.environ["TRITON_INTERPRET"] = "1"  # Triton kernels run in its interpreter
+
+# The same examples in every run, however long one of them takes.
+settings.register_profile("repeatable", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("repeatable")

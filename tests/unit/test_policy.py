@@ -65,7 +65,7 @@ def cycle(controller: Controller, rng: random.Random, alpha: float, batch: int, 
 times = st.floats(1e-3, 1e-1)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     target=times,
     draft=times,
@@ -137,7 +137,7 @@ def test_a_small_advantage_acts_after_patience():
     assert gammas == [0] * 6 + [1] * 4  # 7 x 0.036 exceeds 0.25
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(path=st.lists(st.floats(0.0, 1.0), min_size=50, max_size=300), patience=st.floats(0.05, 1.0))
 def test_switches_are_bounded_by_what_they_gain_for_any_path(path, patience):
     config, memory, switches, gains = PolicyConfig(patience=patience), NO_CREDIT, 0, 0.0
@@ -157,7 +157,7 @@ def _value(gamma: int, alpha: float) -> float:
     return tokens / PROFILE.costs(SMALL.batch, SMALL.mean_context_tokens).step_s[gamma] / (1.01 if gamma else 1.0)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(wander=st.lists(st.floats(0.0, 1.0), min_size=400, max_size=400))
 def test_no_flapping_within_the_uncertainty_of_the_estimate(wander):
     """64 running requests, known for a while, at the crossover: whatever path the estimate takes between its bounds."""

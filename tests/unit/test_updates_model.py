@@ -228,7 +228,7 @@ def _failed_updates(log) -> int:
     return sum(not all(run) for run in runs)
 
 
-SETTINGS = settings(max_examples=400, stateful_step_count=50, deadline=None, suppress_health_check=list(HealthCheck))
+SETTINGS = settings(max_examples=400, stateful_step_count=50, suppress_health_check=list(HealthCheck))
 
 
 def test_any_interleaving():
