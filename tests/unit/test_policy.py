@@ -1,6 +1,7 @@
 """The decision: an oracle, hysteresis, probes, the other modes, and the paper's rule."""
 
 import random
+import time
 import timeit
 from functools import partial
 
@@ -263,8 +264,9 @@ def test_ranks_with_the_same_inputs_take_the_same_decisions():
 def test_deciding_takes_less_than_50_microseconds():
     controllers = [Controller(PolicyConfig(), PROFILE) for _ in range(2)]
     for controller, state in zip(controllers, (SMALL, State(batch=20, mean_context_tokens=2000.0))):
-        seconds = min(timeit.repeat(partial(controller.decide, state), number=500, repeat=10)) / 500
-        assert seconds < 50e-6
+        # This process's time: others may want the core.
+        runs_s = timeit.repeat(partial(controller.decide, state), timer=time.process_time, number=500, repeat=10)
+        assert min(runs_s) / 500 < 50e-6
 
 
 def test_outside_the_table_is_said():
