@@ -7,9 +7,7 @@ gains for up to CROSSOVER requests and loses beyond.
 from __future__ import annotations
 
 import json
-import time
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from statistics import median
 
 import pytest
@@ -33,12 +31,26 @@ MANY, FEW = 24, 3
 SHORT, LONG = 16, 200
 
 
-def load(server, extra: dict = {}) -> list[dict]:
+def batch(extra: dict = {}) -> dict:
     """A batch with a tail: MANY + FEW requests run at first, FEW at last."""
     settings = [
         {"temperature": 1, "max_new_tokens": length, "ignore_eos": True, **extra} for length in [SHORT] * MANY + [LONG] * FEW
     ]
-    return server.generate({"input_ids": [PROMPT] * len(settings), "sampling_params": settings})
+    return {"input_ids": [PROMPT] * len(settings), "sampling_params": settings}
+
+
+def load(server, extra: dict = {}) -> list[dict]:
+    return server.generate(batch(extra))
+
+
+def load_and_change(server, changes: list[dict]) -> list[int]:
+    """Change the policy again and again while a batch runs; the lengths of its answers."""
+    chunks = server.stream(batch())
+    first = next(chunks)  # it runs; a change and its answer take a step or two, the batch LONG / (GAMMA_MAX + 1) at least
+    for settings in changes:
+        server.change_self_quant(settings)
+    answers = {chunk["index"]: chunk["output_ids"] for chunk in [first, *chunks]}
+    return [len(answers[i]) for i in range(MANY + FEW)]
 
 
 def crafted(profile: Profile, path, **fingerprint) -> None:
@@ -183,16 +195,9 @@ def test_the_policy_changes_while_serving(steered):
 def test_the_policy_changes_within_a_batch(steered):
     steered.change_self_quant({"mode": "always", "fixed_gamma": 3})
     before = steered.self_quant()
-    with ThreadPoolExecutor(1) as pool:
-        answers = pool.submit(load, steered)
-        for settings in [{"fixed_gamma": 1}, {"mode": "off"}, {"mode": "always", "fixed_gamma": 3}, {"mode": "off"}] * 5:
-            steered.change_self_quant(settings)
-            time.sleep(0.05)
-        steered.change_self_quant({"mode": "auto"})
-        lengths = [len(answer["output_ids"]) for answer in answers.result()]
-    assert lengths == [SHORT] * MANY + [LONG] * FEW
-    seen = decisions(steered, before)
-    assert sum(name in seen for name in ("gamma=1:always", "gamma=0:off", "gamma=3:always")) >= 2
+    changes = [{"fixed_gamma": 1}, {"mode": "off"}, {"mode": "always", "fixed_gamma": 3}, {"mode": "off"}] * 5
+    assert load_and_change(steered, [*changes, {"mode": "auto"}]) == [SHORT] * MANY + [LONG] * FEW
+    assert decisions(steered, before).keys() >= {"gamma=1:always", "gamma=0:off", "gamma=3:always"}
     assert steered.self_quant()["changes"] == before["changes"] + 21
 
 
@@ -286,12 +291,8 @@ def test_two_ranks_decide_alike(qwen3, folder, calibrated):
         load(server)
         load(server)
         state = server.self_quant()
-        with ThreadPoolExecutor(1) as pool:  # both must change at the same step
-            answers = pool.submit(load, server)
-            for settings in [{"mode": "always", "fixed_gamma": 1}, {"mode": "off"}, {"mode": "auto"}] * 4:
-                server.change_self_quant(settings)
-                time.sleep(0.1)
-            answers.result()
+        # Both must change at the same step.
+        load_and_change(server, [{"mode": "always", "fixed_gamma": 1}, {"mode": "off"}, {"mode": "auto"}] * 4)
         assert server.self_quant()["changes"] == 12
     assert state["switches"] >= 3
     assert sum(state["decisions"].values()) > 2 * CHECK_EVERY_STEPS
