@@ -6,6 +6,7 @@ weights of the drafter are computed here, from the checkpoint, by the reference 
 
 from __future__ import annotations
 
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from er_sglang.quantize import create_format
 from tests.host.goodness import assert_exact, cells
 from tests.host.oracle import Oracle, Sampling
 from tests.host.policies import make_policy
-from tests.host.servers import greedy, self_quant, tokens
+from tests.host.servers import REQUEST_TIMEOUT_S, greedy, self_quant, tokens
 from tests.host.trainer_client import AREAL, SLIME, TrainerClient, buckets_of, die_in_the_middle
 from tests.host.trainer_plugin.er_trainer import digest
 
@@ -292,18 +293,25 @@ def test_sleep_without_an_update(rollouts):
 
 # -- what runs meanwhile ---------------------------------------------------------------------------------------
 
-LONG = 160
+LONG = 320
 
 
 @contextmanager
 def in_flight(rollouts):
-    """Long greedy answers to PROMPTS on their way; yields a future of them."""
-    before = rollouts.counters()["emitted_tokens"]
+    """Long greedy answers to PROMPTS on their way, each of eight tokens at least; yields a future of them all."""
+    running = threading.Event()
+
+    def ask() -> list[list[int]]:
+        outputs = {}
+        for chunk in rollouts.server.stream({"input_ids": PROMPTS, "sampling_params": greedy(LONG)}):
+            outputs[chunk["index"]] = chunk["output_ids"]
+            if len(outputs) == len(PROMPTS) and min(map(len, outputs.values())) >= 8:
+                running.set()
+        return [outputs[i] for i in range(len(PROMPTS))]
+
     with ThreadPoolExecutor(1) as client:
-        payload = {"input_ids": PROMPTS, "sampling_params": greedy(LONG)}
-        answers = client.submit(rollouts.server.generate, payload)
-        while rollouts.counters()["emitted_tokens"] < before + 8 * len(PROMPTS):
-            pass
+        answers = client.submit(ask)
+        assert running.wait(REQUEST_TIMEOUT_S)
         yield answers
 
 
@@ -329,7 +337,7 @@ def test_an_update_in_mid_sequence(rollouts, mode):
         rollouts.trainer.pause(mode)
         rollouts.trainer.send_tensors(buckets_of(new.weights), **SLIME)
         rollouts.trainer.resume()
-        outputs = tokens(answers.result())
+        outputs = answers.result()
     for prompt, output in zip(PROMPTS, outputs):
         before = old.oracle.greedy(prompt, LONG)
         agree = next(i for i in range(LONG) if output[i] != before[i])
@@ -347,7 +355,7 @@ def test_interruptible_generation(rollouts):
     old, new = rollouts.policies[rollouts.current], rollouts.next_policy()
     with in_flight(rollouts) as answers:
         rollouts.trainer.pause()
-        partial = tokens(answers.result())
+        partial = answers.result()
     rollouts.trainer.send_disk(new.path, **AREAL)
     rollouts.trainer.resume()
     longer = [[*prompt, *first] for prompt, first in zip(PROMPTS, partial)]
