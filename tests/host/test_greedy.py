@@ -173,9 +173,9 @@ def test_length_limit(case):
 
 def test_streaming(case):
     prompt = [11, 12, 13, 14]
-    output = case.greedy(prompt, 40)
-    chunks = list(case.server.stream({"input_ids": prompt, "sampling_params": greedy(40)}))
-    assert len(chunks) > 5
+    output = case.greedy(prompt, 150)
+    chunks = list(case.server.stream({"input_ids": prompt, "sampling_params": greedy(150)}))
+    assert len(chunks) > 5  # of at least 38; SGLang joins those that come faster than it sends
     assert chunks[-1]["output_ids"] == output
     assert all(chunk["output_ids"] == output[: len(chunk["output_ids"])] for chunk in chunks)
 
