@@ -11,7 +11,8 @@ from pathlib import Path
 from er_sglang.bench.serving import CPU_ARGS, CPU_ENV, Server
 from er_sglang.config import CONFIG_ENV
 
-START_TIMEOUT_S = 240.0
+# For what hangs: on a busy machine a start takes minutes, and a server that dies is noticed at once.
+START_TIMEOUT_S = 600.0
 REQUEST_TIMEOUT_S = 240.0
 
 ARGS = {

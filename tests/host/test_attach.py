@@ -12,9 +12,8 @@ from pathlib import Path
 import pytest
 
 from tests.host.oracle import Oracle
-from tests.host.servers import ENV
+from tests.host.servers import ENV, START_TIMEOUT_S
 
-TIMEOUT_S = 240
 SCHEDULER = "srt/managers/scheduler.py"
 
 # What a trainer's actor does: nobody has loaded SGLang's plugins in this process.
@@ -53,12 +52,12 @@ def run(script: str, folder: Path, policy: Path, python=sys.executable, path: Pa
     file.write_text(script)
     env = {**os.environ, **ENV, "PYTHONPATH": str(path or "")}
     return subprocess.run(
-        [python, str(file), str(policy)], env=env, cwd=folder, capture_output=True, text=True, timeout=TIMEOUT_S
+        [python, str(file), str(policy)], env=env, cwd=folder, capture_output=True, text=True, timeout=START_TIMEOUT_S
     )
 
 
 def cli(*words, python=sys.executable):
-    subprocess.run([python, "-m", "er_sglang.cli", *map(str, words)], check=True, timeout=TIMEOUT_S)
+    subprocess.run([python, "-m", "er_sglang.cli", *map(str, words)], check=True, timeout=START_TIMEOUT_S)
 
 
 @pytest.fixture

@@ -13,8 +13,7 @@ import pytest
 from er_sglang import refusals
 from er_sglang.bench.serving import CPU_ENV
 from er_sglang.config import CONFIG_ENV
-
-TIMEOUT_S = 240
+from tests.host.servers import START_TIMEOUT_S
 
 SCRIPT = """
 import json, os, sys
@@ -116,7 +115,7 @@ def messages(qwen3, tmp_path_factory):
         env={**os.environ, **CPU_ENV, CONFIG_ENV: "{}"},
         capture_output=True,
         text=True,
-        timeout=TIMEOUT_S,
+        timeout=START_TIMEOUT_S,
     )
     assert "RESULT" in done.stdout, done.stderr[-3000:]
     return json.loads(done.stdout.split("RESULT")[1])
