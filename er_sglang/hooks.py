@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pkgutil
+from math import ceil
 
 import torch
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
@@ -142,10 +143,11 @@ def _finish_token_by_token(original, req, new_accepted_len=1):
 
 def _request_row_headroom(result, server_args):
     """Columns of the request table beyond the context length. SGLang reserves KV slots for two cycles at every step but counts
-    one: from gamma 8 on, a request that nears the limit would write into the row of another."""
+    one: from gamma 8 on, a request that nears the limit would write into the row of another. Rounded up: page tables
+    are made as wide as a row, and kernels fill them faster if they are aligned, as they are without us."""
     if server_args.speculative_algorithm != ALGORITHM:
         return result
-    return result + server_args.speculative_num_draft_tokens
+    return ceil((result + server_args.speculative_num_draft_tokens) / 16) * 16
 
 
 def _skip_kv_copy_on_cpu(original, pool):
