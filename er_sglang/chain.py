@@ -93,8 +93,6 @@ class DraftChain:
         if size > raw:  # Padding rows decode token 0 at position 0 into slot 0, which SGLang keeps for padding.
             for rows in (self._slots, self._positions, self._tokens):
                 rows[..., raw:size] = 0
-            if self._window:
-                self._window.table[raw:size, 0] = 0
             self._seq_lens[:, raw:size] = 1
             self._params.top_k_B[raw:size] = 1
         self._tokens[0, :raw] = step.last_B
@@ -103,7 +101,7 @@ class DraftChain:
         torch.add(self._positions[:, :raw], 1, out=self._seq_lens[:, :raw])
         seq_lens_cpu_B = step.seq_lens_cpu_B
         if self._window:
-            self._seq_lens[:, :raw] -= self._window.load(step, self._req_to_token)
+            self._seq_lens[:, :raw] -= self._window.load(step, self._req_to_token, size)
             seq_lens_cpu_B = self._window.seen_on_host(seq_lens_cpu_B)
         else:
             self._req_pool_indices[:raw] = step.req_pool_indices_B

@@ -26,12 +26,16 @@ class AttentionWindow:
         self._after_sinks = (self._columns >= SINK_TOKENS).long()
         self.table = torch.zeros(rows, len(self._columns), dtype=torch.int32, device=device)
 
-    def load(self, step: Step, req_to_token: torch.Tensor) -> torch.Tensor:
-        """Fill the rows of ``step``; returns how many tokens of each request they leave out, int64 [B]."""
+    def load(self, step: Step, req_to_token: torch.Tensor, size: int) -> torch.Tensor:
+        """Fill the rows of ``step``, and up to ``size`` those of padding, which attends to SGLang's padding slot 0.
+
+        Returns how many tokens of each request they leave out, int64 [B].
+        """
         hidden_B = (step.seq_lens_B - self._most).clamp_(min=0)
         positions_BC = self._columns + hidden_B[:, None] * self._after_sinks
         positions_BC.clamp_(max=req_to_token.shape[1] - 1)  # columns beyond the chain, which nobody reads
         self.table[: step.batch_size] = req_to_token[step.req_pool_indices_B[:, None], positions_BC]
+        self.table[step.batch_size : size, 0] = 0
         return hidden_B
 
     def seen_on_host(self, seq_lens_cpu_B: torch.Tensor) -> torch.Tensor:

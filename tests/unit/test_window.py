@@ -20,13 +20,15 @@ def test_columns_are_sinks_then_recent_tokens_then_the_chain(recent):
     lengths = [1, 5, SINK_TOKENS, SINK_TOKENS + recent, SINK_TOKENS + recent + 1, CONTEXT - GAMMA_MAX]
     rows = torch.randperm(REQUESTS, generator=generator)[: len(lengths)]
     window = AttentionWindow(recent, GAMMA_MAX, REQUESTS, torch.device("cpu"))
-    hidden = window.load(step(rows, lengths), req_to_token)
+    window.table.fill_(-1)
+    hidden = window.load(step(rows, lengths), req_to_token, len(lengths) + 2)
     seen = window.seen_on_host(torch.tensor(lengths))
     for b, (row, length) in enumerate(zip(rows.tolist(), lengths)):
         kept = sorted({*range(min(SINK_TOKENS, length)), *range(max(0, length - recent), length)})
         kept += range(length, length + GAMMA_MAX)
         assert window.table[b, : len(kept)].tolist() == req_to_token[row, kept].tolist()
         assert length - hidden[b] == seen[b] == len(kept) - GAMMA_MAX
+    assert window.table[len(lengths) :, 0].tolist() == [0, 0, -1]  # two of padding, and one that the step has not
 
 
 def test_a_window_needs_pages_of_one_token():
