@@ -28,26 +28,27 @@ def server(qwen3, folder):
     ]
     with ExitStack() as stack, ThreadPoolExecutor() as pool:  # neither is up before the other
         list(pool.map(stack.enter_context, nodes))
+        assert nodes[0].self_quant()["mode"] == "auto"
+        nodes[0].change_self_quant({"mode": "cycle", "cycle": [3, 0, 1, 2]})
         yield nodes[0]
 
 
 def test_sampled(server, qwen3_oracle):
-    assert server.self_quant()["mode"] == "auto"
-    server.change_self_quant({"mode": "cycle", "cycle": [3, 0, 1, 2]})
     before = server.self_quant()["accepted_tokens"]
     assert_exact(cells(qwen3_oracle, PROMPT, sample(server, Sampling()), Sampling()))
     assert server.self_quant()["accepted_tokens"] > before
 
 
 def test_updates(server, qwen3_oracle, folder):
-    server.change_self_quant({"mode": "cycle", "cycle": [3, 0, 1, 2]})
-    other = make_policy(folder, "qwen3", seed=31)
-    before = server.self_quant()["accepted_tokens"]
-    for path, oracle in ((None, qwen3_oracle), (other, Oracle(other))):
-        if path:
-            server.empty()
-            server.post("/update_weights_from_disk", {"model_path": str(path)})
+    def assert_greedy(oracle):
+        before = server.self_quant()["accepted_tokens"]
         outputs = tokens(server.generate({"input_ids": PROMPTS, "sampling_params": greedy(40)}))
         assert outputs == [oracle.greedy(prompt, 40) for prompt in PROMPTS]
-    after = server.self_quant()
-    assert after["refreshes"] == 1 and after["accepted_tokens"] > before
+        assert server.self_quant()["accepted_tokens"] > before
+
+    assert_greedy(qwen3_oracle)
+    other = make_policy(folder, "qwen3", seed=31)
+    server.empty()
+    server.post("/update_weights_from_disk", {"model_path": str(other)})
+    assert_greedy(Oracle(other))
+    assert server.self_quant()["refreshes"] == 1

@@ -325,7 +325,6 @@ def test_random_policies_are_neither_flat_nor_certain(family, tied, tmp_path):
 
 @needs_transformers
 def test_outlier_channels_keep_the_function():
-
     from er_sglang.bench import toy
 
     model = toy.make_model("qwen3", toy.PolicyShape(), seed=0)
