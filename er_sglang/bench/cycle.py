@@ -26,7 +26,7 @@ from er_sglang.bench.shapes import SHAPES, write_model
 
 CYCLE_END = "_emit_kernel"  # the last kernel of a cycle
 KINDS = (
-    ("int4 GEMM", "small_batch_gemm|marlin"),
+    ("int4 GEMM", "small_batch_gemm|wgmma_gemm|marlin"),
     ("norm", "norm"),
     ("attention", "flash|attn|fmha"),
     ("draw and judge", "_partials_kernel|_summary_kernel|_accept_kernel|_residual_kernel|_emit_kernel"),

@@ -1,9 +1,9 @@
 """Time the int4 products of a draft step: what serves, Marlin alone, and the floor of reading the weights once.
 
-    python -m er_sglang.bench.gemm --model 14b --rows 1 8 16 24 32 48 --all-blocks
+    python -m er_sglang.bench.gemm --model 14b --rows 1 8 16 32 48 64 96 128 --all-shapes
 
 A product is timed as it runs in a draft chain, in a CUDA graph, over copies of its weight that together exceed the L2 cache.
-Needs a GPU; our kernel, a Hopper GPU.
+Needs a GPU; our kernels, a Hopper GPU.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from er_sglang.bench import report
 from er_sglang.bench.serving import ON_CPU
 from er_sglang.bench.shapes import SHAPES
 from er_sglang.quantize import create_format
-from er_sglang.quantize.blocks import MAX_M, RESIDENT, SHARED_BYTES, SPLITS, Blocks, shared_bytes
+from er_sglang.quantize.blocks import MAX_ROWS, MAX_SPLITS, RESIDENT, SHARED_BYTES, SMALL_BATCH, SPLITS, UNIT_K, Blocks, shared_bytes
 
 L2_BYTES = 50 * 2**20  # of an H100 or H200
 REPLAYS = 3
@@ -54,15 +54,16 @@ def graph_us(run: Callable[[int], None], copies: int) -> float:
     return min(times_us)
 
 
-def all_blocks(m: int, k: int) -> Iterator[Blocks]:
-    """Every way to share out a product of m rows that our kernel has and a multiprocessor's shared memory holds."""
-    if m > MAX_M:
-        return
-    for warps_n, warps_k in RESIDENT[0]:
-        for splits in SPLITS:
-            blocks = Blocks(warps_n, warps_k, splits)
-            if shared_bytes(m, k, blocks) <= SHARED_BYTES:
-                yield blocks
+def all_shapes(m: int, k: int) -> Iterator[Blocks | int]:
+    """Every way to share out a product of m rows that our kernels have and a multiprocessor's shared memory holds."""
+    if m <= SMALL_BATCH:
+        for warps_n, warps_k in RESIDENT[0]:
+            for splits in SPLITS:
+                blocks = Blocks(warps_n, warps_k, splits)
+                if shared_bytes(m, k, blocks) <= SHARED_BYTES:
+                    yield blocks
+    if m <= MAX_ROWS:
+        yield from range(1, min(MAX_SPLITS, k // UNIT_K) + 1)
 
 
 def measure(name: str, n: int, k: int, rows: Sequence[int], every_shape: bool, bandwidth: float) -> Iterator[dict]:
@@ -74,11 +75,11 @@ def measure(name: str, n: int, k: int, rows: Sequence[int], every_shape: bool, b
     copies = [first]
     for _ in range(4 * L2_BYTES // first.nbytes + 1):
         copies.append(dataclasses.replace(first, **{name: tensor.clone() for name, tensor in first.tensors().items()}))
-    marlin = copy.copy(fmt)  # without our kernel
-    ours, marlin._small_batch_gemm = fmt._small_batch_gemm.get(DTYPE), {}
+    marlin = copy.copy(fmt)  # without our kernels
+    ours, marlin._hopper_gemm = fmt._hopper_gemm.get(DTYPE), {}
     for m in rows:
         x_MK, y_MN = torch.randn(m, k, device=device, dtype=DTYPE), torch.empty(m, n, device=device, dtype=DTYPE)
-        chosen = ours.blocks(m, first) if ours else None
+        chosen = ours.shape(m, first) if ours and m <= MAX_ROWS else None
         row = {
             "product": name,
             "n": n,
@@ -90,14 +91,14 @@ def measure(name: str, n: int, k: int, rows: Sequence[int], every_shape: bool, b
             "by": _text(chosen) or "Marlin",
         }
         if every_shape and ours:
-            times_us = {blocks: graph_us(lambda i: ours(copies[i], x_MK, None, y_MN, blocks), len(copies)) for blocks in all_blocks(m, k)}
+            times_us = {shape: graph_us(lambda i: ours(copies[i], x_MK, None, y_MN, shape), len(copies)) for shape in all_shapes(m, k)}
             best = min(times_us, key=times_us.__getitem__, default=None)
-            row |= {"best us": times_us.get(best), "best blocks": _text(best)}
+            row |= {"best us": times_us.get(best), "best by": _text(best)}
         yield row
 
 
-def _text(blocks: Blocks | None) -> str | None:
-    return blocks and "-".join(map(str, blocks))
+def _text(shape: Blocks | int | None) -> str | None:
+    return "-".join(map(str, shape)) if isinstance(shape, Blocks) else shape and f"wgmma {shape}"
 
 
 def copy_bandwidth() -> float:
@@ -112,8 +113,8 @@ def main(argv: list[str] | None = None) -> int:
         prog="python -m er_sglang.bench.gemm", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", default="14b", choices=list(SHAPES), help="default %(default)s")
-    parser.add_argument("--rows", nargs="+", type=int, default=[1, 8, 16, 24, 32, 48], metavar="M", help="requests; default 1 8 16 24 32 48")
-    parser.add_argument("--all-blocks", action="store_true", help="time every block shape of our kernel, to see whether the best is chosen")
+    parser.add_argument("--rows", nargs="+", type=int, default=[1, 8, 16, 32, 64, 128], metavar="M", help="requests; default 1 8 16 32 64 128")
+    parser.add_argument("--all-shapes", action="store_true", help="time every shape of our kernels, to see whether the best is chosen")
     parser.add_argument("--out", type=Path, default=Path("gemm-results"), metavar="DIR", help="default %(default)s")
     args = parser.parse_args(argv)
     if ON_CPU:
@@ -121,7 +122,7 @@ def main(argv: list[str] | None = None) -> int:
     bandwidth = copy_bandwidth()
     rows = []
     for name, (n, k) in tqdm(products(SHAPES[args.model]).items(), desc="products"):
-        rows += measure(name, n, k, args.rows, args.all_blocks, bandwidth)
+        rows += measure(name, n, k, args.rows, args.all_shapes, bandwidth)
     args.out.mkdir(parents=True, exist_ok=True)
     report.write_json(args.out / "results.json", {"environment": report.environment(), "bandwidth": bandwidth, "rows": rows})
     text = report.table(rows)

@@ -1,8 +1,14 @@
-"""How a small-batch product is shared out over a Hopper chip. Pure Python; the numbers are those of `small_batch_gemm.cuh`."""
+"""How an int4 product is shared out over a Hopper chip. Pure Python; the numbers are those of the two kernels.
 
+Up to SMALL_BATCH rows `small_batch_gemm.cuh` multiplies, up to MAX_ROWS `wgmma_gemm.cuh`. On an H100 a layer's four products of
+the 14B take 77 and 87 us at 8 rows, 82 and 90 us at 16.
+"""
+
+from collections.abc import Sequence
 from typing import NamedTuple
 
-MAX_M = 32  # rows
+SMALL_BATCH = 16  # rows
+MAX_ROWS = 128
 UNIT_K = 128  # of K, what a warp multiplies at a time
 TILE_N = 64  # of N, likewise
 SHARED_BYTES = 227 * 1024  # of a multiprocessor
@@ -18,16 +24,15 @@ class Blocks(NamedTuple):
     splits: int
 
 
-# Blocks of that many warps that a multiprocessor's registers hold, for up to 8 rows, up to 16, and more. Wide blocks read x
-# less often and come first; narrow ones fill the chip where those leave a gap.
+# Blocks of that many warps that a multiprocessor's registers hold, for up to 8 rows and up to 16. Wide blocks read x less often
+# and come first; narrow ones fill the chip where those leave a gap.
 RESIDENT = (
     {(4, 2): 2, (2, 4): 2, (4, 1): 5},
     {(4, 2): 1, (2, 4): 1, (4, 1): 3},
-    {(4, 2): 1, (2, 4): 1, (4, 1): 2},
 )
-# Above 16 rows a multiprocessor is busy with its weights for longer than they take to arrive: with more of them than this
-# Marlin, slow to start and to end, is ahead (H200: 70 million weights in 24 rows take 23 us against 31, 140 million 41 against 38).
-MOST_WEIGHTS_ABOVE_16_ROWS = 640 * 1024
+
+WGMMA_BLOCK_N = 256
+MAX_SPLITS = 8  # blocks of a cluster
 
 
 def shared_bytes(m: int, k: int, blocks: Blocks) -> int:
@@ -38,15 +43,10 @@ def shared_bytes(m: int, k: int, blocks: Blocks) -> int:
     return max(x_bytes, y_bytes)
 
 
-def choose_blocks(m: int, n: int, k: int, multiprocessors: int) -> Blocks | None:
-    """The shape that fills the chip best with blocks that all run at once, each warp with about two units of K or more.
-
-    None where Marlin is faster.
-    """
-    if m > MAX_M or (m > 16 and n * k > MOST_WEIGHTS_ABOVE_16_ROWS * multiprocessors):
-        return None
+def choose_blocks(m: int, n: int, k: int, multiprocessors: int) -> Blocks:
+    """For up to SMALL_BATCH rows: fills the chip best with blocks that all run at once, each warp with two units of K or more."""
     best, best_fill = None, 0.0
-    for (warps_n, warps_k), by_registers in RESIDENT[min(-(-m // 8), len(RESIDENT)) - 1].items():
+    for (warps_n, warps_k), by_registers in RESIDENT[-(-m // 8) - 1].items():
         columns = -(-n // (TILE_N * warps_n))
         for splits in SPLITS:
             blocks = Blocks(warps_n, warps_k, splits)
@@ -56,4 +56,18 @@ def choose_blocks(m: int, n: int, k: int, multiprocessors: int) -> Blocks | None
                     best, best_fill = blocks, columns * splits / resident
     # A product too large for one wave, or too small to be cut: the fewest blocks that hold their part of x.
     fewest = (blocks for splits in SPLITS if shared_bytes(m, k, blocks := Blocks(4, 2, splits)) <= SHARED_BYTES)
-    return best or next(fewest, None)
+    return best or next(fewest)
+
+
+def choose_splits(n: int, k: int, resident_clusters: Sequence[int]) -> int:
+    """For up to MAX_ROWS rows: blocks that share K, so that the busiest multiprocessor has the least to do.
+
+    `resident_clusters[i]`: clusters of i + 1 blocks that the chip runs at once. A block fills a multiprocessor; blocks of a
+    cluster must share a part of the chip (GPC), so some sizes leave a sixth or more of it idle.
+    """
+    columns, units = -(-n // WGMMA_BLOCK_N), k // UNIT_K
+
+    def longest(splits: int) -> int:  # units one after another on a multiprocessor
+        return -(-columns // resident_clusters[splits - 1]) * -(-units // splits)
+
+    return min(range(1, min(MAX_SPLITS, units) + 1), key=longest)

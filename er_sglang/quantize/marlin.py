@@ -1,4 +1,4 @@
-"""int4 on CUDA, in Marlin's layout, packed by our fused kernel: our own GEMM for a few rows, SGLang's Marlin above.
+"""int4 on CUDA, in Marlin's layout, packed by our fused kernel: our own GEMMs for up to 128 rows on Hopper, else SGLang's Marlin.
 
 `apply` calls the JIT module itself: SGLang's wrapper allocates its reduction buffer and four empty tensors per call.
 Symmetric weights use Marlin's uint4b8 kernels, asymmetric ones uint4 with zero points; one JIT module per
@@ -15,8 +15,9 @@ from sglang.jit_kernel.gptq_marlin import _jit_gptq_marlin_module
 
 from er_sglang.quantize import marlin_layout, rtn
 from er_sglang.quantize.base import Format, Packed
+from er_sglang.quantize.blocks import MAX_ROWS
+from er_sglang.quantize.hopper import HopperGemm
 from er_sglang.quantize.kernels import refresh_int4_marlin_
-from er_sglang.quantize.small_batch import SmallBatchGemm
 
 GROUP_SIZES = (32, 64, 128)
 DTYPES = (torch.bfloat16, torch.float16)
@@ -35,7 +36,7 @@ class MarlinInt4(Format):
         self.symmetric = symmetric
         self._type_id = (scalar_types.uint4b8 if symmetric else scalar_types.uint4).id
         self._gemm = {}  # by activation dtype, loaded by allocate()
-        self._small_batch_gemm = {}  # likewise; empty on other chips than those it was measured on
+        self._hopper_gemm = {}  # likewise; empty on other chips
         self._on_hopper = torch.cuda.get_device_capability(device) == (9, 0)
         sm_count = torch.cuda.get_device_properties(device).multi_processor_count
         self._locks = torch.zeros(sm_count, dtype=torch.int32, device=device)
@@ -55,8 +56,8 @@ class MarlinInt4(Format):
 
     def allocate(self, n: int, k: int, dtype: torch.dtype, device: torch.device) -> Packed:
         self._gemm[dtype] = _jit_gptq_marlin_module(dtype).gptq_marlin_gemm
-        if self._on_hopper and dtype not in self._small_batch_gemm:
-            self._small_batch_gemm[dtype] = SmallBatchGemm(
+        if self._on_hopper and dtype not in self._hopper_gemm:
+            self._hopper_gemm[dtype] = HopperGemm(
                 dtype=dtype, symmetric=self.symmetric, group_size=self.group_size, device=device
             )
         groups = k // self.group_size
@@ -74,9 +75,9 @@ class MarlinInt4(Format):
 
     def apply(self, packed: Packed, x_MK: torch.Tensor, bias_N: torch.Tensor | None) -> torch.Tensor:
         y_MN = x_MK.new_empty(x_MK.shape[0], packed.n)
-        small_batch = self._small_batch_gemm.get(packed.dtype)
-        if small_batch and (blocks := small_batch.blocks(len(x_MK), packed)):
-            small_batch(packed, x_MK, bias_N, y_MN, blocks)
+        hopper = self._hopper_gemm.get(packed.dtype)
+        if hopper and len(x_MK) <= MAX_ROWS:
+            hopper(packed, x_MK, bias_N, y_MN, hopper.shape(len(x_MK), packed))
             return y_MN
         self._gemm[packed.dtype](
             x_MK,

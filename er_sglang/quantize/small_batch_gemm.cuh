@@ -1,6 +1,6 @@
 // y[M, N] = x[M, K] @ W_hat[N, K]^T + bias for the few rows of a draft step, W_hat in Marlin's int4 layout (marlin_layout.py).
 //
-// Up to 32 rows. At few the product is a read of W_hat: the floor is its bytes over the memory bandwidth. What it takes to come near:
+// Up to 16 rows. The product is a read of W_hat: the floor is its bytes over the memory bandwidth. What it takes to come near:
 //
 // - Weights go from memory to registers, no shared memory in between. Marlin's layout gives each lane the A operand of four
 //   m16n8k16 products (W_hat's rows are the product's rows, x's are its columns) in one 16-byte load; a ring of eight such loads
@@ -309,7 +309,7 @@ struct SmallBatchGemm {
     TensorMatcher({K.unwrap() / kTileK, 2 * N.unwrap()}).with_dtype<int32_t>().with_device(device).verify(codes);
     TensorMatcher({K.unwrap() / kGroup, N}).with_dtype<T>().with_device(device).verify(scales);
     const int m = M.unwrap(), n = N.unwrap(), k = K.unwrap();
-    RuntimeCheck(1 <= m && m <= 32 && n % kTileN == 0 && k % kUnitK == 0, "unsupported shape: m ", m, ", n ", n, ", k ", k);
+    RuntimeCheck(1 <= m && m <= 16 && n % kTileN == 0 && k % kUnitK == 0, "unsupported shape: m ", m, ", n ", n, ", k ", k);
     RuntimeCheck(stride.unwrap() % 8 == 0, "rows of x are not aligned to 16 bytes");
     RuntimeCheck(1 <= splits && splits <= 8, "splits is ", splits, "; it must be 1 to 8");
     if constexpr (!kSymmetric) TensorMatcher({k / kGroup, n / 8}).with_dtype<int32_t>().with_device(device).verify(zeros);
@@ -325,12 +325,8 @@ struct SmallBatchGemm {
         n,
         k,
         static_cast<int>(stride.unwrap())};
-    switch (div_ceil(m, 8)) {
-      case 1: return launch<1>(p, splits, warps_n, warps_k, device.unwrap());
-      case 2: return launch<2>(p, splits, warps_n, warps_k, device.unwrap());
-      case 3: return launch<3>(p, splits, warps_n, warps_k, device.unwrap());
-      default: return launch<4>(p, splits, warps_n, warps_k, device.unwrap());
-    }
+    if (m <= 8) return launch<1>(p, splits, warps_n, warps_k, device.unwrap());
+    return launch<2>(p, splits, warps_n, warps_k, device.unwrap());
   }
 };
 

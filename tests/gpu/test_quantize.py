@@ -14,6 +14,7 @@ if not torch.cuda.is_available():
 pytest.importorskip("sglang", reason="needs SGLang's Marlin and fp8 kernels")
 
 from er_sglang.quantize import FORMATS, Format, Packed, create_format, marlin_layout, rtn
+from er_sglang.quantize.blocks import MAX_SPLITS
 from er_sglang.quantize.kernels import refresh_int4_marlin_
 
 CUDA = torch.device("cuda")
@@ -112,7 +113,7 @@ def test_fp8_refresh_is_the_reference_quantizer(dtype, n, k):
 # ---- products
 
 
-@pytest.mark.parametrize("m", [1, 7, 9, 16, 17, 24, 32, 33, 64, 130])
+@pytest.mark.parametrize("m", [1, 7, 9, 16, 17, 24, 32, 33, 40, 65, 96, 113, 128, 130])
 @pytest.mark.parametrize("n, k", [(192, 384), (4608, 3584), (5120, 13824)])
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_apply_is_the_product_with_the_dequantized_weight(fmt, m, n, k, with_bias):
@@ -135,15 +136,15 @@ def test_apply_is_the_product_with_the_dequantized_weight(fmt, m, n, k, with_bia
 def test_groups_and_dtypes(name, group_size, dtype):
     fmt = create_format(name, group_size=group_size, device=CUDA)
     packed = filled(fmt, random_weight(512, 1024, dtype))
-    for m in (8, 16, 24, 32, 48):
-        x = random_weight(m, 1024, dtype, seed=m)
+    for m in (8, 16, *range(24, 137, 8)):
+        x = random_weight(m, 1024 + 8, dtype, seed=m)[:, :1024]  # rows apart
         assert relative_error(fmt.apply(packed, x, None), x.float() @ fmt.dequantize(packed).float().T) < 0.006
 
 
 @pytest.mark.parametrize("name", INT4)
 def test_locks_are_left_zero(name):
     fmt = create_format(name, group_size=128, device=CUDA)
-    packed, x = filled(fmt, random_weight(1024, 8192)), random_weight(48, 8192, seed=1)  # rows for Marlin
+    packed, x = filled(fmt, random_weight(1024, 8192)), random_weight(136, 8192, seed=1)  # rows for Marlin
     fmt.apply(packed, x, None)
     assert not fmt._locks.any()
 
@@ -160,14 +161,36 @@ def test_unsupported_shapes_have_reasons(name):
         create_format(name, group_size=100, device=CUDA)
 
 
+# ---- our kernels for Hopper
+
+
+@pytest.mark.parametrize("name", INT4)
+@pytest.mark.parametrize("m", [17, 33, 64, 128])
+@pytest.mark.parametrize("n, k", [(192, 1024), (4608, 3584)])
+def test_every_split_is_the_product(name, m, n, k):
+    """Any number of splits, by rows that are NaN before: all of y is written; and twice the same bits."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("our kernels are for Hopper")
+    fmt = create_format(name, group_size=128, device=CUDA)
+    packed, x, bias = filled(fmt, random_weight(n, k)), random_weight(m, k, seed=1) * 50, random_weight(1, n, seed=2)[0]
+    expected = x.float() @ fmt.dequantize(packed).float().T + bias.float()
+    for splits in range(1, MAX_SPLITS + 1):
+        y, again = torch.full((2, m, n), torch.nan, dtype=torch.bfloat16, device=CUDA)
+        fmt._hopper_gemm[torch.bfloat16](packed, x, bias, y, splits)
+        fmt._hopper_gemm[torch.bfloat16](packed, x, bias, again, splits)
+        assert relative_error(y, expected) < 0.006
+        assert torch.equal(y, again)
+
+
 # ---- graphs
 
 
-def test_graph_replays_across_refreshes(fmt):
+@pytest.mark.parametrize("m", [16, 33, 128])
+def test_graph_replays_across_refreshes(fmt, m):
     """A -> B -> A under one captured graph: same addresses, and every replay equals the eager call bit for bit."""
     n, k = 4608, 3584
     weights = {"A": random_weight(n, k, seed=1), "B": random_weight(n, k, seed=2)}
-    x, bias = random_weight(16, k, seed=3), random_weight(1, n, seed=4)[0]
+    x, bias = random_weight(m, k, seed=3), random_weight(1, n, seed=4)[0]
     packed = filled(fmt, weights["A"])
     addresses = {name: tensor.data_ptr() for name, tensor in packed.tensors().items()}
 

@@ -14,7 +14,7 @@ from er_sglang.bench.serving import CPU_ARGS, server_command
 from er_sglang.bench.shapes import SHAPES, W4_DRAFT, model_config, write_model
 from er_sglang.config import load_config, simulated_acceptance
 from er_sglang.control import Control, changed
-from er_sglang.quantize.blocks import MAX_M, SHARED_BYTES, choose_blocks, shared_bytes
+from er_sglang.quantize.blocks import MAX_ROWS, SHARED_BYTES, SMALL_BATCH, Blocks, choose_blocks, shared_bytes
 from er_sglang.tools.plots import Bin
 
 needs_transformers = pytest.mark.skipif(
@@ -396,21 +396,25 @@ def test_products_are_those_of_a_layer(model):
     }
 
 
-def test_every_block_shape_is_one_that_the_kernel_can_run():
-    from er_sglang.bench.gemm import all_blocks
+def test_every_shape_is_one_that_the_kernels_can_run():
+    from er_sglang.bench.gemm import all_shapes
 
-    assert len(set(all_blocks(8, 5120))) == 3 * 5  # all
-    large = list(all_blocks(32, 18944))
-    assert large and all(shared_bytes(32, 18944, blocks) <= SHARED_BYTES for blocks in large)
+    def blocks(m: int, k: int) -> list[Blocks]:
+        return [shape for shape in all_shapes(m, k) if isinstance(shape, Blocks)]
+
+    assert len(set(blocks(8, 5120))) == 3 * 5  # all
+    large = blocks(SMALL_BATCH, 48000)
+    assert large and all(shared_bytes(SMALL_BATCH, 48000, shape) <= SHARED_BYTES for shape in large)
     assert len(large) < 3 * 5
-    assert list(all_blocks(MAX_M, 5120)) and not list(all_blocks(MAX_M + 1, 5120))
+    assert list(all_shapes(SMALL_BATCH + 1, 5120)) == list(range(1, 9)) and list(all_shapes(MAX_ROWS, 256)) == [1, 2]
+    assert not list(all_shapes(MAX_ROWS + 1, 5120))
 
 
-@pytest.mark.parametrize("m, n, k", [(1, 7168, 5120), (16, 27648, 5120), (24, 5120, 13824)])
+@pytest.mark.parametrize("m, n, k", [(1, 7168, 5120), (16, 27648, 5120), (9, 5120, 13824)])
 def test_the_chosen_blocks_are_among_them(m, n, k):
-    from er_sglang.bench.gemm import all_blocks
+    from er_sglang.bench.gemm import all_shapes
 
-    assert choose_blocks(m, n, k, multiprocessors=132) in [*all_blocks(m, k)]
+    assert choose_blocks(m, n, k, multiprocessors=132) in [*all_shapes(m, k)]
 
 
 # ---------------------------------------------------------------- rollouts

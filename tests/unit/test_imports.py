@@ -15,7 +15,7 @@ PURE = (
 ).split()
 KNOWS_SGLANG = {
     *("algorithm autoload chain drafter hooks logprobs relay steering verifier worker".split()),
-    *("calibration.fingerprint calibration.measure quantize.marlin quantize.scaled_mm quantize.small_batch".split()),
+    *("calibration.fingerprint calibration.measure quantize.marlin quantize.scaled_mm quantize.hopper".split()),
 }
 
 

@@ -1,0 +1,57 @@
+"""int4 products on Hopper for up to 128 rows: loads and launches `small_batch_gemm.cuh` and `wgmma_gemm.cuh`."""
+
+from pathlib import Path
+
+import torch
+from sglang.jit_kernel.utils import cache_once, load_jit, make_cpp_args, override_jit_cuda_arch
+
+from er_sglang.quantize.base import Packed
+from er_sglang.quantize.blocks import MAX_SPLITS, SMALL_BATCH, Blocks, choose_blocks, choose_splits
+
+
+@cache_once
+def _small_batch_module(dtype: torch.dtype, symmetric: bool, group_size: int):
+    return _load("small_batch_gemm", "SmallBatchGemm", {"gemm": "run"}, dtype, symmetric, group_size)
+
+
+@cache_once
+def _wgmma_module(dtype: torch.dtype, symmetric: bool, group_size: int):
+    with override_jit_cuda_arch(9, 0, "a"):  # wgmma exists for sm_90a alone
+        exports = {"gemm": "run", "resident_clusters": "resident_clusters"}
+        return _load("wgmma_gemm", "WgmmaGemm", exports, dtype, symmetric, group_size)
+
+
+def _load(source: str, struct: str, exports: dict[str, str], dtype: torch.dtype, symmetric: bool, group_size: int):
+    args = make_cpp_args(dtype, symmetric, group_size)
+    return load_jit(
+        f"er_sglang_{source}",
+        *args,
+        cuda_files=[str(Path(__file__).with_name(f"{source}.cuh"))],
+        cuda_wrappers=[(name, f"er_sglang::{struct}<{args}>::{function}") for name, function in exports.items()],
+    )
+
+
+class HopperGemm:
+    """y = x @ W_hat.T + bias for up to `blocks.MAX_ROWS` rows. Deterministic; keeps no state between calls."""
+
+    def __init__(self, *, dtype: torch.dtype, symmetric: bool, group_size: int, device: torch.device) -> None:
+        wgmma = _wgmma_module(dtype, symmetric, group_size)
+        self._small_batch = _small_batch_module(dtype, symmetric, group_size).gemm
+        self._wgmma = wgmma.gemm
+        self._multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+        self._resident_clusters = [wgmma.resident_clusters(splits) for splits in range(1, MAX_SPLITS + 1)]
+        self._none = torch.empty(0, dtype=torch.int32, device=device)
+
+    def shape(self, m: int, packed: Packed) -> Blocks | int:
+        """How to share out a product of m rows: blocks of the small-batch kernel, or splits of the wgmma kernel."""
+        if m <= SMALL_BATCH:
+            return choose_blocks(m, packed.n, packed.k, self._multiprocessors)
+        return choose_splits(packed.n, packed.k, self._resident_clusters)
+
+    def __call__(
+        self, packed: Packed, x_MK: torch.Tensor, bias_N: torch.Tensor | None, y_MN: torch.Tensor, shape: Blocks | int
+    ) -> None:
+        zeros = self._none if packed.zeros is None else packed.zeros
+        bias = self._none if bias_N is None else bias_N
+        gemm, shape = (self._small_batch, shape) if isinstance(shape, Blocks) else (self._wgmma, (shape,))
+        gemm(x_MK, packed.codes, packed.scales, zeros, bias, y_MN, *shape)

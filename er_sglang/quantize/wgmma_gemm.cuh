@@ -1,0 +1,415 @@
+// y[M, N] = x[M, K] @ W_hat[N, K]^T + bias for 17 to 128 rows, W_hat in Marlin's int4 layout (marlin_layout.py). Hopper only.
+//
+// The floor is W_hat's bytes over the memory bandwidth up to about 90 rows, then the tensor cores' time. What it takes to come near:
+//
+// - W_hat is wgmma's A operand, straight from registers: Marlin's layout gives each lane the fragments of four slabs of 16 rows of
+//   a 64 x 16 tile. Rows of x are wgmma's N, in multiples of 8: 33 rows cost 40.
+// - One thread of a block keeps a ring of stages in shared memory full, by the copy engine: 128 of K, for 256 columns of y and all
+//   rows of x. Weights of the first stages are requested before the previous kernel has ended (programmatic dependent launch), x
+//   after it.
+// - Two warpgroups multiply; each of their eight warps takes two slabs of one of the four tiles. It rounds (code - zero) * scale to
+//   W_hat's dtype, as `rtn.dequantize_int4` does, while the tensor cores multiply the 16 of K before.
+// - K is split over the blocks of a cluster; the parts are added in float32 through distributed shared memory, in a fixed order:
+//   no locks, no workspace, and the same bits every time.
+//
+// Every block of 256 columns reads x from L2: at 64 rows, as many bytes as its weights. Sharing x in a cluster (multicast) gained
+// nothing; four warpgroups instead of two, nothing either (both H100).
+#pragma once
+
+#include <sgl_kernel/tensor.h>
+#include <sgl_kernel/utils.h>
+
+#include <sgl_kernel/utils.cuh>
+
+#include <cooperative_groups.h>
+#include <cuda.h>
+#include <tvm/ffi/container/tensor.h>
+
+#include <algorithm>
+#include <cstdint>
+
+#include "wgmma.cuh"
+
+namespace er_sglang {
+
+constexpr int kTileN = 64;   // of the layout
+constexpr int kTileK = 16;   // of the layout, and of one wgmma
+constexpr int kStageK = 128;  // holds one or more groups
+constexpr int kStageTiles = kStageK / kTileK;
+constexpr int kBlockN = 256;
+constexpr int kSwizzleK = 64;  // elements in a swizzled row of x: 128 bytes
+constexpr int kWarps = 8;  // that multiply: two warpgroups
+constexpr int kPadY = 4;  // floats between rows of the parts: stores without bank conflicts
+constexpr int kBarrierBytes = 1024;
+constexpr int kRingBytes = 212 * 1024;
+
+template <typename T>
+struct Magic;  // bits of a power of two whose last mantissa bit is worth 1: or a code into them to get their sum
+template <>
+struct Magic<bf16_t> {
+  static constexpr uint32_t bits = 0x43004300;  // 128
+};
+template <>
+struct Magic<fp16_t> {
+  static constexpr uint32_t bits = 0x64006400;  // 1024
+};
+
+SGL_DEVICE uint32_t and_or(uint32_t a, uint32_t mask, uint32_t bits) {  // in one instruction
+  uint32_t v;
+  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(v) : "r"(a), "r"(mask), "r"(bits));
+  return v;
+}
+
+template <typename T>
+SGL_DEVICE uint32_t subtract_multiply2(uint32_t a, uint32_t b, uint32_t c) {  // (a - b) * c; the difference is exact
+  using T2 = std::conditional_t<std::is_same_v<T, bf16_t>, bf16x2_t, fp16x2_t>;
+  const auto as_T2 = [](uint32_t v) { return reinterpret_cast<const T2&>(v); };
+  const T2 product = __hmul2(__hsub2(as_T2(a), as_T2(b)), as_T2(c));
+  return reinterpret_cast<const uint32_t&>(product);
+}
+
+SGL_DEVICE void barrier_init(uint32_t barrier, int count) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
+}
+
+SGL_DEVICE void barrier_expect(uint32_t barrier, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+
+SGL_DEVICE void barrier_arrive_if(bool arrive, uint32_t barrier) {  // no branch: it would serialize the products in flight
+  asm volatile(
+      "{.reg .pred arrive; setp.ne.b32 arrive, %1, 0; @arrive mbarrier.arrive.shared::cta.b64 _, [%0];}" ::"r"(barrier),
+      "r"(int(arrive))
+      : "memory");
+}
+
+SGL_DEVICE void barrier_wait(uint32_t barrier, int parity) {
+  asm volatile(
+      "{.reg .pred done;\n"
+      "again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+      "@!done bra again;}\n" ::"r"(barrier),
+      "r"(parity)
+      : "memory");
+}
+
+SGL_DEVICE void cluster_arrive() {
+  asm volatile("barrier.cluster.arrive.release;" ::: "memory");
+}
+
+SGL_DEVICE void cluster_arrive_relaxed() {  // without waiting for this thread's writes
+  asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
+}
+
+SGL_DEVICE void cluster_wait() {
+  asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
+}
+
+SGL_DEVICE void copy_weights(uint32_t to, const void* from, int bytes, uint32_t barrier) {  // each is read once a step
+  asm volatile(
+      "{.reg .b64 once; createpolicy.fractional.L2::evict_first.b64 once;"
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], once;}" ::"r"(to),
+      "l"(from),
+      "r"(bytes),
+      "r"(barrier)
+      : "memory");
+}
+
+SGL_DEVICE void copy_x(uint32_t to, const CUtensorMap& from, int k, uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(to),
+      "l"(&from),
+      "r"(k),
+      "r"(0),
+      "r"(barrier)
+      : "memory");
+}
+
+struct Operands {
+  const uint4* codes;     // [K / 16, N / 64, 32]
+  const void* scales;     // [K / group, N]
+  const uint32_t* zeros;  // [K / group, N / 8], asymmetric only
+  const void* bias;       // [N] or null
+  void* y;                // [M, N]
+  int m, n, k;
+  int splits;  // blocks of a cluster: they share K
+};
+
+// kRows: of x, rounded up to a multiple of 8.
+template <bool kSymmetric, int kGroup, int kRows>
+struct Stage {
+  static constexpr int kGroups = kStageK / kGroup;
+  static constexpr int kCodesBytes = kStageK * kBlockN / 2;
+  static constexpr int kHalfXBytes = kRows * kSwizzleK * 2;
+  static constexpr int kScalesBytes = kGroups * kBlockN * 2;
+  static constexpr int kZerosBytes = kSymmetric ? 0 : kGroups * kBlockN / 2;
+  static constexpr int kX = kCodesBytes;  // offsets; x must be aligned to 1024 bytes
+  static constexpr int kScales = kX + 2 * kHalfXBytes;
+  static constexpr int kZeros = kScales + kScalesBytes;
+  static constexpr int kBytes = (kZeros + kZerosBytes + 1023) / 1024 * 1024;
+  // One more warp copies. Above 112 rows the sums need more registers than nine warps can have: there a whole warpgroup copies
+  // and gives its own away (together no more than the block starts with).
+  static constexpr bool kMoveRegisters = kRows > 112;
+  static constexpr int kThreads = 32 * (kWarps + (kMoveRegisters ? 4 : 1));
+  static constexpr int kStages = kRingBytes / kBytes;
+  static constexpr int kPartsBytes = kRows * (kBlockN + kPadY) * 4;
+  static constexpr int kSharedBytes = kBarrierBytes + std::max(kStages * kBytes, kPartsBytes) + 1024;  // to align it
+};
+
+template <typename T, bool kSymmetric, int kGroup, int kRows>
+__global__ void __launch_bounds__(Stage<kSymmetric, kGroup, kRows>::kThreads, 1)
+    wgmma_gemm_kernel(const __grid_constant__ CUtensorMap x, const __grid_constant__ Operands p) {
+  namespace cg = cooperative_groups;
+  using S = Stage<kSymmetric, kGroup, kRows>;
+  constexpr int kStages = S::kStages;
+  extern __shared__ char shared_unaligned[];
+  char* const shared = shared_unaligned + (-__cvta_generic_to_shared(shared_unaligned) & 1023);
+  char* const ring = shared + kBarrierBytes;
+  const uint32_t full = __cvta_generic_to_shared(shared), empty = full + 8 * kStages;  // barriers, one per stage
+  const uint32_t ring_address = full + kBarrierBytes;
+
+  const int split = blockIdx.x;
+  const int block_n = blockIdx.y * kBlockN;
+  const int columns = min(kBlockN, p.n - block_n);
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int units = p.k / kStageK;
+  const int first = units * split / p.splits, count = units * (split + 1) / p.splits - first;  // this block's
+
+  device::PDLTriggerSecondary<true>();
+  if (threadIdx.x == 0) {
+    for (int s = 0; s < kStages; ++s) barrier_init(full + 8 * s, 1), barrier_init(empty + 8 * s, kWarps);
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  }
+  __syncthreads();
+
+  if (warp >= kWarps) {  // copies
+    if constexpr (S::kMoveRegisters) asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+    if (threadIdx.x == 32 * kWarps) {
+      const int64_t first_group = int64_t(first) * S::kGroups * p.n + block_n;
+      const char* codes = reinterpret_cast<const char*>(p.codes) + (int64_t(first) * kStageK * p.n + block_n * kTileK) / 2;
+      const T* scales = static_cast<const T*>(p.scales) + first_group;
+      const uint32_t* zeros = p.zeros + first_group / 8;
+      const auto fetch_weights = [&](int i) {  // i = 0, 1, 2, ...
+        const uint32_t stage = ring_address + i % kStages * S::kBytes, barrier = full + 8 * (i % kStages);
+        barrier_expect(barrier, 2 * S::kHalfXBytes + columns * (S::kCodesBytes + S::kScalesBytes + S::kZerosBytes) / kBlockN);
+#pragma unroll
+        for (int t = 0; t < kStageTiles; ++t, codes += p.n * (kTileK / 2)) {
+          copy_weights(stage + t * kBlockN * kTileK / 2, codes, columns * kTileK / 2, barrier);
+        }
+#pragma unroll
+        for (int g = 0; g < S::kGroups; ++g, scales += p.n, zeros += p.n / 8) {
+          copy_weights(stage + S::kScales + g * kBlockN * 2, scales, columns * 2, barrier);
+          if constexpr (!kSymmetric) copy_weights(stage + S::kZeros + g * kBlockN / 2, zeros, columns / 2, barrier);
+        }
+      };
+      const auto fetch_x = [&](int i) {
+        const uint32_t stage = ring_address + i % kStages * S::kBytes + S::kX, barrier = full + 8 * (i % kStages);
+        const int k = (first + i) * kStageK;
+        copy_x(stage, x, k, barrier);
+        copy_x(stage + S::kHalfXBytes, x, k + kSwizzleK, barrier);
+      };
+      const int ahead = min(count, kStages);
+      for (int i = 0; i < ahead; ++i) fetch_weights(i);
+      device::PDLWaitPrimary<true>();
+      for (int i = 0; i < ahead; ++i) fetch_x(i);
+      for (int i = ahead; i < count; ++i) {
+        barrier_wait(empty + 8 * (i % kStages), (i / kStages + 1) % 2);
+        fetch_weights(i);
+        fetch_x(i);
+      }
+    }
+    __syncwarp();
+    for (int i = 0; i < 2; ++i) cluster_arrive_relaxed(), cluster_wait();  // as below
+  } else {
+    if constexpr (S::kMoveRegisters) asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
+    // Warps of a group take tiles 0 1 0 1 or 2 3 2 3, slabs 0 1 or 2 3 of them.
+    const int tile = warp / 4 * 2 + warp % 2, slab = warp / 2 % 2 * 2;
+    const int r = lane / 4;
+    float sum[2][kRows / 2];
+    int last = 0;  // stage
+    for (int i = 0; i < count; ++i) {
+      const int s = i % kStages;
+      const char* stage = ring + s * S::kBytes;
+      const uint64_t x_descriptor = matrix_descriptor(ring_address + s * S::kBytes + S::kX);
+      barrier_wait(full + 8 * s, i / kStages % 2);
+      uint2 codes[kStageTiles];
+#pragma unroll
+      for (int t = 0; t < kStageTiles; ++t) {
+        codes[t] = *reinterpret_cast<const uint2*>(stage + (t * kBlockN + tile * kTileN) * kTileK / 2 + lane * 16 + slab * 4);
+      }
+#pragma unroll
+      for (int g = 0; g < S::kGroups; ++g) {
+        // Of this lane's rows r and r + 8 of both slabs, each twice in a register.
+        const uint2 scales = *reinterpret_cast<const uint2*>(stage + S::kScales + (g * kBlockN + tile * kTileN + r * 8 + slab * 2) * 2);
+        uint32_t scale[2][2], zero[2][2];
+#pragma unroll
+        for (int w = 0; w < 2; ++w) {
+          const uint32_t pair = w ? scales.y : scales.x;
+          scale[w][0] = __byte_perm(pair, 0, 0x1010), scale[w][1] = __byte_perm(pair, 0, 0x3232);
+          zero[w][0] = zero[w][1] = Magic<T>::bits | 0x00080008u;
+        }
+        if constexpr (!kSymmetric) {
+          const uint32_t packed = *reinterpret_cast<const uint32_t*>(stage + S::kZeros + (g * kBlockN + tile * kTileN + r * 8) / 2);
+#pragma unroll
+          for (int w = 0; w < 2; ++w) {
+            const uint32_t both = packed >> (4 * (slab + w)) & 0x000f000fu;
+            zero[w][0] = __byte_perm(both, 0, 0x1010) | Magic<T>::bits;
+            zero[w][1] = __byte_perm(both, 0, 0x3232) | Magic<T>::bits;
+          }
+        }
+        uint32_t a[2][2][4];  // [of two k in flight][slab]: rows r and r + 8, then the same of the other half of K
+#pragma unroll
+        for (int t = g * (kGroup / kTileK); t < (g + 1) * (kGroup / kTileK); ++t) {
+          const uint32_t q[2] = {codes[t].x, codes[t].y};
+#pragma unroll
+          for (int w = 0; w < 2; ++w) {
+            uint32_t (&now)[4] = a[t % 2][w];
+            now[0] = subtract_multiply2<T>(and_or(q[w], 0x000f000fu, Magic<T>::bits), zero[w][0], scale[w][0]);
+            now[1] = subtract_multiply2<T>(and_or(q[w] >> 8, 0x000f000fu, Magic<T>::bits), zero[w][1], scale[w][1]);
+            now[2] = subtract_multiply2<T>(and_or(q[w] >> 4, 0x000f000fu, Magic<T>::bits), zero[w][0], scale[w][0]);
+            now[3] = subtract_multiply2<T>(and_or(q[w] >> 12, 0x000f000fu, Magic<T>::bits), zero[w][1], scale[w][1]);
+            pin(now);
+          }
+          constexpr int kTilesPerHalf = kSwizzleK / kTileK;
+          const uint64_t b = x_descriptor + (t / kTilesPerHalf * S::kHalfXBytes + t % kTilesPerHalf * kTileK * 2) / 16;
+          wgmma_fence();
+          wgmma(T{}, sum[0], a[t % 2][0], b, t || i);
+          wgmma(T{}, sum[1], a[t % 2][1], b, t || i);
+          wgmma_commit();
+          wgmma_wait<1>();
+          if (t == 0) barrier_arrive_if(i > 0 && lane == 0, empty + 8 * last);
+        }
+      }
+      last = s;
+    }
+    wgmma_wait<0>();
+
+    // The ring is no longer needed: its memory holds this block's part of y, [kRows][kBlockN].
+    asm volatile("bar.sync 1, %0;" ::"n"(32 * kWarps) : "memory");
+    float* parts = reinterpret_cast<float*>(ring);
+#pragma unroll
+    for (int w = 0; w < 2; ++w) {
+#pragma unroll
+      for (int j = 0; j < kRows / 2; ++j) {
+        const int row = j / 4 * 8 + lane % 4 * 2 + j % 2, column = tile * kTileN + 16 * (slab + w) + j / 2 % 2 * 8 + r;
+        parts[row * (kBlockN + kPadY) + column] = sum[w][j];
+      }
+    }
+
+    // Add the parts of all splits; each block of them stores its share of y.
+    cluster_arrive();
+    cluster_wait();
+    const auto cluster = cg::this_cluster();
+    for (int i = (split * 32 * kWarps + threadIdx.x) * 4; i < p.m * kBlockN; i += p.splits * 32 * kWarps * 4) {
+      const int row = i / kBlockN, column = i % kBlockN;
+      if (column >= columns) continue;
+      const float* parts = reinterpret_cast<const float*>(ring) + row * (kBlockN + kPadY) + column;
+      float y[4] = {};
+#pragma unroll 4
+      for (int s = 0; s < p.splits; ++s) {
+        const float4 part = *reinterpret_cast<const float4*>(cluster.map_shared_rank(parts, s));
+        y[0] += part.x, y[1] += part.y, y[2] += part.z, y[3] += part.w;
+      }
+      T out[4];
+      const T* bias = static_cast<const T*>(p.bias) + block_n + column;
+#pragma unroll
+      for (int j = 0; j < 4; ++j) out[j] = static_cast<T>(p.bias ? y[j] + static_cast<float>(bias[j]) : y[j]);
+      *reinterpret_cast<uint2*>(static_cast<T*>(p.y) + int64_t(row) * p.n + block_n + column) = reinterpret_cast<const uint2&>(out);
+    }
+    cluster_arrive_relaxed();
+    cluster_wait();  // nobody leaves while others read its part
+  }
+}
+
+inline CUtensorMap map_x(const void* x, CUtensorMapDataType type, int m, int k, int64_t row_stride, int rows) {
+  static const auto encode = [] {
+    void* symbol = nullptr;
+    cudaDriverEntryPointQueryResult found;
+    host::RuntimeDeviceCheck(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &symbol, 12000, cudaEnableDefault, &found));
+    return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(symbol);
+  }();
+  CUtensorMap map;
+  const cuuint64_t sizes[2] = {cuuint64_t(k), cuuint64_t(m)}, strides[1] = {cuuint64_t(row_stride) * 2};
+  const cuuint32_t box[2] = {kSwizzleK, cuuint32_t(rows)}, steps[2] = {1, 1};
+  const CUresult result = encode(
+      &map, type, 2, const_cast<void*>(x), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+      CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);  // rows from m on are 0
+  host::RuntimeCheck(result == CUDA_SUCCESS, "x cannot be described to the copy engine: error ", int(result));
+  return map;
+}
+
+template <typename T, bool kSymmetric, int kGroup>
+struct WgmmaGemm {
+  static constexpr auto kType = std::is_same_v<T, bf16_t> ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
+  static constexpr int kMostRows = 128;
+
+  template <int kRows>
+  static auto allowed_kernel() {
+    constexpr auto kernel = wgmma_gemm_kernel<T, kSymmetric, kGroup, kRows>;
+    constexpr int kBytes = Stage<kSymmetric, kGroup, kRows>::kSharedBytes;
+    static const auto result = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
+    host::RuntimeDeviceCheck(result);
+    return kernel;
+  }
+
+  template <int kRows = kMostRows>
+  static void launch(const void* x, int64_t row_stride, const Operands& p, cudaStream_t stream) {
+    if constexpr (kRows > 8) {
+      if (p.m <= kRows - 8) return launch<kRows - 8>(x, row_stride, p, stream);
+    }
+    using S = Stage<kSymmetric, kGroup, kRows>;
+    const dim3 grid(p.splits, host::div_ceil(p.n, kBlockN));
+    host::LaunchKernel(grid, S::kThreads, stream, S::kSharedBytes)
+        .config({.use_pdl = true, .cluster_dim = dim3(p.splits)})(
+            allowed_kernel<kRows>(), map_x(x, kType, p.m, p.k, row_stride, kRows), p);
+  }
+
+  // Clusters of that many blocks that the chip runs at once.
+  static int64_t resident_clusters(int64_t splits) {
+    using S = Stage<kSymmetric, kGroup, kMostRows>;
+    cudaLaunchAttribute attribute{.id = cudaLaunchAttributeClusterDimension};
+    attribute.val.clusterDim = {static_cast<unsigned>(splits), 1, 1};
+    cudaLaunchConfig_t config{.gridDim = dim3(splits), .blockDim = dim3(S::kThreads), .dynamicSmemBytes = S::kSharedBytes};
+    config.attrs = &attribute, config.numAttrs = 1;
+    int clusters = 0;
+    host::RuntimeDeviceCheck(cudaOccupancyMaxActiveClusters(&clusters, allowed_kernel<kMostRows>(), &config));
+    return clusters;
+  }
+
+  // zeros and bias may be empty. splits: blocks that share K, 1 to 8.
+  static void
+  run(tvm::ffi::TensorView x,
+      tvm::ffi::TensorView codes,
+      tvm::ffi::TensorView scales,
+      tvm::ffi::TensorView zeros,
+      tvm::ffi::TensorView bias,
+      tvm::ffi::TensorView y,
+      int64_t splits) {
+    using namespace host;
+    auto M = SymbolicSize{"M"}, N = SymbolicSize{"N"}, K = SymbolicSize{"K"}, stride = SymbolicSize{"row stride of x"};
+    auto device = SymbolicDevice{};
+    device.set_options<kDLCUDA>();
+    TensorMatcher({M, K}).with_strides({stride, 1}).with_dtype<T>().with_device(device).verify(x);
+    TensorMatcher({M, N}).with_dtype<T>().with_device(device).verify(y);
+    TensorMatcher({K.unwrap() / kTileK, 2 * N.unwrap()}).with_dtype<int32_t>().with_device(device).verify(codes);
+    TensorMatcher({K.unwrap() / kGroup, N}).with_dtype<T>().with_device(device).verify(scales);
+    const int m = M.unwrap(), n = N.unwrap(), k = K.unwrap();
+    RuntimeCheck(1 <= m && m <= kMostRows && n % kTileN == 0 && k % kStageK == 0, "unsupported shape: m ", m, ", n ", n, ", k ", k);
+    RuntimeCheck(stride.unwrap() % 8 == 0, "rows of x are not aligned to 16 bytes");
+    RuntimeCheck(1 <= splits && splits <= std::min(8, k / kStageK), "splits is ", splits, " for k ", k);
+    if constexpr (!kSymmetric) TensorMatcher({k / kGroup, n / 8}).with_dtype<int32_t>().with_device(device).verify(zeros);
+    if (bias.size(0)) TensorMatcher({N}).with_dtype<T>().with_device(device).verify(bias);
+    const Operands p{
+        static_cast<const uint4*>(codes.data_ptr()),
+        scales.data_ptr(),
+        kSymmetric ? nullptr : static_cast<const uint32_t*>(zeros.data_ptr()),
+        bias.size(0) ? bias.data_ptr() : nullptr,
+        y.data_ptr(),
+        m,
+        n,
+        k,
+        static_cast<int>(splits)};
+    launch(x.data_ptr(), stride.unwrap(), p, LaunchKernel::resolve_device(device.unwrap()));
+  }
+};
+
+}  // namespace er_sglang
