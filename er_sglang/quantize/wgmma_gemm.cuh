@@ -8,7 +8,7 @@
 //   rows of x. Weights of the first stages are requested before the previous kernel has ended (programmatic dependent launch), x
 //   after it.
 // - Two warpgroups multiply; each of their eight warps takes two slabs of one of the four tiles. It rounds (code - zero) * scale to
-//   W_hat's dtype, as `rtn.dequantize_int4` does, while the tensor cores multiply the 16 of K before.
+//   W_hat's dtype, as `rtn.dequantize_int4` does, slab by slab, while the tensor cores multiply the slabs before.
 // - K is split over the blocks of a cluster; the parts are added in float32 through distributed shared memory, in a fixed order:
 //   no locks, no workspace, and the same bits every time.
 //
@@ -42,6 +42,7 @@ constexpr int kWarps = 8;  // that multiply: two warpgroups
 constexpr int kPadY = 4;  // floats between rows of the parts: stores without bank conflicts
 constexpr int kBarrierBytes = 1024;
 constexpr int kRingBytes = 212 * 1024;
+constexpr int kDepth = 4;  // products in flight, of a warpgroup
 
 template <typename T>
 struct Magic;  // bits of a power of two whose last mantissa bit is worth 1: or a code into them to get their sum
@@ -256,27 +257,24 @@ __global__ void __launch_bounds__(Stage<kSymmetric, kGroup, kRows>::kThreads, 1)
             zero[w][1] = __byte_perm(both, 0, 0x3232) | Magic<T>::bits;
           }
         }
-        uint32_t a[2][2][4];  // [of two k in flight][slab]: rows r and r + 8, then the same of the other half of K
+        uint32_t a[kDepth][4];  // of the products in flight: rows r and r + 8, then the same of the other half of K
 #pragma unroll
-        for (int t = g * (kGroup / kTileK); t < (g + 1) * (kGroup / kTileK); ++t) {
-          const uint32_t q[2] = {codes[t].x, codes[t].y};
-#pragma unroll
-          for (int w = 0; w < 2; ++w) {
-            uint32_t (&now)[4] = a[t % 2][w];
-            now[0] = subtract_multiply2<T>(and_or(q[w], 0x000f000fu, Magic<T>::bits), zero[w][0], scale[w][0]);
-            now[1] = subtract_multiply2<T>(and_or(q[w] >> 8, 0x000f000fu, Magic<T>::bits), zero[w][1], scale[w][1]);
-            now[2] = subtract_multiply2<T>(and_or(q[w] >> 4, 0x000f000fu, Magic<T>::bits), zero[w][0], scale[w][0]);
-            now[3] = subtract_multiply2<T>(and_or(q[w] >> 12, 0x000f000fu, Magic<T>::bits), zero[w][1], scale[w][1]);
-            pin(now);
-          }
+        for (int j = g * (2 * kGroup / kTileK); j < (g + 1) * (2 * kGroup / kTileK); ++j) {
+          const int t = j / 2, w = j % 2;
+          const uint32_t q = w ? codes[t].y : codes[t].x;
+          uint32_t (&now)[4] = a[j % kDepth];
+          now[0] = subtract_multiply2<T>(and_or(q, 0x000f000fu, Magic<T>::bits), zero[w][0], scale[w][0]);
+          now[1] = subtract_multiply2<T>(and_or(q >> 8, 0x000f000fu, Magic<T>::bits), zero[w][1], scale[w][1]);
+          now[2] = subtract_multiply2<T>(and_or(q >> 4, 0x000f000fu, Magic<T>::bits), zero[w][0], scale[w][0]);
+          now[3] = subtract_multiply2<T>(and_or(q >> 12, 0x000f000fu, Magic<T>::bits), zero[w][1], scale[w][1]);
+          pin(now);
           constexpr int kTilesPerHalf = kSwizzleK / kTileK;
           const uint64_t b = x_descriptor + (t / kTilesPerHalf * S::kHalfXBytes + t % kTilesPerHalf * kTileK * 2) / 16;
           wgmma_fence();
-          wgmma(T{}, sum[0], a[t % 2][0], b, t || i);
-          wgmma(T{}, sum[1], a[t % 2][1], b, t || i);
+          wgmma(T{}, sum[w], now, b, t || i);
           wgmma_commit();
-          wgmma_wait<1>();
-          if (t == 0) barrier_arrive_if(i > 0 && lane == 0, empty + 8 * last);
+          wgmma_wait<kDepth - 1>();
+          if (j == kDepth - 1) barrier_arrive_if(i > 0 && lane == 0, empty + 8 * last);
         }
       }
       last = s;
