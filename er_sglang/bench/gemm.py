@@ -21,7 +21,8 @@ from er_sglang.bench import report
 from er_sglang.bench.serving import ON_CPU
 from er_sglang.bench.shapes import SHAPES
 from er_sglang.quantize import Packed, create_format
-from er_sglang.quantize.blocks import MAX_ROWS, MAX_SPLITS, RESIDENT, SHARED_BYTES, SMALL_BATCH, SPLITS, UNIT_K, Blocks, shared_bytes
+from er_sglang.quantize import blocks as shapes
+from er_sglang.quantize.blocks import MAX_ROWS, SMALL_BATCH, Blocks
 
 L2_BYTES = 50 * 2**20  # of an H100 or H200
 REPLAYS = 3
@@ -66,13 +67,13 @@ def graph_us(run: Callable[[int], None], copies: int) -> float:
 def all_shapes(m: int, k: int) -> Iterator[Blocks | int]:
     """Every way to share out a product of m rows that our kernels have and a multiprocessor's shared memory holds."""
     if m <= SMALL_BATCH:
-        for warps_n, warps_k in RESIDENT[0]:
-            for splits in SPLITS:
+        for warps_n, warps_k in shapes.RESIDENT[0]:
+            for splits in shapes.SPLITS:
                 blocks = Blocks(warps_n, warps_k, splits)
-                if shared_bytes(m, k, blocks) <= SHARED_BYTES:
+                if shapes.shared_bytes(m, k, blocks) <= shapes.SHARED_BYTES:
                     yield blocks
     if m <= MAX_ROWS:
-        yield from range(1, min(MAX_SPLITS, k // UNIT_K) + 1)
+        yield from range(1, min(shapes.MAX_SPLITS, k // shapes.UNIT_K) + 1)
 
 
 def measure(name: str, n: int, k: int, rows: Sequence[int], every_shape: bool, bandwidth: float) -> Iterator[dict]:
@@ -131,8 +132,10 @@ def main(argv: list[str] | None = None) -> int:
         prog="python -m er_sglang.bench.gemm", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", default="14b", choices=list(SHAPES), help="default %(default)s")
-    parser.add_argument("--rows", nargs="+", type=int, default=[1, 8, 16, 32, 64, 128], metavar="M", help="requests; default 1 8 16 32 64 128")
-    parser.add_argument("--all-shapes", action="store_true", help="time every shape of our kernels, to see whether the best is chosen")
+    parser.add_argument(
+        "--rows", nargs="+", type=int, default=[1, 8, 16, 32, 64, 128], metavar="M", help="requests; default 1 8 16 32 64 128"
+    )
+    parser.add_argument("--all-shapes", action="store_true", help="time every shape of our kernels: is the best chosen?")
     parser.add_argument("--out", type=Path, default=Path("gemm-results"), metavar="DIR", help="default %(default)s")
     args = parser.parse_args(argv)
     if ON_CPU:

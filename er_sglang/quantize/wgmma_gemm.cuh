@@ -1,19 +1,19 @@
 // y[M, N] = x[M, K] @ W_hat[N, K]^T + bias for 17 to 128 rows, W_hat in Marlin's int4 layout (marlin_layout.py). Hopper only.
 //
-// The floor is W_hat's bytes over the memory bandwidth up to about 90 rows, then the tensor cores' time. What it takes to come near:
+// The floor is W_hat's bytes over the memory bandwidth, from about 90 rows on the tensor cores' time. To come near it:
 //
-// - W_hat is wgmma's A operand, straight from registers: Marlin's layout gives each lane the fragments of four slabs of 16 rows of
-//   a 64 x 16 tile. Rows of x are wgmma's N, in multiples of 8: 33 rows cost 40.
-// - One thread of a block keeps a ring of stages in shared memory full, by the copy engine: 128 of K, for 256 columns of y and all
-//   rows of x. Weights of the first stages are requested before the previous kernel has ended (programmatic dependent launch), x
-//   after it.
-// - Two warpgroups multiply; each of their eight warps takes two slabs of one of the four tiles. It rounds (code - zero) * scale to
-//   W_hat's dtype, as `rtn.dequantize_int4` does, slab by slab, while the tensor cores multiply the slabs before.
-// - K is split over the blocks of a cluster; the parts are added in float32 through distributed shared memory, in a fixed order:
-//   no locks, no workspace, and the same bits every time.
+// - W_hat is wgmma's A operand, straight from registers: Marlin's layout gives each lane the fragments of four slabs of 16
+//   rows of a 64 x 16 tile. Rows of x are wgmma's N, in multiples of 8: 33 rows cost 40.
+// - One thread of a block keeps a ring of stages in shared memory full, by the copy engine: 128 of K, for 256 columns of y
+//   and all rows of x. Weights of the first stages are requested before the previous kernel has ended (programmatic
+//   dependent launch), x after it.
+// - Two warpgroups multiply; each of their eight warps takes two slabs of one of the four tiles. It rounds
+//   (code - zero) * scale to W_hat's dtype, as `rtn.dequantize_int4` does, while the slabs before are multiplied.
+// - K is split over the blocks of a cluster; the parts are added in float32 through distributed shared memory, in a fixed
+//   order: no locks, no workspace, and the same bits every time.
 //
-// Every block of 256 columns reads x from L2: at 64 rows, as many bytes as its weights. Sharing x in a cluster (multicast) gained
-// nothing; four warpgroups instead of two, nothing either (both H100).
+// Every block of 256 columns reads x from L2: at 64 rows, as many bytes as its weights. Sharing x in a cluster (multicast)
+// gained nothing; four warpgroups instead of two, nothing either (both H100).
 #pragma once
 
 #include <sgl_kernel/tensor.h>
@@ -240,7 +240,8 @@ __global__ void __launch_bounds__(Stage<kSymmetric, kGroup, kRows>::kThreads, 1)
 #pragma unroll
       for (int g = 0; g < S::kGroups; ++g) {
         // Of this lane's rows r and r + 8 of both slabs, each twice in a register.
-        const uint2 scales = *reinterpret_cast<const uint2*>(stage + S::kScales + (g * kBlockN + tile * kTileN + r * 8 + slab * 2) * 2);
+        const int first_scale = g * kBlockN + tile * kTileN + r * 8 + slab * 2;
+        const uint2 scales = *reinterpret_cast<const uint2*>(stage + S::kScales + first_scale * 2);
         uint32_t scale[2][2], zero[2][2];
 #pragma unroll
         for (int w = 0; w < 2; ++w) {
