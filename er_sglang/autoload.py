@@ -45,7 +45,7 @@ def _extend(spec_info) -> None:
     try:
         from sglang.srt.speculative.spec_registry import get_spec
 
-        from er_sglang.host import ALGORITHM, check_host
+        from er_sglang.host.seams import ALGORITHM, check_host
 
         algorithms = spec_info.SpeculativeAlgorithm
         known = algorithms.from_string

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from er_sglang.host import check_host
+from er_sglang.host.seams import check_host
 
 
 def activate() -> None:
@@ -11,7 +11,7 @@ def activate() -> None:
     Raises UnsupportedHost. SGLang logs it with its reason and goes on without us; SELF_QUANT is then unknown.
     """
     check_host()
-    from er_sglang import algorithm, hooks
+    from er_sglang.host import algorithm, hooks
 
     hooks.install()
     algorithm.register()

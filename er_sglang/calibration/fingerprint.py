@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 # The sources that decide how long a step takes.
 _TIMED_SOURCES = (
-    *("worker.py", "step.py", "drafter.py", "chain.py", "window.py", "verifier.py"),
-    *("calibration/*.py", "quantize/*.py", "quantize/*.cuh", "sampling/*.py"),
+    *("worker.py", "cycle/*.py", "drafting/drafter.py", "calibration/*.py"),
+    *("quantize/*.py", "quantize/*.cuh", "sampling/*.py"),
 )
 _SERVER_ARGS = (
     "nnodes",

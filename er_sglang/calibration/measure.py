@@ -35,8 +35,8 @@ from er_sglang.config import cache_folder
 from er_sglang.errors import ConfigError
 from er_sglang.calibration.fingerprint import fingerprint
 from er_sglang.policy.profile import Profile, Sample
-from er_sglang.relay import SelfQuantDraftInput
-from er_sglang.step import Step
+from er_sglang.host.relay import SelfQuantDraftInput
+from er_sglang.cycle.step import Step
 
 if TYPE_CHECKING:
     from er_sglang.worker import SelfQuantWorker

@@ -7,7 +7,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from er_sglang.host import ALGORITHM
+from er_sglang.host.seams import ALGORITHM
 
 _DESCRIPTION = """\
 Measure how long steps take in one server configuration: plain decoding, drafting and verifying, by batch size and

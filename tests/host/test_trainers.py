@@ -2,7 +2,7 @@
 
 import torch
 
-from er_sglang import logprobs
+from er_sglang.cycle import logprobs
 from er_sglang.sampling import Verdict
 
 PROMPTS = [[5, 6, 7], [12] * 9, [90, 8, 71, 15, 33], [64, 2]]

@@ -4,7 +4,7 @@ import pytest
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from er_sglang.agreement import CHECK_EVERY_STEPS, Agreement, RanksDisagree, check_settings
+from er_sglang.steering.agreement import CHECK_EVERY_STEPS, Agreement, RanksDisagree, check_settings
 from er_sglang.config import DrafterConfig
 from er_sglang.errors import ConfigError
 

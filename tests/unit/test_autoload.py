@@ -53,7 +53,7 @@ def load_plugins():
 ER_SGLANG = {
     "er_sglang/__init__.py": "",
     "er_sglang/autoload.py": (REPOSITORY / "er_sglang/autoload.py").read_text(),
-    "er_sglang/host.py": """
+    "er_sglang/host/seams.py": """
 import os
 ALGORITHM = "SELF_QUANT"
 def check_host():
@@ -145,8 +145,8 @@ def test_a_refusing_plugin_gives_its_reason_to_who_asks(environment):
 @pytest.mark.parametrize(
     ("path", "text", "reason"),
     [
-        ("er_sglang/host.py", "import no_such_module", "No module named 'no_such_module'"),
-        ("er_sglang/host.py", "", "cannot import name 'ALGORITHM'"),
+        ("er_sglang/host/seams.py", "import no_such_module", "No module named 'no_such_module'"),
+        ("er_sglang/host/seams.py", "", "cannot import name 'ALGORITHM'"),
         ("sglang/srt/speculative/spec_info.py", "class SpeculativeAlgorithm: pass", "no attribute 'from_string'"),
     ],
 )

@@ -13,7 +13,7 @@ from er_sglang.bench.load import Completion, LoadResult, Request, interpolate, p
 from er_sglang.bench.serving import CPU_ARGS, server_command
 from er_sglang.bench.shapes import SHAPES, W4_DRAFT, model_config, write_model
 from er_sglang.config import load_config, simulated_acceptance
-from er_sglang.control import Control, changed
+from er_sglang.steering.control import Control, changed
 from er_sglang.quantize.blocks import MAX_ROWS, SHARED_BYTES, SMALL_BATCH, Blocks, choose_blocks, shared_bytes
 from er_sglang.tools.plots import Bin
 

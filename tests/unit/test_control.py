@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from er_sglang.control import Control, changed
+from er_sglang.steering.control import Control, changed
 from er_sglang.errors import ConfigError
 from er_sglang.policy.config import PolicyConfig
 

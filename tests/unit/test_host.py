@@ -4,7 +4,7 @@ import importlib.metadata
 
 import pytest
 
-from er_sglang import host
+from er_sglang.host import seams as host
 
 
 @pytest.fixture

@@ -5,9 +5,9 @@ import os
 
 import pytest
 
-from er_sglang import metrics as metrics_module
-from er_sglang.metrics import Launched, Metrics
-from er_sglang.trace import Trace
+from er_sglang.steering import metrics as metrics_module
+from er_sglang.steering.metrics import Launched, Metrics
+from er_sglang.steering.trace import Trace
 
 
 class Clock:

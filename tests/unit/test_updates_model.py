@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
 
 from er_sglang.config import UpdatesConfig
-from er_sglang.updates import Freshness
+from er_sglang.drafting.updates import Freshness
 
 TENSORS = 3
 CONFIGS = [

@@ -15,7 +15,7 @@ from sglang.srt.managers.schedule_batch import ScheduleBatch
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
 from er_sglang.sampling import SamplingParams
-from er_sglang.step import Step
+from er_sglang.cycle.step import Step
 
 CONTEXT_TOKENS = 75
 

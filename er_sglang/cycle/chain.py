@@ -24,8 +24,8 @@ from torch import nn
 from tqdm import tqdm
 
 from er_sglang.sampling import Draft, RandomState, Sampler, SamplingParams
-from er_sglang.step import Step
-from er_sglang.window import AttentionWindow
+from er_sglang.cycle.step import Step
+from er_sglang.cycle.window import AttentionWindow
 
 
 class DraftChain:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 
 from er_sglang.config import SINK_TOKENS
-from er_sglang.step import Step
+from er_sglang.cycle.step import Step
 
 
 class AttentionWindow:

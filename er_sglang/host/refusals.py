@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from er_sglang.errors import ConfigError
-from er_sglang.host import ALGORITHM, SUPPORTED_ARCHITECTURES
+from er_sglang.host.seams import ALGORITHM, SUPPORTED_ARCHITECTURES
 
 # (ServerArgs field, values that are fine, what to do about any other)
 _FIELDS = (

@@ -9,8 +9,8 @@ import torch
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 from sglang.srt.server_args import get_global_server_args
 
-from er_sglang.control import KEY
-from er_sglang.host import ALGORITHM, UnsupportedHost
+from er_sglang.steering.control import KEY
+from er_sglang.host.seams import ALGORITHM, UnsupportedHost
 
 _UPDATER = "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager."
 _SCHEDULER = "sglang.srt.managers.scheduler.Scheduler."

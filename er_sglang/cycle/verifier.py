@@ -19,7 +19,7 @@ from sglang.srt.speculative.dflash_info import DFlashVerifyInput
 from sglang.srt.speculative.dflash_utils import resolve_dflash_verify_mask_policy
 
 from er_sglang.errors import ConfigError
-from er_sglang.step import Step
+from er_sglang.cycle.step import Step
 
 
 def chain_input(tokens: torch.Tensor | None, positions: torch.Tensor | None, width: int) -> DFlashVerifyInput:

@@ -8,7 +8,7 @@ import socket
 import time
 from pathlib import Path
 
-from er_sglang.metrics import Launched
+from er_sglang.steering.metrics import Launched
 
 
 class Trace:

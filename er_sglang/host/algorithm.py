@@ -6,8 +6,8 @@ from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 from sglang.srt.speculative.spec_registry import CustomSpecAlgo, get_spec
 
 from er_sglang.config import load_config
-from er_sglang.host import ALGORITHM
-from er_sglang.refusals import check_model, check_server_args
+from er_sglang.host.seams import ALGORITHM
+from er_sglang.host.refusals import check_model, check_server_args
 
 
 class SelfQuantAlgorithm(CustomSpecAlgo):
@@ -38,7 +38,7 @@ class SelfQuantAlgorithm(CustomSpecAlgo):
         return False
 
     def create_future_map(self, device, req_to_token_pool, needs_cpu_seq_lens=True):
-        from er_sglang.relay import SelfQuantFutureMap
+        from er_sglang.host.relay import SelfQuantFutureMap
 
         return SelfQuantFutureMap(device, self, req_to_token_pool, needs_cpu_seq_lens)
 
