@@ -15,20 +15,21 @@ from sglang.srt.managers.utils import GenerationBatchResult
 from sglang.srt.model_executor.cuda_graph_config import Backend
 from sglang.srt.model_executor.forward_batch_info import CaptureHiddenMode
 from sglang.srt.model_executor.runner.base_cuda_graph_runner import get_batch_sizes_to_capture
-from sglang.srt.speculative.base_spec_worker import BaseSpecWorker
 from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
 from er_sglang.host import hooks
 from er_sglang.steering.agreement import check_settings
 from er_sglang.cycle.chain import DraftChain
 from er_sglang.config import load_config, simulated_acceptance
-from er_sglang.steering.control import Control, changed
+from er_sglang.steering.control import Control, replaced
 from er_sglang.drafting.drafter import Drafter
 from er_sglang.cycle.logprobs import attach_logprobs
+from er_sglang.calibration.base import Subject
 from er_sglang.calibration.measure import obtain_profile
 from er_sglang.quantize import create_format
 from er_sglang.host.refusals import check_pages
 from er_sglang.host.relay import SelfQuantDraftInput
+from er_sglang.host.served import ServedWorker
 from er_sglang.sampling import Draft, RandomState, create_sampler
 from er_sglang.steering.steering import create_steering
 from er_sglang.cycle.step import Step
@@ -45,7 +46,7 @@ def _ignore(seq_lens) -> None:
     """Nobody waits for the new lengths."""
 
 
-class SelfQuantWorker(BaseSpecWorker):
+class SelfQuantWorker(ServedWorker):
     """SGLang's speculative worker for SELF_QUANT.
 
     The target worker's ModelRunner is turned into a plain decoder (``spec_algorithm`` NONE), so prefill and
@@ -78,7 +79,7 @@ class SelfQuantWorker(BaseSpecWorker):
         self.freshness = Freshness(
             self.config.updates,
             refresh=self._refresh_drafter,
-            changed=lambda: self.steering.policy_updated(),
+            on_update=lambda: self.steering.policy_updated(),
             acceptance=lambda: self.steering.first_acceptance,
         )
         alpha = simulated_acceptance()
@@ -128,7 +129,7 @@ class SelfQuantWorker(BaseSpecWorker):
 
     def init_cuda_graphs(self) -> None:
         """The last of the start: SGLang has allocated its KV cache and captured the policy's own graphs."""
-        self.graph_batches, self.target_graph_batches = self._graph_batches()
+        self.graph_batches, target_graph_batches = self._graph_batches()
         if gammas := self.config.policy.gammas:
             max_batch = min(self.config.max_draft_batch, self.runner.max_running_requests)
             max_batch = max([max_batch, *self.graph_batches])
@@ -146,7 +147,20 @@ class SelfQuantWorker(BaseSpecWorker):
         self.runner.model_config = self._model_config
         profile, self._profile_path = None, None
         if self.config.policy.needs_profile or self.config.profile:
-            profile, self._profile_path = obtain_profile(self)
+            profile, self._profile_path = obtain_profile(
+                Subject(
+                    decode=self.decode,
+                    draft=self.draft,
+                    verify=self.verify,
+                    runner=self.runner,
+                    server_args=self.server_args,
+                    config=self.config,
+                    req_to_token=self.req_to_token,
+                    random=self.random,
+                    graph_batches=self.graph_batches,
+                    target_graph_batches=target_graph_batches,
+                )
+            )
         self.steering = create_steering(self.config, profile, self.server_args, self._dp_rank)
 
     def update_weights_from_disk(self, recv_req) -> tuple[bool, str]:
@@ -168,8 +182,11 @@ class SelfQuantWorker(BaseSpecWorker):
     def on_verify_complete_cpu(self, num_correct_drafts_per_req: list[int], batch_size: int = 0) -> None:
         self.steering.finished(num_correct_drafts_per_req)
 
+    @property
+    def busy(self) -> bool:
+        return self.steering.busy
+
     def idle(self) -> None:
-        """No request is left; called by our hook on the scheduler."""
         self.steering.idle()
 
     # -- the step ----------------------------------------------------------------------------------------------
@@ -181,8 +198,9 @@ class SelfQuantWorker(BaseSpecWorker):
         """
         if batch.forward_mode.is_extend() or batch.is_extend_in_batch:
             return self._prefill(batch, on_publish)
-        slack_tokens = self.steering.metrics.in_flight_tokens
-        blocker = self.freshness.generating() or self._blocker(batch)
+        slack_tokens = self.steering.in_flight_tokens
+        self.freshness.close_update()
+        blocker = self.freshness.blocker or self._blocker(batch)
         launched = self.steering.launch([req.kv_committed_len for req in batch.reqs], blocker)
         if launched.gamma > 0:
             self.freshness.ensure()
@@ -205,7 +223,7 @@ class SelfQuantWorker(BaseSpecWorker):
         return None
 
     def _prefill(self, batch, on_publish) -> GenerationBatchResult:
-        self.steering.metrics.interrupted()
+        self.steering.interrupted()
         batch.capture_hidden_mode = CaptureHiddenMode.FULL if batch.return_hidden_states else CaptureHiddenMode.NULL
         result = self._target_worker.forward_batch_generation(batch)
         result.new_seq_lens = batch.seq_lens
@@ -232,9 +250,9 @@ class SelfQuantWorker(BaseSpecWorker):
 
     def cycle(self, batch, step: Step, gamma: int, on_publish=_ignore) -> GenerationBatchResult:
         """gamma > 0: draft, verify, judge."""
-        chain = self._chain.prepare(step, gamma)
+        decodes = self._chain.prepare(step, gamma)
         verify = self._verifier.prepare(batch, step, gamma)
-        draft = self._chain.draft(chain, step.batch_size)
+        draft = self._chain.draft(decodes, step.batch_size)
         return self._judge(batch, step, verify, draft, on_publish)
 
     def draft(self, step: Step, gamma: int) -> Draft:
@@ -275,19 +293,17 @@ class SelfQuantWorker(BaseSpecWorker):
 
     # -- the rest ----------------------------------------------------------------------------------------------
 
-    def change(self, server_args: Mapping[str, object]) -> bool:
-        """Obey a request to change the policy while serving, or refuse it: see ``control``. Every rank gets the same
-        request before the same step."""
+    def set_policy(self, server_args: Mapping[str, object]) -> bool:
         controller = self.steering.controller
         now = Control(policy=controller.config, simulated_acceptance=self._sampler.simulated_acceptance)
         measured = controller.profile.gammas if controller.profile else ()
         try:
-            control = changed(now, server_args, prepared=self.config.policy.gammas, measured=measured)
+            control = replaced(now, server_args, prepared=self.config.policy.gammas, measured=measured)
         except ValueError as error:
             self._refused_change = str(error)
             logger.error("Refused to change the policy: %s", error)
             return False
-        self.steering.change(control.policy)
+        self.steering.set_policy(control.policy)
         self._sampler.simulated_acceptance = control.simulated_acceptance  # read by judge, which no graph contains
         self._refused_change = None
         logger.info("The policy was changed to %s.", control)
@@ -296,7 +312,7 @@ class SelfQuantWorker(BaseSpecWorker):
     def snapshot(self) -> dict:
         """State for /server_info, under ``internal_states[i]["self_quant"]``.
 
-        policy: the settings in force, after `changes` changes; refused_change: why the last request to change was
+        policy: the settings in force; settings_version: how often they were replaced; refused_change: why the last request to change was
         refused. gammas: those with graphs, of which a policy may choose.
         """
         controller = self.steering.controller
@@ -305,7 +321,7 @@ class SelfQuantWorker(BaseSpecWorker):
             "mode": controller.config.mode,
             "policy": dataclasses.asdict(controller.config),
             "simulated_acceptance": self._sampler.simulated_acceptance,
-            "changes": self.steering.changes,
+            "settings_version": self.steering.settings_version,
             "refused_change": self._refused_change,
             "gammas": list(self.config.policy.gammas),
             "gamma_max": self.config.gamma_max,
@@ -317,7 +333,6 @@ class SelfQuantWorker(BaseSpecWorker):
         }
 
     def synchronize(self) -> None:
-        """Wait for everything launched on the device, a step that overlaps the scheduler included."""
         torch.get_device_module(self.device).synchronize()
 
     def _refresh_drafter(self) -> None:

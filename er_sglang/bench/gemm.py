@@ -18,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 from er_sglang.bench import report
-from er_sglang.bench.serving import ON_CPU
+from er_sglang.tools.serving import ON_CPU
 from er_sglang.bench.shapes import SHAPES
 from er_sglang.quantize import Packed, create_format
 from er_sglang.quantize import blocks as shapes

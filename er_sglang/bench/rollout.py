@@ -14,7 +14,7 @@ from er_sglang.bench import report
 from er_sglang.bench.arms import SEED, Arm, arm_argument, server_args, server_env, server_name, servers, shared_args
 from er_sglang.bench.client import run_load
 from er_sglang.bench.load import STREAM_INTERVAL_TOKENS, WARM_UP_TOKENS, LoadResult, Request, random_prompts
-from er_sglang.bench.serving import ON_CPU, Server, exit_on_sigterm
+from er_sglang.tools.serving import ON_CPU, Server, exit_on_sigterm
 from er_sglang.bench.shapes import SHAPES, write_model
 from er_sglang.policy.config import PolicyConfig
 from er_sglang.policy.decide import Controller
@@ -194,14 +194,14 @@ def by_running(result: LoadResult) -> list[dict]:
 def split_trace(trace: Path, runs: Sequence[dict]) -> list[Path]:
     """A server's trace as one file per arm and acceptance, beside it and in its place."""
     names = {
-        run["self_quant_after"]["changes"]: f"{trace.stem}-{run['arm'].replace(':', '-')}"
+        run["self_quant_after"]["settings_version"]: f"{trace.stem}-{run['arm'].replace(':', '-')}"
         + ("" if run["acceptance"] is None else f"-{run['acceptance']}")
         for run in runs
         if run["self_quant_after"]
     }
     lines: dict[int, list[str]] = {change: [] for change in names}
     for line in trace.read_text().splitlines(keepends=True):
-        lines.get(json.loads(line)["change"], []).append(line)  # those of the warm-up belong to no arm
+        lines.get(json.loads(line)["settings_version"], []).append(line)  # those of the warm-up belong to no arm
     paths = []
     for change, name in names.items():
         paths.append(trace.with_name(f"{name}{trace.suffix}"))

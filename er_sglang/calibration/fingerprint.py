@@ -8,15 +8,12 @@ import importlib.metadata
 import json
 import platform
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from sglang.srt.distributed import get_tp_group
 
 import er_sglang
-
-if TYPE_CHECKING:
-    from er_sglang.worker import SelfQuantWorker
+from er_sglang.calibration.base import Subject
 
 # The sources that decide how long a step takes.
 _TIMED_SOURCES = (
@@ -37,12 +34,12 @@ _SERVER_ARGS = (
 )
 
 
-def fingerprint(worker: SelfQuantWorker) -> dict[str, object]:
+def fingerprint(subject: Subject) -> dict[str, object]:
     """A profile is used only where this is equal."""
-    runner, config, args = worker.runner, worker.config, worker.server_args
-    on_gpu = worker.device.type == "cuda"
+    runner, config, args = subject.runner, subject.config, subject.server_args
+    on_gpu = subject.device.type == "cuda"
     return {
-        "device": torch.cuda.get_device_name(worker.device) if on_gpu else platform.machine(),
+        "device": torch.cuda.get_device_name(subject.device) if on_gpu else platform.machine(),
         "cuda": torch.version.cuda if on_gpu else None,
         "torch": torch.__version__,
         "sglang": importlib.metadata.version("sglang"),
@@ -55,8 +52,8 @@ def fingerprint(worker: SelfQuantWorker) -> dict[str, object]:
         "drafter": list(dataclasses.astuple(config.drafter)),
         "gamma_max": config.gamma_max,
         "gammas": list(config.policy.gammas),
-        "draft_graph_batches": worker.graph_batches,
-        "target_graph_batches": worker.target_graph_batches,
+        "draft_graph_batches": subject.graph_batches,
+        "target_graph_batches": subject.target_graph_batches,
         **{name: getattr(args, name) for name in _SERVER_ARGS},
     }
 

@@ -1,7 +1,7 @@
 """Measure the profile with the very code and graphs that serve: at start-up, once per configuration.
 
 For batch sizes that have graphs, those just above (they are padded to the next graph: time is a staircase) and a few
-contexts, synthetic requests are laid into the still unused KV pool and stepped by the worker itself, back to back, so
+contexts, synthetic requests are laid into the still unused KV pool and stepped by the server's own code, back to back, so
 that host work counts where the GPU waits for it: plain decoding, the shortest and the longest chain, and every gamma's
 verify with its verdict. T_draft is what the longest chain takes per token; what the shortest takes beyond that is
 counted to T_verify, so that gamma * T_draft + T_verify is a whole cycle.
@@ -21,7 +21,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from sglang.srt.distributed import get_tp_group
@@ -33,13 +32,11 @@ from tqdm import tqdm
 
 from er_sglang.config import cache_folder
 from er_sglang.errors import ConfigError
+from er_sglang.calibration.base import Subject
 from er_sglang.calibration.fingerprint import fingerprint
 from er_sglang.policy.profile import Profile, Sample
 from er_sglang.host.relay import SelfQuantDraftInput
 from er_sglang.cycle.step import Step
-
-if TYPE_CHECKING:
-    from er_sglang.worker import SelfQuantWorker
 
 logger = logging.getLogger(__name__)
 
@@ -51,16 +48,16 @@ MIN_PASSES = {"cuda": 3, "cpu": 1}
 MAX_PASSES = 5
 
 
-def obtain_profile(worker: SelfQuantWorker) -> tuple[Profile, Path]:
+def obtain_profile(subject: Subject) -> tuple[Profile, Path]:
     """The profile that the config names, else the cached one, else one measured now; the same on every rank.
 
     Returns it and the path of rank 0's file. Raises ConfigError for a profile that is unreadable or was measured elsewhere.
     """
     group = get_tp_group()
-    expected = fingerprint(worker)
-    path = Path(worker.config.profile) if worker.config.profile else _cached(expected)
+    expected = fingerprint(subject)
+    path = Path(subject.config.profile) if subject.config.profile else _cached(expected)
     profile, refusal = None, None
-    if group.rank_in_group == 0 and (worker.config.profile or path.exists()):
+    if group.rank_in_group == 0 and (subject.config.profile or path.exists()):
         try:
             profile = Profile.load(path, expected)
             logger.info("Step times are those of %s.", path)
@@ -70,7 +67,7 @@ def obtain_profile(worker: SelfQuantWorker) -> tuple[Profile, Path]:
     if refusal:
         raise ConfigError(refusal)
     if profile is None:
-        profile = group.broadcast_object(_measure(worker, expected), src=0)
+        profile = group.broadcast_object(_measure(subject, expected), src=0)
         if group.rank_in_group == 0:
             profile.save(path)
             logger.info("Step times were measured and saved as %s.", path)
@@ -84,24 +81,24 @@ def _cached(expected: dict) -> Path:
     return cache_folder() / "profiles" / f"{digest[:16]}.json"
 
 
-def _measure(worker: SelfQuantWorker, expected: dict) -> Profile:
+def _measure(subject: Subject, expected: dict) -> Profile:
     group = get_tp_group()
-    cells = _grid(worker)
-    budget_s = min(worker.config.calibration_s, LONGEST_S[worker.device.type])
-    least = MIN_PASSES[worker.device.type]
+    cells = _grid(subject)
+    budget_s = min(subject.config.calibration_s, LONGEST_S[subject.device.type])
+    least = MIN_PASSES[subject.device.type]
     samples: list[Sample] = []
-    random = worker.random.state.clone()
-    gpus = [worker.device] if worker.device.type == "cuda" else []
+    random = subject.random.state.clone()
+    gpus = [subject.device] if subject.device.type == "cuda" else []
 
     def go_over(cells: list[tuple[int, int]], what: str) -> Iterator[tuple[int, int]]:
         return tqdm(cells, desc=f"Measuring step times, {what}", unit="cell", disable=group.rank_in_group != 0)
 
     # The cells' requests take the rows after the first, which is SGLang's padding.
-    rows = worker.req_to_token[: 1 + max(batch for batch, _ in cells), : _stride(worker, cells[-1][1])]
+    rows = subject.req_to_token[: 1 + max(batch for batch, _ in cells), : _stride(subject, cells[-1][1])]
     # A server that measures samples the same tokens as one that finds its profile.
     with torch.no_grad(), torch.random.fork_rng(gpus), _borrowed(rows):
         for batch, context_tokens in go_over([cell for cell in cells if cell[1] == cells[0][1]], "warm-up"):
-            _measure_cell(worker, batch, context_tokens)
+            _measure_cell(subject, batch, context_tokens)
         start_s = time.perf_counter()
         for done in range(MAX_PASSES):
             spent_s = time.perf_counter() - start_s
@@ -109,40 +106,40 @@ def _measure(worker: SelfQuantWorker, expected: dict) -> Profile:
             if done >= least and not group.broadcast_object(spent_s * (done + 1) <= budget_s * done, src=0):
                 break
             for batch, context_tokens in go_over(cells, f"pass {done + 1}"):
-                samples += _measure_cell(worker, batch, context_tokens)
-    worker.random.state.copy_(random)
+                samples += _measure_cell(subject, batch, context_tokens)
+    subject.random.state.copy_(random)
     return Profile.from_samples(samples, expected)
 
 
-def _grid(worker: SelfQuantWorker) -> list[tuple[int, int]]:
+def _grid(subject: Subject) -> list[tuple[int, int]]:
     """(batch, context) cells that the KV pool holds; a context in which a single batch size fits is left out."""
-    page = worker.server_args.page_size
-    limit = worker.runner.model_config.context_len // page * page - worker.config.gamma_max - 1
-    wanted = CONTEXTS_TOKENS[worker.device.type]
+    page = subject.server_args.page_size
+    limit = subject.runner.model_config.context_len // page * page - subject.config.gamma_max - 1
+    wanted = CONTEXTS_TOKENS[subject.device.type]
     contexts = [context for context in wanted if context < limit]
     if len(contexts) < len(wanted):
         contexts.append(limit)
-    sizes = worker.graph_batches
+    sizes = subject.graph_batches
     above = [size + 1 for size in sizes[:-1]]
-    most = min(len(worker.req_to_token) - 1, worker.config.max_draft_batch)
+    most = min(len(subject.req_to_token) - 1, subject.config.max_draft_batch)
     batches = [batch for batch in sorted({*sizes, *above}) or BATCHES_WITHOUT_GRAPHS if batch <= most]
     cells = []
     for context in contexts:
-        fitting = [b for b in batches if b * _stride(worker, context) < worker.runner.max_total_num_tokens]
+        fitting = [b for b in batches if b * _stride(subject, context) < subject.runner.max_total_num_tokens]
         if len(fitting) >= min(2, len(batches)):
             cells += [(batch, context) for batch in fitting]
     if not cells:
         raise ConfigError(
-            f"the KV cache holds {worker.runner.max_total_num_tokens} tokens, too few to measure step times: "
+            f"the KV cache holds {subject.runner.max_total_num_tokens} tokens, too few to measure step times: "
             'raise --mem-fraction-static, or choose a policy mode without a profile ("threshold", say).'
         )
     return cells
 
 
-def _stride(worker: SelfQuantWorker, context_tokens: int) -> int:
+def _stride(subject: Subject, context_tokens: int) -> int:
     """KV slots of one synthetic request, whole pages."""
-    page = worker.server_args.page_size
-    return -(-(context_tokens + worker.config.gamma_max + 1) // page) * page
+    page = subject.server_args.page_size
+    return -(-(context_tokens + subject.config.gamma_max + 1) // page) * page
 
 
 @contextmanager
@@ -154,24 +151,24 @@ def _borrowed(rows: torch.Tensor) -> Iterator[None]:
         rows.copy_(before)
 
 
-def _measure_cell(worker: SelfQuantWorker, batch: int, context_tokens: int) -> list[Sample]:
+def _measure_cell(subject: Subject, batch: int, context_tokens: int) -> list[Sample]:
     """One sample of each phase and gamma."""
-    template = _synthetic_batch(worker, batch, context_tokens)
-    gammas, watch = worker.config.policy.gammas, _Stopwatch(worker.device)
+    template = _synthetic_batch(subject, batch, context_tokens)
+    gammas, watch = subject.config.policy.gammas, _Stopwatch(subject.device)
 
     def step(gamma: int) -> tuple[ScheduleBatch, Step]:
         scheduled = copy.copy(template)
-        return scheduled, Step.of_batch(scheduled, worker.req_to_token, gamma + 1, 0)
+        return scheduled, Step.of_batch(scheduled, subject.req_to_token, gamma + 1, 0)
 
-    worker.decode(*step(0))  # every timed step follows another one
+    subject.decode(*step(0))  # every timed step follows another one
     watch.mark()
-    worker.decode(*step(0))
+    subject.decode(*step(0))
     watch.mark()
     for gamma in (gammas[0], gammas[-1]):
-        draft = worker.draft(step(gamma)[1], gamma)
+        draft = subject.draft(step(gamma)[1], gamma)
         watch.mark()
     for gamma in gammas:
-        worker.verify(*step(gamma), draft.first(gamma))
+        subject.verify(*step(gamma), draft.first(gamma))
         watch.mark()
     plain_s, shortest_s, longest_s, *verify_s = watch.laps_s()
     draft_s = longest_s / gammas[-1]
@@ -183,24 +180,24 @@ def _measure_cell(worker: SelfQuantWorker, batch: int, context_tokens: int) -> l
     ]
 
 
-def _synthetic_batch(worker: SelfQuantWorker, batch: int, context_tokens: int) -> ScheduleBatch:
+def _synthetic_batch(subject: Subject, batch: int, context_tokens: int) -> ScheduleBatch:
     """Requests that decode at ``context_tokens``, each with KV slots of its own, sampled at temperature 1."""
-    device, stride = worker.device, _stride(worker, context_tokens)
-    starts = worker.server_args.page_size + stride * torch.arange(batch, device=device)
-    worker.req_to_token[1 : batch + 1, :stride] = (starts.view(-1, 1) + torch.arange(stride, device=device)).to(torch.int32)
+    device, stride = subject.device, _stride(subject, context_tokens)
+    starts = subject.server_args.page_size + stride * torch.arange(batch, device=device)
+    subject.req_to_token[1 : batch + 1, :stride] = (starts.view(-1, 1) + torch.arange(stride, device=device)).to(torch.int32)
     scheduled = ScheduleBatch(
         reqs=[Req(f"calibration-{row}", "", [0], SamplingParams(temperature=1.0)) for row in range(batch)],
         device=str(device),
         forward_mode=ForwardMode.DECODE,
-        model_config=worker.runner.model_config,
-        req_to_token_pool=worker.runner.req_to_token_pool,
+        model_config=subject.runner.model_config,
+        req_to_token_pool=subject.runner.req_to_token_pool,
         req_pool_indices=torch.arange(1, batch + 1, device=device),
         seq_lens=torch.full((batch,), context_tokens, device=device),
         seq_lens_cpu=torch.full((batch,), context_tokens),
-        spec_algorithm=worker.runner.spec_algorithm,
+        spec_algorithm=subject.runner.spec_algorithm,
         spec_info=SelfQuantDraftInput(torch.zeros(batch, dtype=torch.int64, device=device)),
     )
-    scheduled.sampling_info = SamplingBatchInfo.from_schedule_batch(scheduled, worker.runner.model_config.vocab_size)
+    scheduled.sampling_info = SamplingBatchInfo.from_schedule_batch(scheduled, subject.runner.model_config.vocab_size)
     return scheduled
 
 

@@ -88,33 +88,33 @@ class DraftChain:
 
     def prepare(self, step: Step, gamma: int) -> list[ForwardBatch]:
         """Load a step's inputs and plan its gamma decodes; the last read of the shared request table."""
-        raw = step.batch_size
-        size = next((b for b in self._graph_batches if b >= raw), raw)
-        if size > raw:  # Padding rows decode token 0 at position 0 into slot 0, which SGLang keeps for padding.
+        raw_bs = step.batch_size
+        size = next((b for b in self._graph_batches if b >= raw_bs), raw_bs)
+        if size > raw_bs:  # Padding rows decode token 0 at position 0 into slot 0, which SGLang keeps for padding.
             for rows in (self._slots, self._positions, self._tokens):
-                rows[..., raw:size] = 0
-            self._seq_lens[:, raw:size] = 1
-            self._params.top_k_B[raw:size] = 1
-        self._tokens[0, :raw] = step.last_B
-        self._slots[:gamma, :raw] = step.slots_NB[:gamma]
-        torch.add(step.seq_lens_B, self._steps, out=self._positions[:, :raw])
-        torch.add(self._positions[:, :raw], 1, out=self._seq_lens[:, :raw])
+                rows[..., raw_bs:size] = 0
+            self._seq_lens[:, raw_bs:size] = 1
+            self._params.top_k_B[raw_bs:size] = 1
+        self._tokens[0, :raw_bs] = step.last_B
+        self._slots[:gamma, :raw_bs] = step.slots_NB[:gamma]
+        torch.add(step.seq_lens_B, self._steps, out=self._positions[:, :raw_bs])
+        torch.add(self._positions[:, :raw_bs], 1, out=self._seq_lens[:, :raw_bs])
         seq_lens_cpu_B = step.seq_lens_cpu_B
         if self._window:
-            self._seq_lens[:, :raw] -= self._window.load(step, self._req_to_token, size)
+            self._seq_lens[:, :raw_bs] -= self._window.load(step, self._req_to_token, size)
             seq_lens_cpu_B = self._window.seen_on_host(seq_lens_cpu_B)
         else:
-            self._req_pool_indices[:raw] = step.req_pool_indices_B
-            self._req_pool_indices[raw:size] = 0
-        self._params.temperature_B[:raw] = step.params.temperature_B
-        self._params.top_k_B[:raw] = step.params.top_k_B
-        self._params.top_p_B[:raw] = step.params.top_p_B
-        self._params.min_p_B[:raw] = step.params.min_p_B
+            self._req_pool_indices[:raw_bs] = step.req_pool_indices_B
+            self._req_pool_indices[raw_bs:size] = 0
+        self._params.temperature_B[:raw_bs] = step.params.temperature_B
+        self._params.top_k_B[:raw_bs] = step.params.top_k_B
+        self._params.top_p_B[:raw_bs] = step.params.top_p_B
+        self._params.min_p_B[:raw_bs] = step.params.min_p_B
 
         seq_lens_cpu = torch.ones(size, dtype=torch.int64)
         forward_batches = self._forward_batches(size, gamma)
         for i, (backend, forward_batch) in enumerate(zip(self._backends, forward_batches)):
-            seq_lens_cpu[:raw] = seq_lens_cpu_B + (i + 1)
+            seq_lens_cpu[:raw_bs] = seq_lens_cpu_B + (i + 1)
             forward_batch.seq_lens_cpu = seq_lens_cpu.clone()
             forward_batch.seq_lens_sum = int(seq_lens_cpu.sum())
             if size in self._graph_batches:
@@ -196,8 +196,8 @@ class DraftChain:
             self._graphs.capture_session(capture.stream),
         ):
             for size in sizes:
-                chain = self._forward_batches(size, max(gammas))
-                for backend, forward_batch in zip(self._backends, chain):
+                decodes = self._forward_batches(size, max(gammas))
+                for backend, forward_batch in zip(self._backends, decodes):
                     # Bound once per size: the graphs of all gammas read the same metadata buffers.
                     backend.init_forward_metadata_out_graph(forward_batch, in_capture=True)
                     forward_batch.mark_forward_metadata_ready()
@@ -206,7 +206,7 @@ class DraftChain:
 
                     def run() -> None:
                         if warm_up or torch.cuda.is_current_stream_capturing():
-                            self._run(chain[:gamma])
+                            self._run(decodes[:gamma])
 
                     self._graphs.capture_one(_key(size, gamma), run)
 

@@ -5,7 +5,7 @@ calls by any transport (the q, k and v of one fused layer may arrive in differen
 reports, or both. It ends when generation goes on, at `continue_generation` or at the next decode step, and only then is
 the drafter refreshed, once. If one of its calls failed, the update failed: nothing is drafted until a later one succeeds.
 
-    receiving() ...   continued() or generating()   ensure()
+    receiving() ...   continued() or close_update() ensure()
     update open  -->  update ended             -->  refreshed, if due
 """
 
@@ -55,7 +55,7 @@ class Freshness:
     """Which policy the drafter is made of, and whether it may be used.
 
     refresh: re-derives the drafter from the live policy and returns when that is done.
-    changed: called when what was learned of its acceptance says less: once per update, and when it was refreshed because
+    on_update: called when what was learned of its acceptance says less: once per update, and when it was refreshed because
         acceptance fell.
     acceptance: live acceptance of the first drafted token.
     """
@@ -65,12 +65,12 @@ class Freshness:
         config: UpdatesConfig,
         *,
         refresh: Callable[[], None],
-        changed: Callable[[], None],
+        on_update: Callable[[], None],
         acceptance: Callable[[], float],
     ) -> None:
         self._config = config
         self._refresh = refresh
-        self._changed = changed
+        self._on_update = on_update
         self._acceptance = acceptance
         self._open = False
         self._failed = False  # the update that is open, or the last one
@@ -148,11 +148,10 @@ class Freshness:
         self._end_update()
         self.ensure()
 
-    def generating(self) -> str | None:
-        """A decode step comes next: an update that is open ends. Returns why the step must not draft, None if it may."""
+    def close_update(self) -> None:
+        """A decode step comes next, so an update that is open ends; nothing if none is."""
         if self._open:
             self._end_update()
-        return self.blocker
 
     def ensure(self) -> None:
         """Refresh if due and allowed; before every draft."""
@@ -175,7 +174,7 @@ class Freshness:
         self.refreshes += 1
         self.refresh_s = time.perf_counter() - start_s
         if reason is Reason.DROP:
-            self._changed()
+            self._on_update()
         logger.info("Drafter refreshed in %.1f ms: %s.", 1e3 * self.refresh_s, reason.value)
 
     def _end_update(self) -> None:
@@ -184,4 +183,4 @@ class Freshness:
         self._open = False
         self.updates += 1
         self._behind += 1
-        self._changed()
+        self._on_update()

@@ -1,4 +1,7 @@
-"""Hooks into SGLang's functions, by its own hook registry. Each does nothing unless SELF_QUANT is served."""
+"""Hooks into SGLang's functions, by its own hook registry.
+
+They wrap functions of plain servers too, where each only asks whether SELF_QUANT is served and passes the call on.
+"""
 
 from __future__ import annotations
 
@@ -7,22 +10,16 @@ from math import ceil
 
 import torch
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
-from sglang.srt.server_args import get_global_server_args
 
 from er_sglang.steering.control import KEY
+from er_sglang.host.cpu import CPU_HOOKS
 from er_sglang.host.seams import ALGORITHM, UnsupportedHost
+from er_sglang.host.served import is_served, served
 
 _UPDATER = "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager."
 _SCHEDULER = "sglang.srt.managers.scheduler.Scheduler."
 _RESULTS = "sglang.srt.managers.scheduler_components.batch_result_processor.SchedulerBatchResultProcessor."
 _FRONT_END = "sglang.srt.managers.tokenizer_manager.TokenizerManager."
-
-
-def _worker(worker):
-    """The SELF_QUANT worker, None if another algorithm or none is served."""
-    from er_sglang.worker import SelfQuantWorker
-
-    return worker if isinstance(worker, SelfQuantWorker) else None
 
 
 def _all_agree(success: bool, group) -> bool:
@@ -34,7 +31,7 @@ def _all_agree(success: bool, group) -> bool:
 
 def _receive_update(transport: str):
     def hook(original, updater, recv_req):
-        if (worker := _worker(updater.draft_worker)) is None:
+        if (worker := served(updater.draft_worker)) is None:
             return original(updater, recv_req)
         worker.synchronize()  # A cycle in flight ends on the weights it began with.
         with worker.freshness.receiving(transport) as report:
@@ -47,31 +44,31 @@ def _receive_update(transport: str):
 
 def _release_memory(original, updater, recv_req):
     result = original(updater, recv_req)
-    if (worker := _worker(updater.draft_worker)) and "weights" in updater.offload_tags:
+    if (worker := served(updater.draft_worker)) and "weights" in updater.offload_tags:
         worker.freshness.released()
     return result
 
 
 def _resume_memory(original, updater, recv_req):
     result = original(updater, recv_req)
-    if (worker := _worker(updater.draft_worker)) and "weights" not in updater.offload_tags:
+    if (worker := served(updater.draft_worker)) and "weights" not in updater.offload_tags:
         worker.freshness.resumed()
     return result
 
 
 def _continue_generation(result, scheduler, recv_req) -> None:
-    if worker := _worker(scheduler.draft_worker):
+    if worker := served(scheduler.draft_worker):
         worker.freshness.continued()
 
 
 def _on_idle(result, scheduler) -> None:
-    worker = _worker(scheduler.draft_worker)
-    if worker and worker.steering.busy and scheduler.is_fully_idle():
+    worker = served(scheduler.draft_worker)
+    if worker and worker.busy and scheduler.is_fully_idle():
         worker.idle()
 
 
 def _internal_state(result, scheduler, recv_req):
-    if worker := _worker(scheduler.draft_worker):
+    if worker := served(scheduler.draft_worker):
         result.internal_state[KEY] = worker.snapshot()
     return result
 
@@ -80,17 +77,17 @@ def _set_internal_state(original, scheduler, recv_req):
     """A change of our policy is ours; all else is SGLang's. The HTTP answer is the list of ``updated``, one a replica."""
     from sglang.srt.managers.io_struct import SetInternalStateReqOutput
 
-    worker = _worker(scheduler.draft_worker)
+    worker = served(scheduler.draft_worker)
     if worker is None or KEY not in recv_req.server_args:
         return original(scheduler, recv_req)
-    return SetInternalStateReqOutput(updated=worker.change(recv_req.server_args), server_args={})
+    return SetInternalStateReqOutput(updated=worker.set_policy(recv_req.server_args), server_args={})
 
 
 def _count_drafts(result, processor, step, batch) -> None:
     """SGLang has no count of a request's drafted tokens: it assumes one gamma for all steps. They travel to the front end
     as ``spec_num_correct_drafts``, which can spare the field: the histogram of accepted drafts says the same."""
     gamma = step.speculative_num_draft_tokens - 1
-    if gamma == 0 or _worker(processor.model_worker) is None:
+    if gamma == 0 or served(processor.model_worker) is None:
         return
     for req, accepted in zip(batch.reqs, step.num_correct_drafts_per_req_cpu):
         if not (req.is_retracted or req.finished()):
@@ -103,7 +100,7 @@ def _report_drafts(result, manager, meta_info, recv_obj, i) -> None:
     ``spec_verify_ct`` stays the number of decode steps, plain ones included, and ``spec_accept_length`` the tokens per
     such step. ``spec_accept_rate``, accepted over drafted tokens, is left out if nothing was drafted.
     """
-    if not _served() or "spec_verify_ct" not in meta_info:
+    if not is_served() or "spec_verify_ct" not in meta_info:
         return
     drafted = recv_obj.spec_num_correct_drafts[i]
     accepted = sum(count * steps for count, steps in enumerate(recv_obj.spec_correct_drafts_histogram[i]))
@@ -117,19 +114,11 @@ def _report_drafts(result, manager, meta_info, recv_obj, i) -> None:
         del meta_info["spec_accept_rate"]
 
 
-def _served() -> bool:
-    return get_global_server_args().speculative_algorithm == ALGORITHM
-
-
-def _on_cpu() -> bool:
-    return _served() and get_global_server_args().device == "cpu"
-
-
 def _finish_token_by_token(original, req, new_accepted_len=1):
     """SGLang looks at the length limit before it looks for stop tokens, which is right for one token at a time only: of
     several, those after a stop token would be returned if the last of them reaches the limit."""
     at_limit = len(req.output_ids) >= req.sampling_params.max_new_tokens
-    if new_accepted_len == 1 or not at_limit or not _served():
+    if new_accepted_len == 1 or not at_limit or not is_served():
         return original(req, new_accepted_len)
     emitted = req.output_ids[-new_accepted_len:]
     del req.output_ids[-new_accepted_len:]
@@ -150,45 +139,6 @@ def _request_row_headroom(result, server_args):
     return ceil((result + server_args.speculative_num_draft_tokens) / 16) * 16
 
 
-def _skip_kv_copy_on_cpu(original, pool):
-    # A Triton kernel that compacts rejected branches of a draft tree; a chain has none.
-    if not _on_cpu():
-        original(pool)
-
-
-def _assign_slots_on_cpu(original, req_pool_indices, req_to_token, start_offset, end_offset, out_cache_loc, batch_size):
-    """``assign_req_to_token_pool`` is a Triton kernel; this is what it does."""
-    if not _on_cpu():
-        return original(req_pool_indices, req_to_token, start_offset, end_offset, out_cache_loc, batch_size)
-    lengths = (end_offset - start_offset).tolist()
-    for row, start, slots in zip(req_pool_indices, start_offset.tolist(), out_cache_loc.split(lengths)):
-        req_to_token[row, start : start + len(slots)] = slots.to(req_to_token.dtype)
-
-
-def _alloc_extend_on_cpu(original, allocator, prefix_lens, prefix_lens_cpu, seq_lens, seq_lens_cpu, last_loc, extend_num_tokens, num_new_pages=None):  # fmt: skip
-    """``alloc_extend`` launches a Triton kernel; SGLang has the same in torch, but not wired to the CPU."""
-    from sglang.srt.mem_cache.allocator.paged import alloc_extend_naive, get_num_new_pages
-
-    if not _on_cpu():
-        return original(
-            allocator, prefix_lens, prefix_lens_cpu, seq_lens, seq_lens_cpu, last_loc, extend_num_tokens, num_new_pages
-        )
-    if num_new_pages is None:
-        num_new_pages = get_num_new_pages(
-            seq_lens=seq_lens_cpu, page_size=allocator.page_size, prefix_lens=prefix_lens_cpu
-        )
-    if allocator.need_sort and num_new_pages > len(allocator.free_pages):
-        allocator.merge_and_sort_free()
-    if num_new_pages > len(allocator.free_pages):
-        return None
-    slots = torch.empty((extend_num_tokens,), dtype=torch.int64, device=allocator.device)
-    alloc_extend_naive(
-        prefix_lens.long(), seq_lens.long(), last_loc.long(), allocator.free_pages, slots, allocator.page_size, allocator.device
-    )  # fmt: skip
-    allocator.free_pages = allocator.free_pages[num_new_pages:]
-    return slots
-
-
 HOOKS = {
     **{
         f"{_UPDATER}update_weights_from_{transport}": (HookType.AROUND, _receive_update(transport))
@@ -207,18 +157,7 @@ HOOKS = {
         HookType.AFTER,
         _request_row_headroom,
     ),
-    "sglang.srt.mem_cache.memory_pool.MHATokenToKVPool._init_kv_copy_and_warmup": (
-        HookType.AROUND,
-        _skip_kv_copy_on_cpu,
-    ),
-    "sglang.srt.speculative.triton_ops.cache_locs.assign_req_to_token_pool_func": (
-        HookType.AROUND,
-        _assign_slots_on_cpu,
-    ),
-    "sglang.srt.mem_cache.allocator.paged.PagedTokenToKVPoolAllocator.alloc_extend": (
-        HookType.AROUND,
-        _alloc_extend_on_cpu,
-    ),
+    **CPU_HOOKS,
 }
 
 

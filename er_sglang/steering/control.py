@@ -28,10 +28,10 @@ class Control:
     simulated_acceptance: float | None
 
 
-def changed(
+def replaced(
     now: Control, server_args: Mapping[str, object], *, prepared: Collection[int], measured: Collection[int]
 ) -> Control:
-    """`now`, changed as the request asks; ValueError (ConfigError is one) if it must be refused.
+    """`now`, with the settings that the request names; ValueError (ConfigError is one) if it must be refused.
 
     prepared: gammas that the server captured graphs for. measured: those with step times.
     """

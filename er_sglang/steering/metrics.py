@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,7 +17,8 @@ class Launched:
     reason: of its gamma. outside: decided by extrapolated step times.
     plain_s: measured seconds of a plain decode step of this batch, None without a profile.
     probe: drafts to learn, not to gain.
-    mode, change: the policy's mode, and how many changes at run time came before it.
+    mode, settings_version: the policy's mode, and how often its settings were replaced at run time before it.
+    continuous: it follows another decode step at once, so that the time between their results is its duration.
     """
 
     gamma: int
@@ -29,7 +30,8 @@ class Launched:
     probe: bool = False
     plain_s: float | None = None
     mode: str = ""
-    change: int = 0
+    settings_version: int = 0
+    continuous: bool = False
 
 
 class RecentRatio:
@@ -69,19 +71,8 @@ class Metrics:
         self._gamma = 0  # of the latest step that was no probe
         self._tried_at = [0] * gamma_max
         self._accepted_at = [0] * gamma_max
-        self._in_flight: deque[tuple[Launched, bool]] = deque()
-        self._continuous = False
         self._finished_at_s = 0.0
         self._exporter = exporter
-
-    @property
-    def in_flight_tokens(self) -> int:
-        """The most tokens per request that steps not yet recorded can emit."""
-        return sum(step.gamma + 1 for step, _ in self._in_flight)
-
-    def interrupted(self) -> None:
-        """A prefill, or nothing at all, comes before the next decode step: its duration says nothing."""
-        self._continuous = False
 
     def launched(self, step: Launched) -> None:
         self.latest = step
@@ -92,25 +83,22 @@ class Metrics:
         if switched:
             self.switches += 1
             self._gamma = step.gamma
-        self._in_flight.append((step, self._continuous))
-        self._continuous = True
         if self._exporter:
             self._exporter.launched(step, switched)
 
-    def finished(self, accepted: Sequence[int]) -> Launched:
-        """The result of the oldest unrecorded step is here: accepted drafts per request. Returns the step."""
-        step, continuous = self._in_flight.popleft()
+    def finished(self, step: Launched, accepted: Sequence[int]) -> None:
+        """The result of a launched step is here: accepted drafts per request."""
         gamma, batch = step.gamma, step.batch
         if len(accepted) != batch:
             raise RuntimeError(f"a step of {batch} requests came back with {len(accepted)}: results out of order")
         now_s = time.perf_counter()
         took_s, self._finished_at_s = now_s - self._finished_at_s, now_s
         self.emitted_tokens += sum(accepted) + batch
-        if continuous and step.plain_s is not None:
+        if step.continuous and step.plain_s is not None:
             self._compare(step, took_s, emitted=1 + sum(accepted) / batch)
         if gamma == 0:
             self.decode_steps += 1
-            return step
+            return
         self.cycles += 1
         self.cycle_requests += batch
         self.drafted_tokens += gamma * batch
@@ -123,7 +111,6 @@ class Metrics:
                 self._tried_at[count] += 1
         if self._exporter:
             self._exporter.finished(gamma * batch, sum(accepted), self.predicted_speedup.value, self.measured_speedup.value)
-        return step
 
     def snapshot(self) -> dict:
         """Plain values for /server_info.

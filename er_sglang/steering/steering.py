@@ -38,8 +38,10 @@ class Steering:
         self._agreement = agreement
         self._trace = trace
         self._busy = False
-        self._deciders: deque[Controller] = deque()  # of the steps in flight: who decided a step learns from it
-        self.changes = 0
+        self._continuous = False
+        # Steps whose results are not on the host yet, each with its decider, who learns from it.
+        self._in_flight: deque[tuple[Launched, Controller]] = deque()
+        self.settings_version = 0
 
     @property
     def busy(self) -> bool:
@@ -50,6 +52,15 @@ class Steering:
     def first_acceptance(self) -> float:
         """Live acceptance of the first drafted token; 0 if the mode never drafts."""
         return next(iter(self.controller.acceptance.alphas()), 0.0)
+
+    @property
+    def in_flight_tokens(self) -> int:
+        """The most tokens per request that the steps in flight can emit."""
+        return sum(step.gamma + 1 for step, _ in self._in_flight)
+
+    def interrupted(self) -> None:
+        """A prefill, or nothing at all, comes before the next decode step: its duration says nothing."""
+        self._continuous = False
 
     def launch(self, committed_tokens: Sequence[int], blocker: str | None) -> Launched:
         """How the next step is to be taken.
@@ -75,27 +86,28 @@ class Steering:
             probe=decision.probe,
             plain_s=profile.target_s(batch, state.mean_context_tokens) if profile else None,
             mode=self.controller.config.mode,
-            change=self.changes,
+            settings_version=self.settings_version,
+            continuous=self._continuous,
         )
-        self._deciders.append(self.controller)
-        self._busy = True
+        self._in_flight.append((step, self.controller))
+        self._busy = self._continuous = True
         self.metrics.launched(step)
         return step
 
     def finished(self, accepted: Sequence[int]) -> None:
         """accepted: drafts accepted of each request of the oldest step not yet reported."""
-        step = self.metrics.finished(accepted)
-        decider = self._deciders.popleft()
+        step, decider = self._in_flight.popleft()
+        self.metrics.finished(step, accepted)
         self._agreement.add(accepted)
         if step.gamma:
             decider.observe(accepted, step.gamma)
         if self._trace:
             self._trace.write(step, sum(accepted))
 
-    def change(self, config: PolicyConfig) -> None:
+    def set_policy(self, config: PolicyConfig) -> None:
         """Decide by other settings from the next step on, as a server started with them would; counters run on."""
         self.controller = Controller(config, self.controller.profile)
-        self.changes += 1
+        self.settings_version += 1
         self._agreement.add(config)
 
     def policy_updated(self) -> None:
@@ -106,7 +118,7 @@ class Steering:
         """No request is left, running or waiting."""
         if self._busy:
             self._busy = False
-            self.metrics.interrupted()
+            self.interrupted()
             self.controller.idle()
 
 

@@ -15,7 +15,7 @@ class Trace:
     """Appends to a file, or to one of its own in a folder. A line holds
 
     time_s: Unix time at which the step's result reached the host.
-    mode, change: the policy's mode; how many changes of the policy at run time came before the step.
+    mode, settings_version: the policy's mode; how often its settings were replaced at run time before the step.
     batch, context_tokens: running requests and their mean context.
     gamma, reason: drafted tokens per request, and why as many.
     expected_speedup: over plain decoding, as predicted; null where the mode predicts nothing.
@@ -34,7 +34,7 @@ class Trace:
         line = {
             "time_s": round(time.time(), 6),
             "mode": step.mode,
-            "change": step.change,
+            "settings_version": step.settings_version,
             "batch": step.batch,
             "context_tokens": round(step.context_tokens, 1),
             "gamma": step.gamma,

@@ -42,7 +42,7 @@ def add_command(subparsers: argparse._SubParsersAction) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from er_sglang.bench.serving import Server
+    from er_sglang.tools.serving import Server
 
     server = Server(
         args.model_path,

@@ -10,7 +10,7 @@ from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
 from er_sglang.bench.report import environment
-from er_sglang.bench.serving import exit_on_sigterm
+from er_sglang.tools.serving import exit_on_sigterm
 from er_sglang.config import cache_folder
 from launch.grpo import report, task
 from launch.grpo.loop import Settings, train

@@ -18,7 +18,7 @@ import torch
 from sglang.srt.utils import MultiprocessingSerializer
 from sglang.srt.weight_sync.tensor_bucket import FlattenedTensorBucket
 
-from er_sglang.bench.serving import CPU_ARGS, CPU_ENV, Server
+from er_sglang.tools.serving import CPU_ARGS, CPU_ENV, Server
 from er_sglang.config import CONFIG_ENV
 
 GAMMA = 3

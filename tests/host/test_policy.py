@@ -172,7 +172,7 @@ def test_the_policy_changes_while_serving(steered):
     load(steered)
     off = steered.self_quant()
     assert decisions(steered, start).keys() == {"gamma=0:off"}
-    assert off["mode"] == off["policy"]["mode"] == "off" and off["changes"] == start["changes"] + 1
+    assert off["mode"] == off["policy"]["mode"] == "off" and off["settings_version"] == start["settings_version"] + 1
     assert off["acceptance"]["tried"] == []  # as a server started so would have it
 
     steered.change_self_quant({"mode": "always", "fixed_gamma": 2})
@@ -188,9 +188,9 @@ def test_the_policy_changes_while_serving(steered):
     assert any(name.startswith("gamma=3") for name in auto) and any(name.startswith("gamma=0") for name in auto)
 
     steps = [json.loads(line) for line in steered.trace.read_text().splitlines()]
-    modes = {step["change"]: step["mode"] for step in steps}
-    assert [modes[start["changes"] + i] for i in range(4)] == ["auto", "off", "always", "auto"]
-    assert len({(step["change"], step["mode"]) for step in steps}) == len(modes)
+    modes = {step["settings_version"]: step["mode"] for step in steps}
+    assert [modes[start["settings_version"] + i] for i in range(4)] == ["auto", "off", "always", "auto"]
+    assert len({(step["settings_version"], step["mode"]) for step in steps}) == len(modes)
 
 
 def test_the_policy_changes_within_a_batch(steered):
@@ -199,7 +199,7 @@ def test_the_policy_changes_within_a_batch(steered):
     changes = [{"fixed_gamma": 1}, {"mode": "off"}, {"mode": "always", "fixed_gamma": 3}, {"mode": "off"}] * 5
     assert load_and_change(steered, [*changes, {"mode": "auto"}]) == [SHORT] * MANY + [LONG] * FEW
     assert decisions(steered, before).keys() >= {"gamma=1:always", "gamma=0:off", "gamma=3:always"}
-    assert steered.self_quant()["changes"] == before["changes"] + 21
+    assert steered.self_quant()["settings_version"] == before["settings_version"] + 21
 
 
 def test_steps_in_flight_are_learned_from_by_the_policy_that_decided_them():
@@ -208,8 +208,9 @@ def test_steps_in_flight_are_learned_from_by_the_policy_that_decided_them():
     steering = Steering(always, Metrics(3), max_draft_batch=8, agreement=Agreement(None), trace=None)
     for config in (PolicyConfig(mode="off"), PolicyConfig(mode="always", fixed_gamma=2)):
         steering.launch([10, 10], None)
-        steering.change(config)
+        steering.set_policy(config)
     steering.launch([10, 10], None)
+    assert steering.in_flight_tokens == 4 + 1 + 3
     for accepted in ([3, 1], [0, 0], [2, 0]):
         steering.finished(accepted)
     assert always.acceptance.snapshot()["tried"] == [2.0, 2.0, 1.0]
@@ -294,6 +295,6 @@ def test_two_ranks_decide_alike(qwen3, folder, calibrated):
         state = server.self_quant()
         # Both must change at the same step.
         load_and_change(server, [{"mode": "always", "fixed_gamma": 1}, {"mode": "off"}, {"mode": "auto"}] * 4)
-        assert server.self_quant()["changes"] == 12
+        assert server.self_quant()["settings_version"] == 12
     assert state["switches"] >= 3
     assert sum(state["decisions"].values()) > 2 * CHECK_EVERY_STEPS

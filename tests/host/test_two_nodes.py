@@ -8,7 +8,7 @@ from contextlib import ExitStack
 
 import pytest
 
-from er_sglang.bench.serving import free_port
+from er_sglang.tools.serving import free_port
 from tests.host.goodness import assert_exact, cells
 from tests.host.oracle import Oracle, Sampling
 from tests.host.policies import make_policy

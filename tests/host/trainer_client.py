@@ -23,7 +23,7 @@ import torch.distributed as dist
 from sglang.srt.utils import MultiprocessingSerializer, init_custom_process_group
 from sglang.srt.weight_sync.tensor_bucket import FlattenedTensorBucket
 
-from er_sglang.bench.serving import free_port
+from er_sglang.tools.serving import free_port
 from tests.host.servers import HostServer
 
 Bucket = Sequence[tuple[str, torch.Tensor]]

@@ -10,10 +10,10 @@ import torch
 from er_sglang.bench import report
 from er_sglang.bench.arms import Arm, server_args, server_env, server_name, servers
 from er_sglang.bench.load import Completion, LoadResult, Request, interpolate, payload, random_prompts
-from er_sglang.bench.serving import CPU_ARGS, server_command
+from er_sglang.tools.serving import CPU_ARGS, server_command
 from er_sglang.bench.shapes import SHAPES, W4_DRAFT, model_config, write_model
 from er_sglang.config import load_config, simulated_acceptance
-from er_sglang.steering.control import Control, changed
+from er_sglang.steering.control import Control, replaced
 from er_sglang.quantize.blocks import MAX_ROWS, SHARED_BYTES, SMALL_BATCH, Blocks, choose_blocks, shared_bytes
 from er_sglang.tools.plots import Bin
 
@@ -163,7 +163,7 @@ def test_a_shared_server_can_be_switched_to_each_of_its_arms(arms, gammas, measu
     assert (config.policy.gammas, config.policy.needs_profile) == (gammas, measures)
     now = Control(policy=config.policy, simulated_acceptance=0.9)
     for arm in arms_of(arms):
-        now = changed(now, {"self_quant": arm.settings(0.8)}, prepared=gammas, measured=gammas if measures else ())
+        now = replaced(now, {"self_quant": arm.settings(0.8)}, prepared=gammas, measured=gammas if measures else ())
         assert now.policy.gammas == arm.policy_config.gammas and now.policy.mode == arm.policy_config.mode
         assert now.simulated_acceptance == 0.8 or arm.gamma == 0
 
@@ -460,7 +460,7 @@ def run_of(arm, acceptance, wall_s, change=None):
         "wall_s": wall_s,
         "tokens_per_s": 1.0,
         "accept_length": 1.0,
-        "self_quant_after": change and {"changes": change},
+        "self_quant_after": change and {"settings_version": change},
     }
 
 
@@ -468,7 +468,7 @@ def test_a_servers_trace_is_split_by_arm(tmp_path):
     from er_sglang.bench.rollout import split_trace
 
     trace = tmp_path / "trace.jsonl"
-    trace.write_text("".join(json.dumps({"change": change, "step": step}) + "\n" for step, change in enumerate([0, 1, 1, 2])))
+    trace.write_text("".join(json.dumps({"settings_version": change, "step": step}) + "\n" for step, change in enumerate([0, 1, 1, 2])))
     runs = [run_of("plain", None, 4.0), run_of("self_quant:0", None, 4.0, 1), run_of("auto:7", 0.8, 3.0, 2)]
     paths = split_trace(trace, runs)
     assert [path.name for path in paths] == ["trace-self_quant-0.jsonl", "trace-auto-7-0.8.jsonl"] and not trace.exists()

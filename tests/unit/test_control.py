@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from er_sglang.steering.control import Control, changed
+from er_sglang.steering.control import Control, replaced
 from er_sglang.errors import ConfigError
 from er_sglang.policy.config import PolicyConfig
 
@@ -13,7 +13,7 @@ SIMULATED = replace(AUTO, simulated_acceptance=0.9)
 
 
 def change(settings, now=AUTO, prepared=(1, 2, 3), measured=(1, 2, 3)):
-    return changed(now, {"self_quant": settings}, prepared=prepared, measured=measured)
+    return replaced(now, {"self_quant": settings}, prepared=prepared, measured=measured)
 
 
 @pytest.mark.parametrize(
@@ -71,7 +71,7 @@ def test_a_mode_that_decides_by_step_times_needs_them():
 
 def test_nothing_else_may_come_along():
     with pytest.raises(ConfigError, match="without pp_max_micro_batch_size"):
-        changed(AUTO, {"self_quant": {"mode": "off"}, "pp_max_micro_batch_size": 8}, prepared=(), measured=())
+        replaced(AUTO, {"self_quant": {"mode": "off"}, "pp_max_micro_batch_size": 8}, prepared=(), measured=())
 
 
 def test_another_acceptance_only_where_one_is_simulated():

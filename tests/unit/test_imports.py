@@ -9,13 +9,25 @@ import pytest
 
 PACKAGE = Path(__file__).parents[2] / "er_sglang"
 
-PURE = (
-    "config control errors host metrics policy.acceptance policy.config policy.decide policy.paper policy.profile policy.tables "
-    "quantize.blocks refusals tools.simulate tools.workload trace updates"
-).split()
-KNOWS_SGLANG = {
-    *("algorithm autoload chain drafter hooks logprobs relay steering verifier worker".split()),
-    *("calibration.fingerprint calibration.measure quantize.marlin quantize.scaled_mm quantize.hopper".split()),
+# Rooms that know neither torch nor SGLang, whoever they import; `.` is the package's own folder.
+PURE = {
+    "policy": "*",
+    "tools": "patching plots simulate workload",
+    "steering": "control metrics trace",
+    "host": "seams refusals",
+    "drafting": "updates",
+    "quantize": "blocks",
+    ".": "config errors",
+}
+# Rooms that may import SGLang.
+HOSTED = {
+    "host": "*",
+    "cycle": "*",
+    "calibration": "*",
+    "drafting": "drafter",
+    "steering": "steering",
+    "quantize": "marlin scaled_mm hopper",
+    ".": "worker autoload",
 }
 
 
@@ -39,6 +51,11 @@ def imported(path: Path) -> set[str]:
     return names
 
 
+def ours(name: str) -> set[str]:
+    """Our own modules that a module imports."""
+    return {inner for other in FOUND[name] if (inner := other.removeprefix("er_sglang.")) in FOUND}
+
+
 def needs(name: str, found: dict[str, set[str]]) -> set[str]:
     """Top-level packages that a module imports, by way of our own modules too."""
     seen, open_names, packages = set(), [name], set()
@@ -58,16 +75,41 @@ def needs(name: str, found: dict[str, set[str]]) -> set[str]:
 FOUND = {name: imported(path) for name, path in modules().items()}
 
 
-@pytest.mark.parametrize("name", PURE)
-def test_decision_code_is_pure(name):
+def within(name: str, rooms: dict[str, str]) -> bool:
+    room, _, module = name.rpartition(".")
+    named = rooms.get(room or ".", "")
+    return named == "*" or module in named.split()
+
+
+@pytest.mark.parametrize("name", [name for name in sorted(FOUND) if within(name, PURE)])
+def test_pure_rooms(name):
     assert not needs(name, FOUND) & {"torch", "sglang", "sgl_kernel", "triton", "transformers"}
 
 
 @pytest.mark.parametrize("name", sorted(FOUND))
-def test_only_named_modules_know_sglang(name):
+def test_only_some_rooms_import_sglang(name):
     direct = {other.partition(".")[0] for other in FOUND[name]} & {"sglang", "sgl_kernel"}
-    assert bool(direct) == (name in KNOWS_SGLANG)
+    assert not direct or within(name, HOSTED)
 
 
-def test_every_named_module_exists():
-    assert {*PURE, *KNOWS_SGLANG} <= set(FOUND)
+@pytest.mark.parametrize("name", sorted(FOUND))
+def test_no_module_imports_itself_by_way_of_others(name):
+    seen, open_names = set(), list(ours(name))
+    while open_names:
+        current = open_names.pop()
+        if current not in seen:
+            seen.add(current)
+            open_names += ours(current)
+    assert name not in seen
+
+
+@pytest.mark.parametrize("name", [name for name in sorted(FOUND) if name.startswith("tools.")])
+def test_tools_do_not_need_benchmarks(name):
+    assert not any(other.startswith("bench") for other in ours(name))
+
+
+def test_every_rule_is_about_something():
+    rooms = {name.rpartition(".")[0] or "." for name in FOUND}
+    named = {(room, module) for rules in (PURE, HOSTED) for room, names in rules.items() for module in names.split()}
+    assert {room for room, _ in named} <= rooms
+    assert all(module == "*" or (module if room == "." else f"{room}.{module}") in FOUND for room, module in named)

@@ -30,11 +30,11 @@ def step(gamma: int, batch: int = 2, **kwargs) -> Launched:
 
 def test_overlapped_steps_are_counted_in_order():
     metrics = Metrics(gamma_max=3)
-    metrics.launched(step(3))
-    metrics.launched(step(0, batch=1))
-    assert metrics.in_flight_tokens == 5
-    assert metrics.finished([3, 1]).gamma == 3
-    assert metrics.finished([0]).gamma == 0
+    cycle, decode = step(3), step(0, batch=1)
+    metrics.launched(cycle)
+    metrics.launched(decode)
+    metrics.finished(cycle, [3, 1])
+    metrics.finished(decode, [0])
     snapshot = metrics.snapshot()
     assert (snapshot["cycles"], snapshot["decode_steps"], snapshot["emitted_tokens"]) == (1, 1, 7)
     assert (snapshot["drafted_tokens"], snapshot["accepted_tokens"], snapshot["accept_length"]) == (6, 4, 3.0)
@@ -44,9 +44,8 @@ def test_overlapped_steps_are_counted_in_order():
 
 def test_results_out_of_order_are_an_error():
     metrics = Metrics(gamma_max=3)
-    metrics.launched(step(3))
     with pytest.raises(RuntimeError, match="out of order"):
-        metrics.finished([1])
+        metrics.finished(step(3), [1])
 
 
 def test_probes_are_no_switches():
@@ -60,38 +59,33 @@ def test_measured_speedup(clock):
     """Two cycles of 20 ms emit 3 tokens per request each, where plain decoding takes 10 ms a token: 1.5."""
     metrics = Metrics(gamma_max=3)
     for index in range(3):
-        metrics.launched(step(3, plain_s=0.010, expected_speedup=1.4))
         clock.now_s += 0.020 if index else 5.0  # nobody knows since when the first one ran
-        metrics.finished([2, 2])
+        metrics.finished(step(3, plain_s=0.010, expected_speedup=1.4, continuous=index > 0), [2, 2])
     assert metrics.measured_speedup.value == pytest.approx(1.5)
     assert metrics.predicted_speedup.value == pytest.approx(1.4)
-    metrics.interrupted()  # a prefill
-    metrics.launched(step(0, plain_s=0.010))
-    clock.now_s += 5.0
-    metrics.finished([0, 0])
+    clock.now_s += 5.0  # a prefill
+    metrics.finished(step(0, plain_s=0.010), [0, 0])
     assert metrics.plain_step_ratio.value is None
-    metrics.launched(step(0, plain_s=0.010))
     clock.now_s += 0.011
-    metrics.finished([0, 0])
+    metrics.finished(step(0, plain_s=0.010, continuous=True), [0, 0])
     assert metrics.plain_step_ratio.value == pytest.approx(1.1)
 
 
 def test_without_a_profile_nothing_is_compared(clock):
     metrics = Metrics(gamma_max=3)
     for _ in range(2):
-        metrics.launched(step(3))
-        metrics.finished([2, 2])
+        metrics.finished(step(3, continuous=True), [2, 2])
     assert metrics.snapshot()["measured_speedup"] is None
 
 
 def test_trace_lines(tmp_path):
     path = tmp_path / "deep" / "trace.jsonl"
-    Trace(str(path)).write(step(3, expected_speedup=1.25, mode="auto", change=2), 4)
+    Trace(str(path)).write(step(3, expected_speedup=1.25, mode="auto", settings_version=2), 4)
     Trace(str(path)).write(step(0), 0)
     first, second = map(json.loads, path.read_text().splitlines())
     assert first.pop("time_s") > 0
     assert first == {
-        "mode": "auto", "change": 2,
+        "mode": "auto", "settings_version": 2,
         "batch": 2, "context_tokens": 100.0, "gamma": 3, "reason": "pays", "expected_speedup": 1.25, "outside": False, "accepted": 4,
     }  # fmt: skip
     assert second["expected_speedup"] is None

@@ -16,9 +16,15 @@ def freshness(acceptance=lambda: 0.9, **settings):
     return done, Freshness(
         UpdatesConfig(**settings),
         refresh=lambda: done.append("refresh"),
-        changed=lambda: done.append("changed"),
+        on_update=lambda: done.append("changed"),
         acceptance=acceptance,
     )
+
+
+def decode_step(drafter):
+    """A decode step comes next; why it must not draft."""
+    drafter.close_update()
+    return drafter.blocker
 
 
 def call(drafter, success=True, transport="tensor"):
@@ -53,7 +59,7 @@ def test_many_calls_are_one_update():
     assert drafter.dirty and done == []
     drafter.continued()
     assert not drafter.dirty and done == ["changed", "refresh"]
-    assert drafter.generating() is None
+    assert decode_step(drafter) is None
     drafter.ensure()
     assert done == ["changed", "refresh"]
     assert (drafter.update_calls, drafter.updates, drafter.refreshes) == (3, 1, 1)
@@ -73,12 +79,12 @@ def test_one_failed_call_fails_the_update(caplog):
     assert "update by distributed failed" in caplog.text and "plain decoding" in caplog.text
     call(drafter)
     drafter.continued()
-    assert drafter.generating() == "update-failed" and "refresh" not in done
+    assert decode_step(drafter) == "update-failed" and "refresh" not in done
     drafter.continued()
-    assert drafter.generating() == "update-failed", "continuing once more brings no weights"
+    assert decode_step(drafter) == "update-failed", "continuing once more brings no weights"
     call(drafter)
     drafter.continued()
-    assert drafter.generating() is None and drafter.failed_updates == 1 and done.count("refresh") == 1
+    assert decode_step(drafter) is None and drafter.failed_updates == 1 and done.count("refresh") == 1
 
 
 def test_the_whole_policy_at_once_makes_good_a_failed_call():
@@ -86,14 +92,14 @@ def test_the_whole_policy_at_once_makes_good_a_failed_call():
     call(drafter, success=False)
     call(drafter, transport="disk")
     drafter.continued()
-    assert drafter.generating() is None
+    assert decode_step(drafter) is None
 
 
 def test_a_call_that_raises_has_failed():
     _, drafter = freshness()
     with pytest.raises(ZeroDivisionError), drafter.receiving("tensor"):
         1 / 0
-    assert drafter.generating() == "update-failed"
+    assert decode_step(drafter) == "update-failed"
 
 
 def test_nothing_is_touched_while_released():

@@ -44,10 +44,10 @@ class Trainer(RuleBasedStateMachine):
         self.acceptance = self.acceptance_when_fresh = 0.9
         self.lost = False  # the drafter's own weights
         self.expected_refreshes = self.refreshes = 0
-        self.changes = 0
+        self.told = 0
         self.drops = 0
         self.freshness = Freshness(
-            config, refresh=self._refresh, changed=self._changed, acceptance=lambda: self.acceptance
+            config, refresh=self._refresh, on_update=self._updated, acceptance=lambda: self.acceptance
         )
 
     def _refresh(self):
@@ -63,8 +63,8 @@ class Trainer(RuleBasedStateMachine):
         self.lost = False
         self.refreshes += 1
 
-    def _changed(self):
-        self.changes += 1
+    def _updated(self):
+        self.told += 1
 
     # -- what the log says ------------------------------------------------------------------------------------
 
@@ -158,7 +158,8 @@ class Trainer(RuleBasedStateMachine):
         for drafts in steps:
             if self._open():
                 self._end()
-            blocker = self.freshness.generating()
+            self.freshness.close_update()
+            blocker = self.freshness.blocker
             assert blocker == ("update-failed" if self._failed() else None)
             if blocker is None and drafts and self._tell(self.freshness.ensure, breaks):
                 self._draft()
@@ -212,7 +213,7 @@ class Trainer(RuleBasedStateMachine):
         assert snapshot["failed_updates"] == _failed_updates(self.log)
         assert snapshot["refreshes"] == self.refreshes
         assert snapshot["updates_behind"] == self._behind()
-        assert self.changes == snapshot["updates"] + self.drops, "acceptance ages once per update"
+        assert self.told == snapshot["updates"] + self.drops, "acceptance ages once per update"
         assert snapshot["dirty"] == (self._open() or self.lost or self._behind() > 0)
         assert (self.freshness.blocker == "weights-released") == ("weights" in self.released)
 

@@ -1,0 +1,53 @@
+"""Our worker as the hooks see it, so that they need not import it."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+
+from sglang.srt.server_args import get_global_server_args
+from sglang.srt.speculative.base_spec_worker import BaseSpecWorker
+
+from er_sglang.drafting.updates import Freshness
+from er_sglang.host.seams import ALGORITHM
+
+
+class ServedWorker(BaseSpecWorker):
+    """What a hook may ask of the SELF_QUANT worker of its scheduler.
+
+    freshness: told of everything that happens to the policy's weights.
+    """
+
+    freshness: Freshness
+
+    @abstractmethod
+    def synchronize(self) -> None:
+        """Wait for everything launched on the device, a step that overlaps the scheduler included."""
+
+    @property
+    @abstractmethod
+    def busy(self) -> bool:
+        """Whether a step was launched since the server last ran idle."""
+
+    @abstractmethod
+    def idle(self) -> None:
+        """No request is left, running or waiting."""
+
+    @abstractmethod
+    def set_policy(self, server_args: Mapping[str, object]) -> bool:
+        """Obey a request to set the policy while serving; False if it is refused. Every rank gets the same request before
+        the same step."""
+
+    @abstractmethod
+    def snapshot(self) -> dict:
+        """State for /server_info."""
+
+
+def served(worker: object) -> ServedWorker | None:
+    """The worker if it is SELF_QUANT's; None if another algorithm or none is served."""
+    return worker if isinstance(worker, ServedWorker) else None
+
+
+def is_served() -> bool:
+    """Whether this process belongs to a SELF_QUANT server."""
+    return get_global_server_args().speculative_algorithm == ALGORITHM
