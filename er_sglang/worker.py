@@ -17,24 +17,24 @@ from sglang.srt.model_executor.forward_batch_info import CaptureHiddenMode
 from sglang.srt.model_executor.runner.base_cuda_graph_runner import get_batch_sizes_to_capture
 from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
-from er_sglang.host import hooks
-from er_sglang.steering.agreement import check_settings
-from er_sglang.cycle.chain import DraftChain
-from er_sglang.config import load_config, simulated_acceptance
-from er_sglang.steering.control import Control, replaced
-from er_sglang.drafting.drafter import Drafter
-from er_sglang.cycle.logprobs import attach_logprobs
 from er_sglang.calibration.base import Subject
 from er_sglang.calibration.measure import obtain_profile
-from er_sglang.quantize import create_format
+from er_sglang.config import load_config, simulated_acceptance
+from er_sglang.cycle.chain import DraftChain
+from er_sglang.cycle.logprobs import attach_logprobs
+from er_sglang.cycle.step import Step
+from er_sglang.cycle.verifier import Verifier, check_attention_backend
+from er_sglang.drafting.drafter import Drafter
+from er_sglang.drafting.updates import Freshness
+from er_sglang.host import hooks
 from er_sglang.host.refusals import check_pages
 from er_sglang.host.relay import SelfQuantDraftInput
 from er_sglang.host.served import ServedWorker
+from er_sglang.quantize import create_format
 from er_sglang.sampling import Draft, RandomState, create_sampler
+from er_sglang.steering.agreement import check_settings
+from er_sglang.steering.control import Control, replaced
 from er_sglang.steering.steering import create_steering
-from er_sglang.cycle.step import Step
-from er_sglang.drafting.updates import Freshness
-from er_sglang.cycle.verifier import Verifier, check_attention_backend
 
 logger = logging.getLogger(__name__)
 

@@ -16,10 +16,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from er_sglang.tools.serving import ON_CPU
 from er_sglang.config import CONFIG_ENV, SIMULATE_ACCEPTANCE_ENV, checked
 from er_sglang.policy.acceptance import emitted
 from er_sglang.policy.config import PolicyConfig
+from er_sglang.tools.serving import ON_CPU
 
 POLICY_MODES = {"self_quant": "always", "auto": "auto", "paper": "paper"}
 DRAFTERS = ("standalone", *POLICY_MODES)

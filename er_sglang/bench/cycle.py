@@ -21,8 +21,8 @@ from er_sglang.bench import report
 from er_sglang.bench.arms import Arm, server_args, server_env, shared_args
 from er_sglang.bench.client import run_load
 from er_sglang.bench.load import Request, random_prompts
-from er_sglang.tools.serving import ON_CPU, Server, exit_on_sigterm
 from er_sglang.bench.shapes import SHAPES, write_model
+from er_sglang.tools.serving import ON_CPU, Server, exit_on_sigterm
 
 CYCLE_END = "_emit_kernel"  # the last kernel of a cycle
 KINDS = (

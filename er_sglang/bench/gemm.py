@@ -18,11 +18,11 @@ import torch
 from tqdm import tqdm
 
 from er_sglang.bench import report
-from er_sglang.tools.serving import ON_CPU
 from er_sglang.bench.shapes import SHAPES
 from er_sglang.quantize import Packed, create_format
 from er_sglang.quantize import blocks as shapes
 from er_sglang.quantize.blocks import MAX_ROWS, SMALL_BATCH, Blocks
+from er_sglang.tools.serving import ON_CPU
 
 L2_BYTES = 50 * 2**20  # of an H100 or H200
 REPLAYS = 3

@@ -10,9 +10,9 @@ from er_sglang.bench import report, toy
 from er_sglang.bench.arms import Arm, server_args, server_env
 from er_sglang.bench.client import run_load
 from er_sglang.bench.load import LoadResult, Request
-from er_sglang.tools.serving import ON_CPU, Server, exit_on_sigterm
 from er_sglang.config import cache_folder
 from er_sglang.tools import plots
+from er_sglang.tools.serving import ON_CPU, Server, exit_on_sigterm
 
 SEED = 7
 MAX_NEW_TOKENS = 512

@@ -14,12 +14,12 @@ from er_sglang.bench import report
 from er_sglang.bench.arms import SEED, Arm, arm_argument, server_args, server_env, server_name, servers, shared_args
 from er_sglang.bench.client import run_load
 from er_sglang.bench.load import STREAM_INTERVAL_TOKENS, WARM_UP_TOKENS, LoadResult, Request, random_prompts
-from er_sglang.tools.serving import ON_CPU, Server, exit_on_sigterm
 from er_sglang.bench.shapes import SHAPES, write_model
 from er_sglang.policy.config import PolicyConfig
 from er_sglang.policy.decide import Controller
 from er_sglang.policy.profile import Profile
 from er_sglang.tools import plots
+from er_sglang.tools.serving import ON_CPU, Server, exit_on_sigterm
 from er_sglang.tools.simulate import simulate
 from er_sglang.tools.workload import draw_lengths, make_requests
 

@@ -30,13 +30,13 @@ from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
 from sglang.srt.sampling.sampling_params import SamplingParams
 from tqdm import tqdm
 
-from er_sglang.config import cache_folder
-from er_sglang.errors import ConfigError
 from er_sglang.calibration.base import Subject
 from er_sglang.calibration.fingerprint import fingerprint
-from er_sglang.policy.profile import Profile, Sample
-from er_sglang.host.relay import SelfQuantDraftInput
+from er_sglang.config import cache_folder
 from er_sglang.cycle.step import Step
+from er_sglang.errors import ConfigError
+from er_sglang.host.relay import SelfQuantDraftInput
+from er_sglang.policy.profile import Profile, Sample
 
 logger = logging.getLogger(__name__)
 

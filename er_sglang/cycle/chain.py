@@ -23,9 +23,9 @@ from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 from torch import nn
 from tqdm import tqdm
 
-from er_sglang.sampling import Draft, RandomState, Sampler, SamplingParams
 from er_sglang.cycle.step import Step
 from er_sglang.cycle.window import AttentionWindow
+from er_sglang.sampling import Draft, RandomState, Sampler, SamplingParams
 
 
 class DraftChain:

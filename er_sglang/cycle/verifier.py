@@ -18,8 +18,8 @@ from sglang.srt.model_executor.runner import DecodeCudaGraphRunner
 from sglang.srt.speculative.dflash_info import DFlashVerifyInput
 from sglang.srt.speculative.dflash_utils import resolve_dflash_verify_mask_policy
 
-from er_sglang.errors import ConfigError
 from er_sglang.cycle.step import Step
+from er_sglang.errors import ConfigError
 
 
 def chain_input(tokens: torch.Tensor | None, positions: torch.Tensor | None, width: int) -> DFlashVerifyInput:

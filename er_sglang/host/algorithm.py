@@ -6,8 +6,8 @@ from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 from sglang.srt.speculative.spec_registry import CustomSpecAlgo, get_spec
 
 from er_sglang.config import load_config
-from er_sglang.host.seams import ALGORITHM
 from er_sglang.host.refusals import check_model, check_server_args
+from er_sglang.host.seams import ALGORITHM
 
 
 class SelfQuantAlgorithm(CustomSpecAlgo):

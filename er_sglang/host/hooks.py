@@ -11,10 +11,10 @@ from math import ceil
 import torch
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-from er_sglang.steering.control import KEY
 from er_sglang.host.cpu import CPU_HOOKS
 from er_sglang.host.seams import ALGORITHM, UnsupportedHost
 from er_sglang.host.served import is_served, served
+from er_sglang.steering.control import KEY
 
 _UPDATER = "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager."
 _SCHEDULER = "sglang.srt.managers.scheduler.Scheduler."

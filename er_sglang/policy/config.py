@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from er_sglang.policy.acceptance import AcceptanceEstimator
 from er_sglang.errors import ConfigError
+from er_sglang.policy.acceptance import AcceptanceEstimator
 
 MODES = ("auto", "always", "off", "threshold", "paper", "cycle")
 

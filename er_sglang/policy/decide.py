@@ -30,10 +30,10 @@ from enum import Enum
 from itertools import cycle
 from math import ceil, inf
 
-from er_sglang.policy.acceptance import AcceptanceEstimator, emitted
 from er_sglang.errors import ConfigError
-from er_sglang.policy.paper import PaperRule, fit_roofline
+from er_sglang.policy.acceptance import AcceptanceEstimator, emitted
 from er_sglang.policy.config import PolicyConfig
+from er_sglang.policy.paper import PaperRule, fit_roofline
 from er_sglang.policy.profile import Profile
 
 

@@ -11,12 +11,12 @@ from collections.abc import Sequence
 
 from sglang.srt.distributed import get_tp_group
 
-from er_sglang.steering.agreement import Agreement
 from er_sglang.config import SelfQuantConfig
-from er_sglang.steering.metrics import Launched, Metrics, PrometheusExporter
 from er_sglang.policy.config import PolicyConfig
 from er_sglang.policy.decide import Controller, Reason, State
 from er_sglang.policy.profile import Profile
+from er_sglang.steering.agreement import Agreement
+from er_sglang.steering.metrics import Launched, Metrics, PrometheusExporter
 from er_sglang.steering.trace import Trace
 
 

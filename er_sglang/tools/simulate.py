@@ -21,8 +21,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from er_sglang.config import SINK_TOKENS
-from er_sglang.policy.decide import Controller, State
 from er_sglang.policy.config import PolicyConfig
+from er_sglang.policy.decide import Controller, State
 from er_sglang.policy.profile import Profile
 from er_sglang.tools.workload import Request, draw_lengths, make_requests
 

@@ -18,8 +18,8 @@ import torch
 from sglang.srt.utils import MultiprocessingSerializer
 from sglang.srt.weight_sync.tensor_bucket import FlattenedTensorBucket
 
-from er_sglang.tools.serving import CPU_ARGS, CPU_ENV, Server
 from er_sglang.config import CONFIG_ENV
+from er_sglang.tools.serving import CPU_ARGS, CPU_ENV, Server
 
 GAMMA = 3
 BUCKET_BYTES = 300 * 1024  # so small that even this policy travels in several, a layer's q in another one than its k and v

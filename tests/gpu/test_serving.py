@@ -32,8 +32,8 @@ def server(policy, tmp_path_factory, request):
     gpus, attention_window = request.param
     if torch.cuda.device_count() < gpus:
         pytest.skip(f"needs {gpus} GPUs")
-    from er_sglang.tools.serving import Server
     from er_sglang.config import CONFIG_ENV
+    from er_sglang.tools.serving import Server
 
     plugin = str(Path(__file__).parent / "plugin")
     args = {

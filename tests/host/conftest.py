@@ -11,7 +11,6 @@ from tests.host.oracle import Oracle
 from tests.host.policies import make_policy
 from tests.host.servers import self_quant
 
-
 torch.set_num_threads(1)  # tiny matrices; and the servers need the cores
 
 

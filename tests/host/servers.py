@@ -8,8 +8,8 @@ import urllib.request
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from er_sglang.tools.serving import CPU_ARGS, CPU_ENV, Server
 from er_sglang.config import CONFIG_ENV
+from er_sglang.tools.serving import CPU_ARGS, CPU_ENV, Server
 
 # For what hangs: on a busy machine a start takes minutes, and a server that dies is noticed at once.
 START_TIMEOUT_S = 600.0

@@ -12,14 +12,14 @@ from statistics import median
 
 import pytest
 
-from er_sglang.steering.agreement import CHECK_EVERY_STEPS, Agreement
 from er_sglang.bench.arms import Arm, start_policy
 from er_sglang.cli import main
 from er_sglang.config import CACHE_ENV, CONFIG_ENV, SIMULATE_ACCEPTANCE_ENV
-from er_sglang.steering.metrics import Metrics
 from er_sglang.policy.config import PolicyConfig
 from er_sglang.policy.decide import Controller
 from er_sglang.policy.profile import Profile
+from er_sglang.steering.agreement import CHECK_EVERY_STEPS, Agreement
+from er_sglang.steering.metrics import Metrics
 from er_sglang.steering.steering import Steering
 from tests.host.servers import ARGS, ENV, TWO_RANKS, self_quant
 

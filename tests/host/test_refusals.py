@@ -10,9 +10,9 @@ import sys
 
 import pytest
 
+from er_sglang.config import CONFIG_ENV
 from er_sglang.host import refusals
 from er_sglang.tools.serving import CPU_ENV
-from er_sglang.config import CONFIG_ENV
 from tests.host.servers import START_TIMEOUT_S
 
 SCRIPT = """

@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from er_sglang.quantize import rtn
 from er_sglang.cycle.window import SINK_TOKENS
+from er_sglang.quantize import rtn
 from tests.host.goodness import assert_exact, cells
 from tests.host.oracle import Sampling
 from tests.host.policies import VOCAB

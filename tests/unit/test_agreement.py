@@ -4,9 +4,9 @@ import pytest
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from er_sglang.steering.agreement import CHECK_EVERY_STEPS, Agreement, RanksDisagree, check_settings
 from er_sglang.config import DrafterConfig
 from er_sglang.errors import ConfigError
+from er_sglang.steering.agreement import CHECK_EVERY_STEPS, Agreement, RanksDisagree, check_settings
 
 
 def run(rank: int, file: str, drifted_at: int | None, outcomes) -> None:

@@ -10,12 +10,12 @@ import torch
 from er_sglang.bench import report
 from er_sglang.bench.arms import Arm, server_args, server_env, server_name, servers
 from er_sglang.bench.load import Completion, LoadResult, Request, interpolate, payload, random_prompts
-from er_sglang.tools.serving import CPU_ARGS, server_command
 from er_sglang.bench.shapes import SHAPES, W4_DRAFT, model_config, write_model
 from er_sglang.config import load_config, simulated_acceptance
-from er_sglang.steering.control import Control, replaced
 from er_sglang.quantize.blocks import MAX_ROWS, SHARED_BYTES, SMALL_BATCH, Blocks, choose_blocks, shared_bytes
+from er_sglang.steering.control import Control, replaced
 from er_sglang.tools.plots import Bin
+from er_sglang.tools.serving import CPU_ARGS, server_command
 
 needs_transformers = pytest.mark.skipif(
     importlib.util.find_spec("transformers") is None, reason="transformers is not installed (it comes with sglang)"

@@ -4,7 +4,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from er_sglang.quantize.blocks import MAX_SPLITS, SHARED_BYTES, SMALL_BATCH, SPLITS, TILE_N, UNIT_K, choose_blocks, choose_splits, shared_bytes
+from er_sglang.quantize.blocks import (
+    MAX_SPLITS,
+    SHARED_BYTES,
+    SMALL_BATCH,
+    SPLITS,
+    TILE_N,
+    UNIT_K,
+    choose_blocks,
+    choose_splits,
+    shared_bytes,
+)
 
 H200 = 132  # multiprocessors
 H100_CLUSTERS = (132, 66, 39, 30, 22, 17, 15, 15)  # that one ran at once, of 1 to 8 blocks that fill a multiprocessor

@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import pytest
 
-from er_sglang.steering.control import Control, replaced
 from er_sglang.errors import ConfigError
 from er_sglang.policy.config import PolicyConfig
+from er_sglang.steering.control import Control, replaced
 
 AUTO = Control(policy=PolicyConfig(mode="auto", ladder=(1, 2, 3), threshold_batch=9), simulated_acceptance=None)
 SIMULATED = replace(AUTO, simulated_acceptance=0.9)

@@ -7,8 +7,8 @@ import pytest
 
 from er_sglang.cli import main
 from er_sglang.errors import ConfigError
-from er_sglang.tools.plots import best_gamma, binned, read_trace
 from er_sglang.policy.profile import Profile, Sample
+from er_sglang.tools.plots import best_gamma, binned, read_trace
 
 GAMMAS = (1, 3)
 

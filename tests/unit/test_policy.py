@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from er_sglang.policy.acceptance import AcceptanceEstimator
-from er_sglang.policy.paper import PaperRule, Roofline, fit_roofline
-from er_sglang.policy.decide import Controller, Memory, Reason, State, decide
 from er_sglang.policy.config import PolicyConfig
+from er_sglang.policy.decide import Controller, Memory, Reason, State, decide
+from er_sglang.policy.paper import PaperRule, Roofline, fit_roofline
 from er_sglang.policy.profile import Profile, Sample
 
 LADDER = (1, 2, 3, 5, 7)

@@ -10,8 +10,8 @@ import pytest
 
 from er_sglang.cli import main
 from er_sglang.policy.acceptance import emitted
-from er_sglang.policy.decide import Controller
 from er_sglang.policy.config import PolicyConfig
+from er_sglang.policy.decide import Controller
 from er_sglang.policy.profile import Profile, Sample
 from er_sglang.tools.simulate import simulate
 from er_sglang.tools.workload import Request, draw_lengths, make_requests

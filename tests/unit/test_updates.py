@@ -6,8 +6,8 @@ import logging
 import pytest
 
 from er_sglang.config import CONFIG_ENV, UpdatesConfig, load_config
-from er_sglang.errors import ConfigError
 from er_sglang.drafting.updates import Freshness, Reason, refresh_reason
+from er_sglang.errors import ConfigError
 
 
 def freshness(acceptance=lambda: 0.9, **settings):

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
+from er_sglang.cycle.step import Step
+from er_sglang.cycle.window import SINK_TOKENS, AttentionWindow
 from er_sglang.errors import ConfigError
 from er_sglang.host.refusals import check_pages
 from er_sglang.sampling import SamplingParams
-from er_sglang.cycle.step import Step
-from er_sglang.cycle.window import SINK_TOKENS, AttentionWindow
 
 GAMMA_MAX = 3
 REQUESTS, CONTEXT = 9, 200

@@ -14,8 +14,8 @@ import torch
 from sglang.srt.managers.schedule_batch import ScheduleBatch
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-from er_sglang.sampling import SamplingParams
 from er_sglang.cycle.step import Step
+from er_sglang.sampling import SamplingParams
 
 CONTEXT_TOKENS = 75
 

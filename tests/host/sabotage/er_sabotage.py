@@ -21,8 +21,8 @@ def _rule() -> str:
 def _install(result, scheduler) -> None:
     import torch
 
-    from er_sglang.sampling import reference
     from er_sglang.cycle.verifier import Verifier
+    from er_sglang.sampling import reference
     from er_sglang.worker import SelfQuantWorker
 
     judge, residual, verify = reference.ReferenceSampler.judge, reference.residual, Verifier.forward
