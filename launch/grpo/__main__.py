@@ -30,7 +30,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         prog="launch/grpo/run",
         description="Train a tiny policy by GRPO on a toy reasoning task, its rollouts sampled by a live SGLang server that gets the new "
         "weights after every step: with plain decoding, with SELF_QUANT, and with a drafter that is never refreshed. "
-        "Takes about six minutes on two CPU cores, and four more for each further seed; lets you compare how the arms learn and what their drafts are accepted at, not how fast they are.",
+        "Takes about six minutes on two CPU cores, and four more for each further seed; lets you compare how the arms learn and what their drafts are "
+        "accepted at, not how fast they are.",
     )
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), metavar="ARM", help=f"of {', '.join(map(repr, ARMS))}; default all")
     parser.add_argument("--seeds", type=int, default=1, metavar="N", help="runs of each arm; default %(default)s")
