@@ -15,6 +15,7 @@ from er_sglang.sampling.reference import distribution, scale, summarize
 
 FALSE_ALARM_RATE = 1e-4
 VOCAB = 40
+REAL_VOCAB = 151_936  # Qwen2 and Qwen3
 REQUESTS = 20_000
 
 FILTERS = {
@@ -194,6 +195,17 @@ class SamplerCases:
         for a, b in pairs:
             uniform = torch.full((VOCAB * VOCAB,), 1 / VOCAB**2, dtype=torch.float64)
             assert p_value(a * VOCAB + b, uniform) > FALSE_ALARM_RATE / len(pairs)
+
+    @pytest.mark.parametrize("min_p", [0.0, 1e-30], ids=["alone", "beside another filter"])
+    def test_top_p_of_one_keeps_every_token(self, sampler, device, min_p):
+        """At a real vocabulary a float32 sum of the mass exceeds 1 well before the last token."""
+        logits_BV = torch.stack([torch.zeros(REAL_VOCAB), 3 * make_logits(1, REAL_VOCAB)]).to(device)  # flat, peaked
+        params = make_params(2, device, min_p=min_p)
+        token_B = torch.empty(2, dtype=torch.int64, device=device)
+        floor_B, lse_B = torch.empty(2, device=device), torch.empty(2, device=device)
+        sampler.draw(logits_BV, params, RandomState.create(1, torch.device(device)), 0, token_B, floor_B, lse_B)
+        assert ((logits_BV >= floor_B.view(-1, 1)).sum(-1) == REAL_VOCAB).all()
+        torch.testing.assert_close(lse_B.double(), logits_BV.double().logsumexp(-1), rtol=1e-6, atol=1e-5)
 
     def test_wide_rows_agree_with_the_reference(self, sampler, device):
         """Several blocks per row, a row length that is no multiple of a block, mixed settings."""

@@ -127,7 +127,7 @@ def _summary_kernel(
                 above = _ordered(x) > middle
                 mass += tl.sum(tl.where(above, tl.exp(x - lse), 0.0), 0)
                 count += tl.sum(above.to(tl.int32), 0)
-            fits = (mass <= top_p) & (count < top_k)
+            fits = ((mass <= top_p) | (top_p >= 1.0)) & (count < top_k)  # rounded, the mass exceeds 1
             high = tl.where(fits, middle, high)
             low = tl.where(fits, low, middle)
         floor = tl.maximum(_unordered(high), top + tl.log(min_p))

@@ -18,11 +18,13 @@ def summarize(x_BV: torch.Tensor, params: SamplingParams) -> tuple[torch.Tensor,
     sorted_BV, _ = x_BV.sort(dim=-1, descending=True)
     prob_BV = sorted_BV.softmax(-1)
     mass_before_BV = prob_BV.cumsum(-1) - prob_BV
+    # Rounded sums over a whole vocabulary exceed 1, and top_p = 1 keeps every token.
+    top_p_B = params.top_p_B.masked_fill(params.top_p_B >= 1, torch.inf)
     # The first of equal values speaks for all of them: what lies strictly above it lies strictly above each.
     first_BV = torch.searchsorted(-sorted_BV, -sorted_BV, right=False)
     kept_BV = (
         (first_BV < params.top_k_B.view(-1, 1))
-        & (mass_before_BV.gather(1, first_BV) <= params.top_p_B.view(-1, 1))
+        & (mass_before_BV.gather(1, first_BV) <= top_p_B.view(-1, 1))
         & (sorted_BV >= sorted_BV[:, :1] + params.min_p_B.view(-1, 1).log())
     )
     floor_B = sorted_BV.masked_fill(~kept_BV, torch.inf).amin(-1)
