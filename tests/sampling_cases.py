@@ -6,15 +6,19 @@ reproducible. Each is shown to fail for a wrong rule.
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from scipy.stats import chi2
 
 from er_sglang.sampling import Draft, RandomState, Sampler, SamplingParams
+from er_sglang.sampling.base import STREAM_ACCEPT
 from er_sglang.sampling.reference import distribution, scale, summarize
 
 FALSE_ALARM_RATE = 1e-4
 VOCAB = 40
+FEW_TOKENS = 4
 REAL_VOCAB = 151_936  # Qwen2 and Qwen3
 REQUESTS = 20_000
 
@@ -102,6 +106,26 @@ def chain_p_value(sampler, device, filters, spoil=lambda draft: draft) -> float:
     return min(1.0, 4 * min(values))
 
 
+def independence_p_value(sampler, device) -> float:
+    """Of a chain of 3 over few tokens, where each random number weighs; Bonferroni-corrected over its 7 tests.
+
+    The first emitted token follows p; any two, given that the later was reached, are independent: the earlier follows
+    min(p, q), for it was accepted, and the later p. Numbers that drafts, acceptance and residual share break either.
+    """
+    q_GV, p_NV = make_logits(1, 3, FEW_TOKENS), make_logits(2, 4, FEW_TOKENS)
+    p_NV[:3] = q_GV + 0.5 * p_NV[:3]
+    _, verdict, _ = run_cycle(sampler, device, q_GV, p_NV, {})
+    p_of = [exact(p_V) for p_V in p_NV]
+    overlap_of = [torch.minimum(p_V, exact(q_V)) for p_V, q_V in zip(p_of, q_GV)]
+    values = [p_value(verdict.emitted_BN[:, 0], p_of[0])]
+    for later in range(1, 4):
+        tokens_BN = verdict.emitted_BN[verdict.accept_lens_B > later]
+        for earlier in range(later):
+            pairs = torch.outer(overlap_of[earlier] / overlap_of[earlier].sum(), p_of[later]).flatten()
+            values.append(p_value(tokens_BN[:, earlier] * FEW_TOKENS + tokens_BN[:, later], pairs))
+    return min(1.0, len(values) * min(values))
+
+
 class SamplerCases:
     """Subclass with fixtures ``sampler`` and ``device``."""
 
@@ -139,6 +163,17 @@ class SamplerCases:
             return Draft(draft.tokens_NB, draft.logits_GBV.roll(1, 0), draft.floor_GB.roll(1, 0), draft.lse_GB.roll(1, 0))
 
         assert chain_p_value(sampler, device, {}, spoil) < FALSE_ALARM_RATE
+
+    def test_drafts_acceptance_and_residual_draw_independent_numbers(self, sampler, device):
+        assert independence_p_value(sampler, device) > FALSE_ALARM_RATE
+
+    @pytest.mark.parametrize(
+        ("stream", "shared"),
+        [("STREAM_ACCEPT", 0), ("STREAM_ACCEPT", 1), ("STREAM_RESIDUAL", 0), ("STREAM_RESIDUAL", STREAM_ACCEPT)],
+    )
+    def test_fails_when_streams_are_shared(self, sampler, device, monkeypatch, stream, shared):
+        monkeypatch.setattr(sys.modules[type(sampler).__module__], stream, shared)
+        assert independence_p_value(sampler, device) < FALSE_ALARM_RATE
 
     def test_acceptance_is_the_overlap_of_the_distributions(self, sampler, device):
         q_GV = make_logits(1, 1, VOCAB)
