@@ -208,17 +208,30 @@ class Profile:
 
     @classmethod
     def load(cls, path: str | Path, expected: Mapping[str, object] | None = None) -> Profile:
-        """Read JSON. With `expected`, raise ProfileError unless it equals the fingerprint, naming what differs."""
+        """Read JSON. With `expected`, raise ProfileError unless it equals the fingerprint, naming what differs.
+
+        Raises ProfileError for whatever does not hold a profile, too, and OSError for a file that cannot be read.
+        """
         try:
-            content = json.loads(Path(path).read_text())
-        except json.JSONDecodeError as error:
-            raise ProfileError(f"{path} is not JSON: {error}") from error
-        if content.get("format") != FORMAT:
-            raise ProfileError(
-                f"{path} has format {content.get('format')}, this version reads {FORMAT}: calibrate again"
+            content = json.loads(Path(path).read_bytes())
+            if content["format"] != FORMAT:
+                raise ProfileError(f"it has format {content['format']}, this version reads {FORMAT}")
+            profile = cls(
+                batches=tuple(content["batches"]),
+                contexts_tokens=tuple(content["contexts_tokens"]),
+                forward_s={int(gamma): _as_table(table) for gamma, table in content["forward_s"].items()},
+                draft_s=_as_table(content["draft_s"]),
+                unavailable=frozenset((b, c) for b, c in content["unavailable"]),
+                outliers=tuple(content["outliers"]),
+                fingerprint=dict(content["fingerprint"]),
             )
-        found = content["fingerprint"]
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ProfileError(f"{path} is not JSON ({error}): calibrate again") from error
+        except (KeyError, TypeError, ValueError, AttributeError) as error:  # JSON of any other shape
+            reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
+            raise ProfileError(f"{path} is no profile that can be used ({reason}): calibrate again") from error
         if expected is not None:
+            found = profile.fingerprint
             expected = json.loads(json.dumps(dict(expected)))  # as JSON would give it back: tuples are lists there
             differing = [key for key in sorted(found.keys() | expected.keys()) if found.get(key) != expected.get(key)]
             if differing:
@@ -228,15 +241,7 @@ class Profile:
                 raise ProfileError(
                     f"{path} was measured elsewhere ({details}): run `er-sglang calibrate` for this configuration"
                 )
-        return cls(
-            batches=tuple(content["batches"]),
-            contexts_tokens=tuple(content["contexts_tokens"]),
-            forward_s={int(gamma): _as_table(table) for gamma, table in content["forward_s"].items()},
-            draft_s=_as_table(content["draft_s"]),
-            unavailable=frozenset((b, c) for b, c in content["unavailable"]),
-            outliers=tuple(content["outliers"]),
-            fingerprint=found,
-        )
+        return profile
 
 
 def _as_table(rows: Sequence[Sequence[float]]) -> Table:

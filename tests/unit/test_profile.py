@@ -163,6 +163,29 @@ def test_another_format_is_refused(tmp_path):
         Profile.load(path)
 
 
+SPOILT = {
+    "no JSON": lambda content: "{",
+    "no object": lambda content: [],
+    "a missing key": lambda content: {key: content[key] for key in content if key != "draft_s"},
+    "a table of another type": lambda content: {**content, "forward_s": [1.0]},
+    "a cell of another type": lambda content: {**content, "draft_s": [["fast"] * 3] * 3},
+    "an axis of another type": lambda content: {**content, "batches": 16},
+    "a fingerprint of another type": lambda content: {**content, "fingerprint": "H200"},
+    "a truncated table": lambda content: {**content, "draft_s": content["draft_s"][:-1]},
+}
+
+
+@pytest.mark.parametrize("spoil", SPOILT.values(), ids=SPOILT)
+def test_a_spoilt_profile_is_refused_with_its_path(tmp_path, spoil):
+    path = tmp_path / "profile.json"
+    Profile.from_samples(samples()).save(path)
+    content = spoil(json.loads(path.read_text()))
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    with pytest.raises(ProfileError, match="calibrate again") as refusal:
+        Profile.load(path, expected={})
+    assert str(path) in str(refusal.value)
+
+
 def test_csv(tmp_path):
     path = tmp_path / "table.csv"
     lines = [",".join(map(str, row)) for row in samples()]
