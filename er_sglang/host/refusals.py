@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from er_sglang.errors import ConfigError
-from er_sglang.host.seams import ALGORITHM, SUPPORTED_ARCHITECTURES
+from er_sglang.host.seams import ALGORITHM, SUPPORTED_ARCHITECTURES, UnsupportedHost
 
 # (ServerArgs field, values that are fine, what to do about any other)
 _FIELDS = (
@@ -19,10 +19,17 @@ _FIELDS = (
     ("speculative_adaptive", (False,), "drop --speculative-adaptive: gamma is decided by our own policy"),
     ("speculative_accept_threshold_single", (1.0,), "leave --speculative-accept-threshold-single at 1: acceptance is exact"),
     ("speculative_accept_threshold_acc", (1.0,), "leave --speculative-accept-threshold-acc at 1: acceptance is exact"),
+    ("speculative_use_rejection_sampling", (False,), "drop --speculative-use-rejection-sampling: acceptance is exact without it"),
+    ("speculative_attention_mode", ("prefill",), "leave --speculative-attention-mode at prefill"),
     ("speculative_draft_attention_backend", (None,), "drop --speculative-draft-attention-backend: drafts read the policy's KV cache"),
     ("speculative_draft_window_size", (None,), 'drop --speculative-draft-window-size: set "drafter": {"attention_window": ...} in the config'),
     ("speculative_draft_model_quantization", (None,), 'drop --speculative-draft-model-quantization: set "drafter": {"weights": ...} in the config'),
-    ("quantization", (None,), "serve the policy in bf16 or fp16: a quantized policy leaves nothing to gain or cannot be re-quantized"),
+    ("quantization", (None,), "serve the policy in bf16 or fp16 (a quantized checkpoint sets this by itself): the drafter is its quantized copy"),
+    ("torchao_config", ("",), "drop --torchao-config: the drafter is made from unquantized weights"),
+    ("cpu_offload_gb", (0,), "drop --cpu-offload-gb: the drafter is made from weights on the GPU"),
+    ("offload_group_size", (-1,), "drop --offload-group-size: the drafter is made from weights on the GPU"),
+    ("model_impl", ("auto", "sglang"), "leave --model-impl at auto: only SGLang's own model classes are supported"),
+    ("is_embedding", (False,), "drop --is-embedding: an embedding model generates no tokens to draft"),
     ("enable_lora", (None, False), "merge the LoRA adapter into the weights: the drafter is built from merged weights"),
     ("lora_paths", (None, []), "merge the LoRA adapter into the weights: the drafter is built from merged weights"),
     ("pp_size", (1,), "use --tp instead of --pp-size"),
@@ -41,11 +48,17 @@ _FIELDS = (
 
 
 def check_server_args(args: Any) -> None:
-    """Raise ConfigError naming every setting of ``args`` that SELF_QUANT cannot honour."""
+    """Raise ConfigError naming every setting of ``args`` that SELF_QUANT cannot honour.
+
+    Raises UnsupportedHost for a field that is gone: what it refused may go by another name.
+    """
+    if gone := [field for field, _, _ in _FIELDS if not hasattr(args, field)]:
+        raise UnsupportedHost(
+            f"ServerArgs of this SGLang has no {', '.join(gone)}, so what {ALGORITHM} cannot serve with goes unseen. "
+            "Use the released sources or a matching er_sglang."
+        )
     problems = [
-        f"{field} is {value!r}: {remedy}"
-        for field, fine, remedy in _FIELDS
-        if hasattr(args, field) and (value := getattr(args, field)) not in fine
+        f"{field} is {value!r}: {remedy}" for field, fine, remedy in _FIELDS if (value := getattr(args, field)) not in fine
     ]
     steps, width = args.speculative_num_steps, args.speculative_num_draft_tokens
     if width is not None and width != (steps or 0) + 1:
