@@ -86,7 +86,8 @@ class SelfQuantWorker(ServedWorker):
         if alpha is not None:
             logger.warning("SIMULATED acceptance %.3f: the output is NOT the policy's. For benchmarks only.", alpha)
         self._sampler = create_sampler(self.device, alpha)
-        self.random = RandomState.create(target_worker.random_seed, self.device)  # one seed on all nodes, unlike server_args'
+        # One seed on all nodes, unlike server_args'.
+        self.random = RandomState.create(target_worker.random_seed, self.device, replica=dp_rank or 0)
         self._chain: DraftChain | None = None
         self._verifier: Verifier | None = None
         self._refused_change: str | None = None

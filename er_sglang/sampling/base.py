@@ -40,15 +40,16 @@ class SamplingParams:
 class RandomState:
     """Counter-based random numbers (Philox 4x32): a function of (seed, cycle, stream, request row, token).
 
-    ``state`` is int64 [2] on the device: seed and cycle. Every rank holds the same seed and advances in step, so
+    ``state`` is int64 [2] on the device: seed, with the replica in its upper half, and cycle. Every rank of a replica holds the same seed and advances in step, so
     ranks that see the same logits draw the same tokens without talking to each other.
     """
 
     state: torch.Tensor
 
     @classmethod
-    def create(cls, seed: int, device: torch.device) -> RandomState:
-        return cls(torch.tensor([seed, 0], dtype=torch.int64, device=device))
+    def create(cls, seed: int, device: torch.device, replica: int = 0) -> RandomState:
+        """seed: below 2**32, equal on all ranks. replica: copies of one prompt on two of them are independent samples."""
+        return cls(torch.tensor([seed + (replica << 32), 0], dtype=torch.int64, device=device))
 
     def advance(self) -> None:
         """Start the next cycle; on CUDA this is part of the draft's graph."""

@@ -19,6 +19,9 @@ def test_replicas(qwen3, qwen3_oracle, folder):
             return [state["self_quant"] for state in server.get_server_info()["internal_states"]]
 
         assert server.post("/set_internal_state", {"server_args": {"self_quant": {"mode": "always"}}}) == [True, True]
+        sampled = {"temperature": 1.0, "max_new_tokens": 32, "ignore_eos": True}
+        first, second = tokens(server.generate({"input_ids": prompts[:1] * 2, "sampling_params": sampled}))
+        assert first != second, "copies of one prompt on two replicas are one sample"
         for policy, oracle in ((qwen3, qwen3_oracle), (other, Oracle(other))):
             answers = server.generate({"input_ids": prompts, "sampling_params": greedy(16)})
             assert tokens(answers) == [oracle.greedy(prompt, 16) for prompt in prompts]
