@@ -1,4 +1,4 @@
-"""Imports go one way: decision code knows neither torch nor SGLang, and only named modules know SGLang."""
+"""Imports go one way: decision code knows neither torch nor SGLang, and only some rooms import SGLang."""
 
 from __future__ import annotations
 
