@@ -47,7 +47,9 @@ class DrafterConfig:
         if self.group_size not in (32, 64, 128):
             raise ConfigError(f"drafter.group_size is {self.group_size}; choose 32, 64 or 128.")
         if self.attention_window < 0:
-            raise ConfigError(f"drafter.attention_window is {self.attention_window}; choose a number of tokens, or 0 for all.")
+            raise ConfigError(
+                f"drafter.attention_window is {self.attention_window}; choose a number of tokens, or 0 for all."
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,7 +70,8 @@ class UpdatesConfig:
             raise ConfigError(f"updates.refresh_interval is {self.refresh_interval}; it must be at least 1.")
         if not 0.0 < self.refresh_on_acceptance_drop <= 1.0:
             raise ConfigError(
-                f"updates.refresh_on_acceptance_drop is {self.refresh_on_acceptance_drop}; it must be above 0 and at most 1."
+                f"updates.refresh_on_acceptance_drop is {self.refresh_on_acceptance_drop}; it must be above 0 and at "
+                f"most 1."
             )
         if self.refresh_interval == 1 and self.refresh_on_acceptance_drop < 1.0:
             raise ConfigError(
@@ -87,9 +90,10 @@ class SelfQuantConfig:
         ``fixed_gamma`` is gamma_max.
     drafter, updates: what it is made of, and when it follows the policy.
     profile: measured times to decide by; None: those in the cache, measured at start-up if there are none.
-    calibration_s: how long that measuring may take (on a CPU, 5 at most); on a GPU every cell is measured three to five times.
-    trace: file to append a line of JSON to for every decode step; ending with a slash, a folder in which every server that
-        shares this config writes a file of its own.
+    calibration_s: how long that measuring may take (on a CPU, 5 at most); on a GPU every cell is measured three to five
+        times.
+    trace: file to append a line of JSON to for every decode step; ending with a slash, a folder in which every server
+        that shares this config writes a file of its own.
     """
 
     gamma_max: int = 3

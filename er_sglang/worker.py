@@ -66,8 +66,8 @@ class SelfQuantWorker(ServedWorker):
         self._algorithm = runner.spec_algorithm
         runner.spec_algorithm = SpeculativeAlgorithm.NONE
         self.device = torch.device(runner.device)
-        # kv_cache_builder.get_draft_kv_pool looks here for a draft's own KV pool. Not named _draft_worker, where SGLang's
-        # weights checker would look for a draft's own weights: the drafter's are derived.
+        # kv_cache_builder.get_draft_kv_pool looks here for a draft's own KV pool. Not named _draft_worker, where
+        # SGLang's weights checker would look for a draft's own weights: the drafter's are derived.
         self._poolless = SimpleNamespace(draft_runner=SimpleNamespace(token_to_kv_pool=None))
 
         self._drafter = Drafter(
@@ -112,10 +112,12 @@ class SelfQuantWorker(ServedWorker):
         """The drafter has no cache of its own; SGLang flushes only when no request is left."""
         self.idle()
 
-    def alloc_memory_pool(self, memory_pool_config=None, req_to_token_pool=None, token_to_kv_pool_allocator=None) -> None:
+    def alloc_memory_pool(
+        self, memory_pool_config=None, req_to_token_pool=None, token_to_kv_pool_allocator=None
+    ) -> None:
         self.req_to_token = req_to_token_pool.req_to_token
-        # A request that has reached the context limit rides along one more step, and a cycle writes beyond it: until all
-        # attention backends are made, the context is as long as a row, so that their page tables hold one.
+        # A request that has reached the context limit rides along one more step, and a cycle writes beyond it: until
+        # all attention backends are made, the context is as long as a row, so that their page tables hold one.
         self._model_config = self.runner.model_config
         self.runner.model_config = copy.copy(self._model_config)
         self.runner.model_config.context_len = self.req_to_token.shape[1]
@@ -124,8 +126,8 @@ class SelfQuantWorker(ServedWorker):
         backend = self.runner.attn_backend
         check_attention_backend(self.runner)
         if type(backend).__name__ == "FlashAttentionBackend":
-            # Lengths on the host cost a wait for the whole previous step. It reads them only to choose a split, for which
-            # Step gives it an upper bound.
+            # Lengths on the host cost a wait for the whole previous step. It reads them only to choose a split, for
+            # which Step gives it an upper bound.
             backend.needs_cpu_seq_lens = False
 
     def init_cuda_graphs(self) -> None:
@@ -247,7 +249,9 @@ class SelfQuantWorker(ServedWorker):
         if batch.return_logprob:  # Speculative results carry a list per request.
             output = result.logits_output
             output.next_token_logprobs = output.next_token_logprobs.view(-1, 1)
-        return self._fill(result, result.next_token_ids, torch.ones_like(new_seq_lens, dtype=torch.int32), new_seq_lens, 0)
+        return self._fill(
+            result, result.next_token_ids, torch.ones_like(new_seq_lens, dtype=torch.int32), new_seq_lens, 0
+        )
 
     def cycle(self, batch, step: Step, gamma: int, on_publish=_ignore) -> GenerationBatchResult:
         """gamma > 0: draft, verify, judge."""
@@ -313,7 +317,8 @@ class SelfQuantWorker(ServedWorker):
     def snapshot(self) -> dict:
         """State for /server_info, under ``internal_states[i]["self_quant"]``.
 
-        policy: the settings in force; settings_version: how often they were replaced; refused_change: why the last request to change was
+        policy: the settings in force; settings_version: how often they were replaced; refused_change: why the last
+            request to change was
         refused. gammas: those with graphs, of which a policy may choose.
         """
         controller = self.steering.controller

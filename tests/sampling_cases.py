@@ -38,7 +38,10 @@ def make_params(rows: int, device, temperature=1.0, top_k=1 << 30, top_p=1.0, mi
         return torch.full((rows,), value, dtype=dtype, device=device)
 
     return SamplingParams(
-        fill(temperature, torch.float32), fill(top_k, torch.int32), fill(top_p, torch.float32), fill(min_p, torch.float32)
+        fill(temperature, torch.float32),
+        fill(top_k, torch.int32),
+        fill(top_p, torch.float32),
+        fill(min_p, torch.float32),
     )
 
 
@@ -87,7 +90,13 @@ def run_cycle(sampler: Sampler, device, q_GV, p_NV, filters, seed=1, spoil=lambd
     )
     for step in range(gamma):
         sampler.draw(
-            draft.logits_GBV[step], params, random, step, draft.tokens_NB[step + 1], draft.floor_GB[step], draft.lse_GB[step]
+            draft.logits_GBV[step],
+            params,
+            random,
+            step,
+            draft.tokens_NB[step + 1],
+            draft.floor_GB[step],
+            draft.lse_GB[step],
         )
     logits_BNV = p_NV.to(device).unsqueeze(0).repeat(REQUESTS, 1, 1)
     return draft, sampler.judge(logits_BNV, spoil(draft), params, random), params
@@ -149,7 +158,9 @@ class SamplerCases:
             def judge(self, logits_BNV, draft, params, random):
                 verdict = super().judge(logits_BNV, draft, params, random)
                 random.advance()
-                token, floor, lse = (torch.empty(REQUESTS, dtype=t, device=device) for t in (torch.int64, torch.float32, torch.float32))
+                token, floor, lse = (
+                    torch.empty(REQUESTS, dtype=t, device=device) for t in (torch.int64, torch.float32, torch.float32)
+                )
                 last = (verdict.accept_lens_B - 1).long()
                 rows = logits_BNV[torch.arange(REQUESTS, device=device), last]
                 self.draw(rows, params, random, 0, token, floor, lse)
@@ -160,7 +171,9 @@ class SamplerCases:
 
     def test_fails_when_q_is_of_another_step(self, sampler, device):
         def spoil(draft):
-            return Draft(draft.tokens_NB, draft.logits_GBV.roll(1, 0), draft.floor_GB.roll(1, 0), draft.lse_GB.roll(1, 0))
+            return Draft(
+                draft.tokens_NB, draft.logits_GBV.roll(1, 0), draft.floor_GB.roll(1, 0), draft.lse_GB.roll(1, 0)
+            )
 
         assert chain_p_value(sampler, device, {}, spoil) < FALSE_ALARM_RATE
 
@@ -266,10 +279,18 @@ class SamplerCases:
             )
             for step in range(2):
                 which.draw(
-                    draft.logits_GBV[step], moved, random, step, draft.tokens_NB[step + 1], draft.floor_GB[step], draft.lse_GB[step]
+                    draft.logits_GBV[step],
+                    moved,
+                    random,
+                    step,
+                    draft.tokens_NB[step + 1],
+                    draft.floor_GB[step],
+                    draft.lse_GB[step],
                 )
             verdict = which.judge(p_BNV.to(where), draft, moved, random)
-            results.append([t.cpu() for t in (draft.tokens_NB, verdict.emitted_BN, verdict.accept_lens_B, verdict.last_B)])
+            results.append(
+                [t.cpu() for t in (draft.tokens_NB, verdict.emitted_BN, verdict.accept_lens_B, verdict.last_B)]
+            )
             sampled = moved.top_k_B.cpu() > 1
             results[-1].append(draft.lse_GB.cpu()[:, sampled])
         for mine, theirs in zip(results[1][:-1], results[0][:-1]):

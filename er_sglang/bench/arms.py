@@ -1,8 +1,8 @@
 """The arms of a benchmark, and what their servers are started with.
 
 plain         SGLang without speculation
-standalone:G  SGLang's own STANDALONE: a 4-bit draft of the same shape, with its own weights and KV cache, G tokens a cycle
-self_quant:G  SELF_QUANT, G tokens a cycle
+standalone:G  SGLang's own STANDALONE: a 4-bit draft of the same shape, with its own weights and KV cache, G tokens a
+cycle self_quant:G  SELF_QUANT, G tokens a cycle
 self_quant:0  SELF_QUANT that is never allowed to draft: must cost nothing against `plain`
 auto:G        SELF_QUANT, up to G tokens a cycle as its measured policy decides
 paper:G       SELF_QUANT by EfficientRollout's rule, up to G tokens a cycle (11 for its own ladder)
@@ -76,11 +76,13 @@ class Arm:
         return PolicyConfig(**checked(PolicyConfig, self.policy, str(self)))
 
     def settings(self, alpha: float | None) -> dict:
-        """What to ask a SELF_QUANT server for before this arm; `alpha`: the acceptance to simulate, None for the real one."""
+        """What to ask a SELF_QUANT server for before this arm; `alpha`: the acceptance to simulate, None for the real
+        one."""
         return {**self.policy, **({"simulate_acceptance": alpha} if alpha is not None and self.drafts else {})}
 
     def expected_accept_length(self, alpha: float) -> float | None:
-        """Tokens per request and cycle at acceptance `alpha`: (1 - alpha^(gamma+1)) / (1 - alpha); None if gamma varies."""
+        """Tokens per request and cycle at acceptance `alpha`: (1 - alpha^(gamma+1)) / (1 - alpha); None if gamma
+        varies."""
         if self.drafts and self.self_quant and self.policy["mode"] != "always":
             return None
         gamma = self.gamma or 0
@@ -120,7 +122,8 @@ def start_policy(arms: Sequence[Arm]) -> dict:
 
 
 def shared_args(requests: int, tokens: int) -> dict[str, object]:
-    """Flags of every arm's server, of dummy weights, for so many requests at once and tokens in each, prompt and response."""
+    """Flags of every arm's server, of dummy weights, for so many requests at once and tokens in each, prompt and
+    response."""
     return {
         "skip-tokenizer-init": True,
         "load-format": "dummy",

@@ -11,7 +11,9 @@ from tqdm import tqdm
 from er_sglang.bench.load import Completion, LoadResult, Request, payload
 
 
-def run_load(base_url: str, requests: Sequence[Request], *, concurrency: int, description: str = "requests") -> LoadResult:
+def run_load(
+    base_url: str, requests: Sequence[Request], *, concurrency: int, description: str = "requests"
+) -> LoadResult:
     """Send `requests`, at most `concurrency` at a time, and wait for all of them.
 
     Raises RuntimeError with the server's words if a request fails.
@@ -25,7 +27,8 @@ async def _run_load(base_url, requests, concurrency, description) -> LoadResult:
     session = aiohttp.ClientSession(
         base_url, timeout=aiohttp.ClientTimeout(total=None), connector=aiohttp.TCPConnector(limit=0), read_bufsize=2**20
     )
-    # Requests that all start at once travel together: sent one by one, the last may come a hundred steps after the first.
+    # Requests that all start at once travel together: sent one by one, the last may come a hundred steps after the
+    # first.
     groups = [requests] if concurrency >= len(requests) else [[request] for request in requests]
     async with session:
         with tqdm(total=len(requests), desc=description, mininterval=1.0, leave=False) as bar:
@@ -35,10 +38,14 @@ async def _run_load(base_url, requests, concurrency, description) -> LoadResult:
                     return await _stream(session, group, origin_s, bar)
 
             answers = await asyncio.gather(*(send(group) for group in groups))
-    return LoadResult(began_unix_s=began_unix_s, completions=tuple(completion for group in answers for completion in group))
+    return LoadResult(
+        began_unix_s=began_unix_s, completions=tuple(completion for group in answers for completion in group)
+    )
 
 
-async def _stream(session: aiohttp.ClientSession, requests: Sequence[Request], origin_s: float, bar: tqdm) -> list[Completion]:
+async def _stream(
+    session: aiohttp.ClientSession, requests: Sequence[Request], origin_s: float, bar: tqdm
+) -> list[Completion]:
     """Completions of `requests`, sent as one call."""
     start_s = time.perf_counter() - origin_s
     chunks: list[list[tuple[float, dict]]] = [[] for _ in requests]

@@ -118,13 +118,18 @@ def profile(server: Server, args: argparse.Namespace, batch: int, folder: Path) 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m er_sglang.bench.cycle", description="Profile one SELF_QUANT cycle: kernel time by kind, and gaps. Needs a GPU."
+        prog="python -m er_sglang.bench.cycle",
+        description="Profile one SELF_QUANT cycle: kernel time by kind, and gaps. Needs a GPU.",
     )
     parser.add_argument("--model", default="7b", choices=list(SHAPES), help="default %(default)s")
     parser.add_argument("--gamma", type=int, default=3, metavar="G", help="drafted tokens a cycle; default %(default)s")
-    parser.add_argument("--batch", nargs="+", type=int, default=[1, 16], metavar="B", help="requests at once; default 1 16")
+    parser.add_argument(
+        "--batch", nargs="+", type=int, default=[1, 16], metavar="B", help="requests at once; default 1 16"
+    )
     parser.add_argument("--context", type=int, default=512, metavar="TOKENS", help="prompt length; default %(default)s")
-    parser.add_argument("--acceptance", type=float, default=0.9, metavar="A", help="stated acceptance; default %(default)s")
+    parser.add_argument(
+        "--acceptance", type=float, default=0.9, metavar="A", help="stated acceptance; default %(default)s"
+    )
     parser.add_argument("--out", type=Path, default=Path("cycle-results"), metavar="DIR", help="default %(default)s")
     args = parser.parse_args(argv)
     if ON_CPU:
@@ -139,13 +144,16 @@ def main(argv: list[str] | None = None) -> int:
     record = {"environment": report.environment(), "settings": {**vars(args), "out": str(args.out)}, "batches": {}}
     with tempfile.TemporaryDirectory() as scratch:
         model_path = write_model(Path(scratch), args.model)
-        with Server(model_path, flags, env=server_env(arms, args.acceptance, {}), log_path=args.out / "server.log") as server:
+        with Server(
+            model_path, flags, env=server_env(arms, args.acceptance, {}), log_path=args.out / "server.log"
+        ) as server:
             for batch in args.batch:
                 summary = profile(server, args, batch, Path(scratch, f"trace-{batch}"))
                 record["batches"][batch] = summary
                 print(
                     f"\n{args.model}, batch {batch}, gamma {args.gamma}: cycle {summary['cycle_ms']:.2f} ms, "
-                    f"gaps {summary['gaps_ms']:.2f} ms (largest {summary['largest_gap_us']:.1f} us), {summary['kernels']} kernels\n"
+                    f"gaps {summary['gaps_ms']:.2f} ms (largest {summary['largest_gap_us']:.1f} us), "
+                    f"{summary['kernels']} kernels\n"
                 )
                 print(report.table(summary["kinds"]))
     report.write_json(args.out / "cycle.json", record)

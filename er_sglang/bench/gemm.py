@@ -2,10 +2,10 @@
 
     python -m er_sglang.bench.gemm --model 14b --rows 1 8 16 32 48 64 96 128 --all-shapes
 
-A product is timed as it runs in a draft chain: in a CUDA graph, over copies of its weight that together exceed the L2 cache, with
-a small kernel between two products that waits for one and that the next waits for (without it, programmatic dependent launch
-would hide the end of one product behind the start of the next). The small kernel's own time is taken off.
-Needs a GPU; our kernels, a Hopper GPU.
+A product is timed as it runs in a draft chain: in a CUDA graph, over copies of its weight that together exceed the L2
+cache, with a small kernel between two products that waits for one and that the next waits for (without it, programmatic
+dependent launch would hide the end of one product behind the start of the next). The small kernel's own time is taken
+off. Needs a GPU; our kernels, a Hopper GPU.
 """
 
 import argparse
@@ -34,11 +34,17 @@ def products(shape: dict) -> dict[str, tuple[int, int]]:
     hidden, intermediate = shape["hidden_size"], shape["intermediate_size"]
     head_dim = hidden // shape["num_attention_heads"]
     qkv = hidden + 2 * shape["num_key_value_heads"] * head_dim
-    return {"qkv": (qkv, hidden), "o": (hidden, hidden), "gate_up": (2 * intermediate, hidden), "down": (hidden, intermediate)}
+    return {
+        "qkv": (qkv, hidden),
+        "o": (hidden, hidden),
+        "gate_up": (2 * intermediate, hidden),
+        "down": (hidden, intermediate),
+    }
 
 
 def between(y_MN: torch.Tensor, x_MK: torch.Tensor) -> None:
-    """Stands for the norm or activation that turns a product into the next one's input: waits for y, writes x (as it was)."""
+    """Stands for the norm or activation that turns a product into the next one's input: waits for y, writes x (as it
+    was)."""
     x, y = x_MK.view(-1), y_MN.view(-1)
     count = min(len(x), len(y))
     torch.add(x[:count], y[:count], alpha=0.0, out=x[:count])
@@ -133,9 +139,16 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--model", default="14b", choices=list(SHAPES), help="default %(default)s")
     parser.add_argument(
-        "--rows", nargs="+", type=int, default=[1, 8, 16, 32, 64, 128], metavar="M", help="requests; default 1 8 16 32 64 128"
+        "--rows",
+        nargs="+",
+        type=int,
+        default=[1, 8, 16, 32, 64, 128],
+        metavar="M",
+        help="requests; default 1 8 16 32 64 128",
     )
-    parser.add_argument("--all-shapes", action="store_true", help="time every shape of our kernels: is the best chosen?")
+    parser.add_argument(
+        "--all-shapes", action="store_true", help="time every shape of our kernels: is the best chosen?"
+    )
     parser.add_argument("--out", type=Path, default=Path("gemm-results"), metavar="DIR", help="default %(default)s")
     args = parser.parse_args(argv)
     if ON_CPU:
@@ -145,7 +158,9 @@ def main(argv: list[str] | None = None) -> int:
     for name, (n, k) in tqdm(products(SHAPES[args.model]).items(), desc="products"):
         rows += measure(name, n, k, args.rows, args.all_shapes, bandwidth)
     args.out.mkdir(parents=True, exist_ok=True)
-    report.write_json(args.out / "results.json", {"environment": report.environment(), "bandwidth": bandwidth, "rows": rows})
+    report.write_json(
+        args.out / "results.json", {"environment": report.environment(), "bandwidth": bandwidth, "rows": rows}
+    )
     text = report.table(rows)
     (args.out / "table.md").write_text(text + "\n")
     print(f"{text}\n\nRaw data: {args.out}/")

@@ -19,8 +19,10 @@ MAX_NEW_TOKENS = 512
 TEMPERATURE = 1.0
 
 WHY_SLOWER = (
-    "It was slower here. A drafter pays when its step is much cheaper than the policy's, and it is cheaper because it reads a quarter "
-    "of the weight bytes. {where} What you see is that the real server drafts, verifies and keeps the policy's distribution; "
+    "It was slower here. A drafter pays when its step is much cheaper than the policy's, and it is cheaper because it "
+    "reads a quarter "
+    "of the weight bytes. {where} What you see is that the real server drafts, verifies and keeps the policy's "
+    "distribution; "
     "for speed, run launch/bench on a GPU with a model of billions of parameters."
 )
 WHERE_CPU = "On a CPU the int4 weights are unpacked by plain PyTorch, and this policy is a few megabytes: its time is all overhead."
@@ -31,14 +33,33 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="launch/quickstart",
         description="Train a small policy for a minute, serve it with SGLang, plain and then with SELF_QUANT, send the same burst "
-        "of requests with long-tailed lengths to both, and print and plot what happened. Needs no GPU and no download of models.",
+        "of requests with long-tailed lengths to both, and print and plot what happened. Needs no GPU and no download "
+        "of models.",
     )
-    parser.add_argument("--requests", type=int, default=48, metavar="N", help="requests in the burst; default %(default)s")
-    parser.add_argument("--concurrency", type=int, default=16, metavar="C", help="requests at once; default %(default)s")
+    parser.add_argument(
+        "--requests", type=int, default=48, metavar="N", help="requests in the burst; default %(default)s"
+    )
+    parser.add_argument(
+        "--concurrency", type=int, default=16, metavar="C", help="requests at once; default %(default)s"
+    )
     parser.add_argument("--gamma", type=int, default=3, metavar="G", help="drafted tokens a cycle; default %(default)s")
-    parser.add_argument("--train-steps", type=int, default=toy.TOY_STEPS, metavar="N", help="training steps of the policy; default %(default)s, about a minute")
-    parser.add_argument("--cache", type=Path, default=cache_folder(), metavar="DIR", help="where policies are kept; default %(default)s")
-    parser.add_argument("--out", type=Path, default=Path("quickstart-results"), metavar="DIR", help="folder for plot, raw data and logs; default %(default)s")
+    parser.add_argument(
+        "--train-steps",
+        type=int,
+        default=toy.TOY_STEPS,
+        metavar="N",
+        help="training steps of the policy; default %(default)s, about a minute",
+    )
+    parser.add_argument(
+        "--cache", type=Path, default=cache_folder(), metavar="DIR", help="where policies are kept; default %(default)s"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("quickstart-results"),
+        metavar="DIR",
+        help="folder for plot, raw data and logs; default %(default)s",
+    )
     return parser.parse_args(argv)
 
 
@@ -49,7 +70,8 @@ def main(argv: list[str] | None = None) -> int:
     policy_path = cached_policy(args.cache, args.train_steps)
     print(f"policy: {policy_path}")
     requests = [
-        Request(prompt=prompt, max_new_tokens=MAX_NEW_TOKENS, temperature=TEMPERATURE) for prompt in toy.prompts(args.requests, seed=SEED)
+        Request(prompt=prompt, max_new_tokens=MAX_NEW_TOKENS, temperature=TEMPERATURE)
+        for prompt in toy.prompts(args.requests, seed=SEED)
     ]
     arms = [Arm.parse("plain"), Arm(algorithm="self_quant", gamma=args.gamma)]
     results, bins, rows, decisions = {}, {}, [], {}
@@ -65,8 +87,16 @@ def main(argv: list[str] | None = None) -> int:
 
     environment = report.environment()
     plot_path = args.out / "timeline.png"
-    report.plot_loads(plot_path, results, bins, f"{args.requests} countdowns, at most {args.concurrency} at once, temperature {TEMPERATURE:g}")
-    report.write_json(args.out / "results.json", {"environment": environment, "rows": rows, "decisions": decisions, "results": results})
+    report.plot_loads(
+        plot_path,
+        results,
+        bins,
+        f"{args.requests} countdowns, at most {args.concurrency} at once, temperature {TEMPERATURE:g}",
+    )
+    report.write_json(
+        args.out / "results.json",
+        {"environment": environment, "rows": rows, "decisions": decisions, "results": results},
+    )
 
     example = results[str(arms[-1])].completions[0].text
     print(f"\nprompt {requests[0].prompt!r} -> {example[:60]!r}{'...' if len(example) > 60 else ''}\n")
@@ -86,11 +116,22 @@ def cached_policy(cache: Path, steps: int) -> Path:
     return path
 
 
-def serve_and_load(policy_path: Path, arm: Arm, requests: list[Request], trace: Path, args: argparse.Namespace) -> tuple[LoadResult, dict | None]:
+def serve_and_load(
+    policy_path: Path, arm: Arm, requests: list[Request], trace: Path, args: argparse.Namespace
+) -> tuple[LoadResult, dict | None]:
     """The burst's result, and SELF_QUANT's counters over the burst (None for the plain arm)."""
-    flags = {**({} if ON_CPU else {"dtype": "bfloat16"}), "random-seed": SEED, **server_args([arm], draft_path=None, idle_gamma=args.gamma)}
+    flags = {
+        **({} if ON_CPU else {"dtype": "bfloat16"}),
+        "random-seed": SEED,
+        **server_args([arm], draft_path=None, idle_gamma=args.gamma),
+    }
     log_path = args.out / f"server-{arm.algorithm}.log"
-    with Server(policy_path, flags, env=server_env([arm], alpha=None, self_quant_config={"trace": str(trace)}), log_path=log_path) as server:
+    with Server(
+        policy_path,
+        flags,
+        env=server_env([arm], alpha=None, self_quant_config={"trace": str(trace)}),
+        log_path=log_path,
+    ) as server:
         print(f"{arm}: server up after {server.start_s:.0f} s")
         warm_up = [Request(prompt=request.prompt, max_new_tokens=8) for request in requests[: args.concurrency]]
         run_load(server.base_url, warm_up, concurrency=args.concurrency, description="warm-up")
@@ -105,7 +146,9 @@ def trace_bins(trace: Path, result: LoadResult) -> list[plots.Bin]:
     """The load's part of a server's trace; times are seconds since the load began."""
     steps = [step for step in plots.read_trace(trace) if step["time_s"] >= result.began_unix_s]
     first_s = steps[0]["time_s"] - result.began_unix_s
-    return [dataclasses.replace(each, time_s=first_s + each.time_s) for each in plots.binned(steps, report.TIMELINE_BINS)]
+    return [
+        dataclasses.replace(each, time_s=first_s + each.time_s) for each in plots.binned(steps, report.TIMELINE_BINS)
+    ]
 
 
 def difference(before: dict, after: dict) -> dict:

@@ -52,7 +52,16 @@ def _cpu_name() -> str:
 
 def _commit() -> str | None:
     """The commit of this checkout, with "-dirty" if it has changes; None outside of one."""
-    describe = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    describe = [
+        "git",
+        "-C",
+        str(Path(__file__).parent),
+        "describe",
+        "--always",
+        "--dirty",
+        "--abbrev=40",
+        "--exclude=*",
+    ]
     try:
         return subprocess.run(describe, capture_output=True, text=True, check=True).stdout.strip()
     except (FileNotFoundError, subprocess.CalledProcessError):
@@ -91,7 +100,9 @@ def plot_loads(path: Path, results: Mapping[str, LoadResult], bins: Mapping[str,
         bin_s = result.wall_s / TIMELINE_BINS
         edges_s = [i * bin_s for i in range(TIMELINE_BINS + 1)]
         received = [result.tokens_at(t) for t in edges_s]
-        line = rate.step(edges_s[1:], [(b - a) / bin_s for a, b in zip(received, received[1:])], where="pre", label=arm)[0]
+        line = rate.step(
+            edges_s[1:], [(b - a) / bin_s for a, b in zip(received, received[1:])], where="pre", label=arm
+        )[0]
         colour = line.get_color()
         batch.step(edges_s, [result.running_at(t) for t in edges_s], where="post", color=colour)
         if arm in bins:

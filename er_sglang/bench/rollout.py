@@ -54,16 +54,58 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     default_arms = [Arm.parse("plain"), Arm.parse("auto:7")]
     add("--model", choices=SHAPES, default="tiny" if ON_CPU else "14b", help="a shape; default %(default)s")
-    add("--arms", nargs="+", type=arm_argument, default=default_arms, metavar="ARM", help="plain, self_quant:G, auto:G, paper:11; default plain auto:7")
+    add(
+        "--arms",
+        nargs="+",
+        type=arm_argument,
+        default=default_arms,
+        metavar="ARM",
+        help="plain, self_quant:G, auto:G, paper:11; default plain auto:7",
+    )
     add("--requests", type=int, default=16 if ON_CPU else 128, metavar="N", help="all at once; default %(default)s")
-    add("--lengths", default="lognormal:60:0.9:300" if ON_CPU else "lognormal:350:0.8:1600", help="as for `er-sglang simulate`; default %(default)s")
+    add(
+        "--lengths",
+        default="lognormal:60:0.9:300" if ON_CPU else "lognormal:350:0.8:1600",
+        help="as for `er-sglang simulate`; default %(default)s",
+    )
     add("--prompt-tokens", type=int, default=64, metavar="TOKENS", help="default %(default)s")
-    add("--acceptance", nargs="+", type=float, default=[0.9], metavar="A", help="stated acceptance per drafted token; default 0.9")
-    add("--rollouts", type=int, default=1, metavar="N", help="rollouts in a row per arm and acceptance, each with lengths of its own; default %(default)s")
+    add(
+        "--acceptance",
+        nargs="+",
+        type=float,
+        default=[0.9],
+        metavar="A",
+        help="stated acceptance per drafted token; default 0.9",
+    )
+    add(
+        "--rollouts",
+        type=int,
+        default=1,
+        metavar="N",
+        help="rollouts in a row per arm and acceptance, each with lengths of its own; default %(default)s",
+    )
     add("--profile", type=Path, help="step times to predict by, where no server measures them")
-    add("--self-quant-config", type=json.loads, default={}, metavar="JSON", help='SELF_QUANT settings besides "policy", e.g. \'{"calibration_s": 20}\'')
-    add("--server-args", type=shlex.split, default=[], metavar="'--FLAG VALUE ...'", help="more flags for every server; write --server-args='--tp 2'")
-    add("--out", type=Path, default=Path("rollout-results"), metavar="DIR", help="results.json, table.md, profile, traces, plots and logs; default %(default)s")
+    add(
+        "--self-quant-config",
+        type=json.loads,
+        default={},
+        metavar="JSON",
+        help='SELF_QUANT settings besides "policy", e.g. \'{"calibration_s": 20}\'',
+    )
+    add(
+        "--server-args",
+        type=shlex.split,
+        default=[],
+        metavar="'--FLAG VALUE ...'",
+        help="more flags for every server; write --server-args='--tp 2'",
+    )
+    add(
+        "--out",
+        type=Path,
+        default=Path("rollout-results"),
+        metavar="DIR",
+        help="results.json, table.md, profile, traces, plots and logs; default %(default)s",
+    )
     add("--no-plot", action="store_true", help="do without matplotlib")
     args = parser.parse_args(argv)
     if any(arm.algorithm == "standalone" for arm in args.arms):
@@ -81,7 +123,12 @@ def main(argv: list[str] | None = None) -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     runs: list[dict] = []
     traces: list[Path] = []
-    settings = {**vars(args), "arms": [str(arm) for arm in args.arms], "profile": args.profile and str(args.profile), "out": str(args.out)}
+    settings = {
+        **vars(args),
+        "arms": [str(arm) for arm in args.arms],
+        "profile": args.profile and str(args.profile),
+        "out": str(args.out),
+    }
     record = {"environment": report.environment(), "settings": settings, "rows": [], "runs": runs}
     profile = Profile.read(args.profile) if args.profile else None
     with tempfile.TemporaryDirectory() as scratch, tqdm(total=count_runs(args), desc="rollouts") as bar:
@@ -104,7 +151,9 @@ def main(argv: list[str] | None = None) -> int:
     if not args.no_plot:
         for trace in tqdm(traces, desc="plots", disable=not traces):
             steps = plots.read_trace(trace)
-            plots.plot_timeline(plots.binned(steps, min(plots.BINS, len(steps) // 2)), trace.stem, trace.with_suffix(".png"))
+            plots.plot_timeline(
+                plots.binned(steps, min(plots.BINS, len(steps) // 2)), trace.stem, trace.with_suffix(".png")
+            )
     print(f"\n{text}\n\nRaw data, table and traces: {args.out}/")
     return 0
 
@@ -139,7 +188,9 @@ def start_server(arms: Sequence[Arm], args: argparse.Namespace, scratch: Path) -
 
 def measure_server(server: Server, arms: Sequence[Arm], args: argparse.Namespace) -> Iterator[dict]:
     """Yield a run per arm, acceptance and rollout."""
-    prompts = random_prompts(args.requests, seed=SEED, tokens=args.prompt_tokens, vocab=SHAPES[args.model]["vocab_size"])
+    prompts = random_prompts(
+        args.requests, seed=SEED, tokens=args.prompt_tokens, vocab=SHAPES[args.model]["vocab_size"]
+    )
 
     def load(lengths: list[int], description: str) -> LoadResult:
         requests = [

@@ -25,7 +25,8 @@ The SELF_QUANT arms share a server that is switched between them; every other ar
 C requests of equal context and equal output length (--output-tokens, end-of-sequence ignored) are sent at once. Counted
 are only the tokens between the moment the last request has its first token and the moment the first one ends: a full
 batch, no prefill.
-The prompts are in the radix cache beforehand. The figure is the median of --repeats; the spread is (max - min) / median.
+The prompts are in the radix cache beforehand. The figure is the median of --repeats; the spread is (max - min) /
+median.
 """
 
 EPILOG = """\
@@ -53,21 +54,84 @@ examples
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="launch/bench", description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="launch/bench",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    default_arms = ["plain", "self_quant:0", "self_quant:3"] if ON_CPU else ["plain", "standalone:3", "self_quant:0", "self_quant:3", "auto:7"]
+    default_arms = (
+        ["plain", "self_quant:0", "self_quant:3"]
+        if ON_CPU
+        else ["plain", "standalone:3", "self_quant:0", "self_quant:3", "auto:7"]
+    )
     grid = [1, 4] if ON_CPU else [1, 2, 4, 8, 16, 32, 64, 128]
-    parser.add_argument("--model", default="tiny" if ON_CPU else "14b", help=f"a shape ({', '.join(SHAPES)}) or a checkpoint's path; default %(default)s")
-    parser.add_argument("--arms", nargs="+", type=arm_argument, default=[Arm.parse(a) for a in default_arms], metavar="ARM", help=f"see below; default {' '.join(default_arms)}")
-    parser.add_argument("--concurrency", nargs="+", type=int, default=grid, metavar="C", help=f"requests at once; default {' '.join(map(str, grid))}")
-    parser.add_argument("--acceptance", type=float, default=0.9, metavar="A", help="stated acceptance per drafted token, for shapes; default %(default)s")
-    parser.add_argument("--context", type=int, default=64 if ON_CPU else 1024, metavar="TOKENS", help="prompt length; default %(default)s")
-    parser.add_argument("--output-tokens", type=int, default=64 if ON_CPU else 256, metavar="TOKENS", help="response length; default %(default)s")
-    parser.add_argument("--repeats", type=int, default=3, metavar="N", help="measurements per point; default %(default)s")
+    parser.add_argument(
+        "--model",
+        default="tiny" if ON_CPU else "14b",
+        help=f"a shape ({', '.join(SHAPES)}) or a checkpoint's path; default %(default)s",
+    )
+    parser.add_argument(
+        "--arms",
+        nargs="+",
+        type=arm_argument,
+        default=[Arm.parse(a) for a in default_arms],
+        metavar="ARM",
+        help=f"see below; default {' '.join(default_arms)}",
+    )
+    parser.add_argument(
+        "--concurrency",
+        nargs="+",
+        type=int,
+        default=grid,
+        metavar="C",
+        help=f"requests at once; default {' '.join(map(str, grid))}",
+    )
+    parser.add_argument(
+        "--acceptance",
+        type=float,
+        default=0.9,
+        metavar="A",
+        help="stated acceptance per drafted token, for shapes; default %(default)s",
+    )
+    parser.add_argument(
+        "--context",
+        type=int,
+        default=64 if ON_CPU else 1024,
+        metavar="TOKENS",
+        help="prompt length; default %(default)s",
+    )
+    parser.add_argument(
+        "--output-tokens",
+        type=int,
+        default=64 if ON_CPU else 256,
+        metavar="TOKENS",
+        help="response length; default %(default)s",
+    )
+    parser.add_argument(
+        "--repeats", type=int, default=3, metavar="N", help="measurements per point; default %(default)s"
+    )
     parser.add_argument("--temperature", type=float, default=1.0, help="default %(default)s")
-    parser.add_argument("--self-quant-config", type=json.loads, default={}, metavar="JSON", help='SELF_QUANT settings besides "policy", e.g. \'{"drafter": {"weights": "fp8"}}\'')
-    parser.add_argument("--server-args", type=shlex.split, default=[], metavar="'--FLAG VALUE ...'", help="more flags for every server; write --server-args='--tp 2'")
-    parser.add_argument("--out", type=Path, default=Path("bench-results"), metavar="DIR", help="folder for results.json, table.md, plot.png and logs; default %(default)s")
+    parser.add_argument(
+        "--self-quant-config",
+        type=json.loads,
+        default={},
+        metavar="JSON",
+        help='SELF_QUANT settings besides "policy", e.g. \'{"drafter": {"weights": "fp8"}}\'',
+    )
+    parser.add_argument(
+        "--server-args",
+        type=shlex.split,
+        default=[],
+        metavar="'--FLAG VALUE ...'",
+        help="more flags for every server; write --server-args='--tp 2'",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("bench-results"),
+        metavar="DIR",
+        help="folder for results.json, table.md, plot.png and logs; default %(default)s",
+    )
     parser.add_argument("--no-plot", action="store_true", help="do without matplotlib")
     args = parser.parse_args(argv)
     if not args.no_plot and importlib.util.find_spec("matplotlib") is None:
@@ -90,7 +154,10 @@ def main(argv: list[str] | None = None) -> int:
         "acceptance": f"stated: {args.acceptance}, equal for all arms" if args.model in SHAPES else "real",
         "points": points,
     }
-    with tempfile.TemporaryDirectory() as scratch, tqdm(total=len(args.arms) * len(args.concurrency), desc="points") as bar:
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        tqdm(total=len(args.arms) * len(args.concurrency), desc="points") as bar,
+    ):
         for arms in servers(args.arms):
             with start_server(arms, args, Path(scratch)) as server:
                 bar.set_postfix_str(f"{server_name(arms)}, started in {server.start_s:.0f} s")
@@ -112,8 +179,8 @@ def main(argv: list[str] | None = None) -> int:
 def describe(args: argparse.Namespace, environment: dict) -> str:
     hardware = environment["hardware"]
     return (
-        f"{args.model} on {hardware.get('gpu', hardware['cpu'])}, context {args.context}, {args.output_tokens} output tokens, "
-        + (f"stated acceptance {args.acceptance}" if args.model in SHAPES else "real acceptance")
+        f"{args.model} on {hardware.get('gpu', hardware['cpu'])}, context {args.context}, {args.output_tokens} output "
+        f"tokens, " + (f"stated acceptance {args.acceptance}" if args.model in SHAPES else "real acceptance")
     )
 
 
@@ -123,7 +190,9 @@ def start_server(arms: Sequence[Arm], args: argparse.Namespace, scratch: Path) -
     model_path = write_model(scratch, args.model) if from_shape else args.model
     draft_path = write_model(scratch, args.model, quantized=True) if from_shape and standalone else None
     if standalone and not from_shape:
-        raise SystemExit("the standalone arm drafts with a dummy model of the same shape; with a checkpoint, leave it out")
+        raise SystemExit(
+            "the standalone arm drafts with a dummy model of the same shape; with a checkpoint, leave it out"
+        )
     flags = {
         **shared_args(max(args.concurrency), args.context + args.output_tokens),
         **({} if from_shape else {"load-format": None}),
@@ -147,10 +216,18 @@ def measure_server(server: Server, arms: Sequence[Arm], args: argparse.Namespace
 
     def load(concurrency: int, tokens: int, description: str) -> LoadResult:
         requests = [
-            Request(prompt=p, max_new_tokens=tokens, ignore_eos=True, temperature=args.temperature, stream_interval=STREAM_INTERVAL_TOKENS)
+            Request(
+                prompt=p,
+                max_new_tokens=tokens,
+                ignore_eos=True,
+                temperature=args.temperature,
+                stream_interval=STREAM_INTERVAL_TOKENS,
+            )
             for p in prompts[:concurrency]
         ]
-        return run_load(server.base_url, requests, concurrency=concurrency, description=f"{description} at {concurrency}")
+        return run_load(
+            server.base_url, requests, concurrency=concurrency, description=f"{description} at {concurrency}"
+        )
 
     load(max(args.concurrency), WARM_UP_TOKENS, "warm-up")
     for arm in arms:

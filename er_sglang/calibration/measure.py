@@ -1,14 +1,14 @@
 """Measure the profile with the very code and graphs that serve: at start-up, once per configuration.
 
 For batch sizes that have graphs, those just above (they are padded to the next graph: time is a staircase) and a few
-contexts, synthetic requests are laid into the still unused KV pool and stepped by the server's own code, back to back, so
-that host work counts where the GPU waits for it: plain decoding, the shortest and the longest chain, and every gamma's
-verify with its verdict. T_draft is what the longest chain takes per token; what the shortest takes beyond that is
-counted to T_verify, so that gamma * T_draft + T_verify is a whole cycle.
+contexts, synthetic requests are laid into the still unused KV pool and stepped by the server's own code, back to back,
+so that host work counts where the GPU waits for it: plain decoding, the shortest and the longest chain, and every
+gamma's verify with its verdict. T_draft is what the longest chain takes per token; what the shortest takes beyond that
+is counted to T_verify, so that gamma * T_draft + T_verify is a whole cycle.
 
-The first pass compiles and is not counted. The grid is then gone over until `calibration_s` is spent, at least three times,
-so that a disturbance spoils one sample of a cell and the median forgets it, and at most five. The table is kept on disk under a
-fingerprint of all that it depends on.
+The first pass compiles and is not counted. The grid is then gone over until `calibration_s` is spent, at least three
+times, so that a disturbance spoils one sample of a cell and the median forgets it, and at most five. The table is kept
+on disk under a fingerprint of all that it depends on.
 """
 
 from __future__ import annotations
@@ -51,7 +51,8 @@ MAX_PASSES = 5
 def obtain_profile(subject: Subject) -> tuple[Profile, Path]:
     """The profile that the config names, else the cached one, else one measured now; the same on every rank.
 
-    Returns it and the path of rank 0's file. Raises ConfigError for a profile that is unreadable or was measured elsewhere.
+    Returns it and the path of rank 0's file. Raises ConfigError for a profile that is unreadable or was measured
+    elsewhere.
     """
     group = get_tp_group()
     expected = fingerprint(subject)
@@ -184,7 +185,9 @@ def _synthetic_batch(subject: Subject, batch: int, context_tokens: int) -> Sched
     """Requests that decode at ``context_tokens``, each with KV slots of its own, sampled at temperature 1."""
     device, stride = subject.device, _stride(subject, context_tokens)
     starts = subject.server_args.page_size + stride * torch.arange(batch, device=device)
-    subject.req_to_token[1 : batch + 1, :stride] = (starts.view(-1, 1) + torch.arange(stride, device=device)).to(torch.int32)
+    subject.req_to_token[1 : batch + 1, :stride] = (starts.view(-1, 1) + torch.arange(stride, device=device)).to(
+        torch.int32
+    )
     scheduled = ScheduleBatch(
         reqs=[Req(f"calibration-{row}", "", [0], SamplingParams(temperature=1.0)) for row in range(batch)],
         device=str(device),

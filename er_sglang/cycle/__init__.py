@@ -1,8 +1,8 @@
 """Between a decision and a verdict: one draft and one verify forward.
 
-    step.py        what a step reads of a batch
-    chain.py       the draft: gamma plain decodes of the drafter, one CUDA graph
-    window.py      what of a long context a draft attends to
-    verifier.py    the policy's forward over [last, d1..dgamma], one CUDA graph
-    logprobs.py    log-probabilities of the emitted tokens
+step.py        what a step reads of a batch
+chain.py       the draft: gamma plain decodes of the drafter, one CUDA graph
+window.py      what of a long context a draft attends to
+verifier.py    the policy's forward over [last, d1..dgamma], one CUDA graph
+logprobs.py    log-probabilities of the emitted tokens
 """

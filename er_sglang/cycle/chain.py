@@ -55,7 +55,9 @@ class DraftChain:
         self._graph_batches = graph_batches
         gamma_max = max(gammas)
         self._req_to_token = target.req_to_token_pool.req_to_token
-        self._window = AttentionWindow(attention_window, gamma_max, max_batch, target.device) if attention_window else None
+        self._window = (
+            AttentionWindow(attention_window, gamma_max, max_batch, target.device) if attention_window else None
+        )
         # SGLang's graph backend asks its owner for model_runner and device_module.
         self.model_runner = view = _decode_view(target, self._window)
         self.device_module = torch.get_device_module(view.device)

@@ -1,4 +1,5 @@
-"""The policy's forward over [last token, d1..dgamma] of every request: causal, all logits, a CUDA graph per batch size and gamma.
+"""The policy's forward over [last token, d1..dgamma] of every request: causal, all logits, a CUDA graph per batch size
+and gamma.
 
 A verify runner is a view of the target's ModelRunner: the same model, KV pool and request table, but its own
 attention backend, its own graphs and its own width. The target itself stays a plain decoder, so that a step without

@@ -1,8 +1,8 @@
 """An attention window for the drafter: the first tokens of a request and its most recent ones.
 
-In a long context a draft step reads more KV cache than weights. Keys carry their position, so a decode whose request table
-lists fewer slots attends to exactly these, on any attention backend; what it misses costs acceptance, never exactness. The
-first tokens stay, since attention leans on them (StreamingLLM, arXiv 2309.17453).
+In a long context a draft step reads more KV cache than weights. Keys carry their position, so a decode whose request
+table lists fewer slots attends to exactly these, on any attention backend; what it misses costs acceptance, never
+exactness. The first tokens stay, since attention leans on them (StreamingLLM, arXiv 2309.17453).
 """
 
 from __future__ import annotations

@@ -86,7 +86,9 @@ class Drafter:
         if not isinstance(layer.quant_method, UnquantizedLinearMethod):
             return f"weight is handled by {type(layer.quant_method).__name__}"
         if use_intel_amx_backend(layer):
-            raise ConfigError("The CPU build of sgl-kernel packed the policy's weights for AMX: install the PyPI build instead.")
+            raise ConfigError(
+                "The CPU build of sgl-kernel packed the policy's weights for AMX: install the PyPI build instead."
+            )
         n, k = layer.weight.shape
         if (reason := self._fmt.unsupported(n, k, layer.weight.dtype)) is not None:
             return reason

@@ -3,7 +3,8 @@
 One policy update is everything that happens to the policy's weights between two moments of generation: any number of
 calls by any transport (the q, k and v of one fused layer may arrive in different ones), direct writes that nobody
 reports, or both. It ends when generation goes on, at `continue_generation` or at the next decode step, and only then is
-the drafter refreshed, once. If one of its calls failed, the update failed: nothing is drafted until a later one succeeds.
+the drafter refreshed, once. If one of its calls failed, the update failed: nothing is drafted until a later one
+succeeds.
 
     receiving() ...   continued() or close_update() ensure()
     update open  -->  update ended             -->  refreshed, if due
@@ -55,8 +56,8 @@ class Freshness:
     """Which policy the drafter is made of, and whether it may be used.
 
     refresh: re-derives the drafter from the live policy and returns when that is done.
-    on_update: called when what was learned of its acceptance says less: once per update, and when it was refreshed because
-        acceptance fell.
+    on_update: called when what was learned of its acceptance says less: once per update, and when it was refreshed
+        because acceptance fell.
     acceptance: live acceptance of the first drafted token.
     """
 
@@ -144,7 +145,8 @@ class Freshness:
         self._resident = True
 
     def continued(self) -> None:
-        """Generation continues after a pause, in which weights may have been written without any call: an update ends."""
+        """Generation continues after a pause, in which weights may have been written without any call: an update
+        ends."""
         self._end_update()
         self.ensure()
 

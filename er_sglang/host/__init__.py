@@ -1,10 +1,10 @@
 """All that knows SGLang's internals: where we attach, what we check, what we refuse.
 
-    seams.py       supported releases, the functions of SGLang that we rely upon, and the check of both
-    hooks.py       what we change in SGLang's functions
-    cpu.py         stand-ins for SGLang's kernels on a CPU
-    served.py      the worker as the hooks see it
-    algorithm.py   SELF_QUANT in SGLang's registry
-    relay.py       what a step hands to the next one
-    refusals.py    settings and models that SELF_QUANT cannot serve
+seams.py       supported releases, the functions of SGLang that we rely upon, and the check of both
+hooks.py       what we change in SGLang's functions
+cpu.py         stand-ins for SGLang's kernels on a CPU
+served.py      the worker as the hooks see it
+algorithm.py   SELF_QUANT in SGLang's registry
+relay.py       what a step hands to the next one
+refusals.py    settings and models that SELF_QUANT cannot serve
 """

@@ -28,7 +28,17 @@ def _assign_slots_on_cpu(original, req_pool_indices, req_to_token, start_offset,
         req_to_token[row, start : start + len(slots)] = slots.to(req_to_token.dtype)
 
 
-def _alloc_extend_on_cpu(original, allocator, prefix_lens, prefix_lens_cpu, seq_lens, seq_lens_cpu, last_loc, extend_num_tokens, num_new_pages=None):  # fmt: skip
+def _alloc_extend_on_cpu(
+    original,
+    allocator,
+    prefix_lens,
+    prefix_lens_cpu,
+    seq_lens,
+    seq_lens_cpu,
+    last_loc,
+    extend_num_tokens,
+    num_new_pages=None,
+):
     """``alloc_extend`` launches a Triton kernel; SGLang has the same in torch, but not wired to the CPU."""
     from sglang.srt.mem_cache.allocator.paged import alloc_extend_naive, get_num_new_pages
 

@@ -74,7 +74,8 @@ def _internal_state(result, scheduler, recv_req):
 
 
 def _set_internal_state(original, scheduler, recv_req):
-    """A change of our policy is ours; all else is SGLang's. The HTTP answer is the list of ``updated``, one a replica."""
+    """A change of our policy is ours; all else is SGLang's. The HTTP answer is the list of ``updated``, one a
+    replica."""
     from sglang.srt.managers.io_struct import SetInternalStateReqOutput
 
     worker = served(scheduler.draft_worker)
@@ -84,8 +85,8 @@ def _set_internal_state(original, scheduler, recv_req):
 
 
 def _count_drafts(result, processor, step, batch) -> None:
-    """SGLang has no count of a request's drafted tokens: it assumes one gamma for all steps. They travel to the front end
-    as ``spec_num_correct_drafts``, which can spare the field: the histogram of accepted drafts says the same."""
+    """SGLang has no count of a request's drafted tokens: it assumes one gamma for all steps. They travel to the front
+    end as ``spec_num_correct_drafts``, which can spare the field: the histogram of accepted drafts says the same."""
     gamma = step.speculative_num_draft_tokens - 1
     if gamma == 0 or served(processor.model_worker) is None:
         return
@@ -131,7 +132,8 @@ def _finish_token_by_token(original, req, new_accepted_len=1):
 
 
 def _request_row_headroom(result, server_args):
-    """Columns of the request table beyond the context length. SGLang reserves KV slots for two cycles at every step but counts
+    """Columns of the request table beyond the context length. SGLang reserves KV slots for two cycles at every step but
+    counts
     one: from gamma 8 on, a request that nears the limit would write into the row of another. Rounded up: page tables
     are made as wide as a row, and kernels fill them faster if they are aligned, as they are without us."""
     if server_args.speculative_algorithm != ALGORITHM:

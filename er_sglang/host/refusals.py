@@ -58,7 +58,9 @@ def check_server_args(args: Any) -> None:
             "Use the released sources or a matching er_sglang."
         )
     problems = [
-        f"{field} is {value!r}: {remedy}" for field, fine, remedy in _FIELDS if (value := getattr(args, field)) not in fine
+        f"{field} is {value!r}: {remedy}"
+        for field, fine, remedy in _FIELDS
+        if (value := getattr(args, field)) not in fine
     ]
     steps, width = args.speculative_num_steps, args.speculative_num_draft_tokens
     if width is not None and width != (steps or 0) + 1:

@@ -42,13 +42,21 @@ SEAMS = (
     # attach
     _seam("plugins:load_plugins", ""),
     _seam("plugins.hook_registry:HookRegistry.register", "cls target hook hook_type source"),
-    _seam("speculative.spec_info:SpeculativeAlgorithm.register", "cls name supports_overlap validate_server_args spec_class"),
-    _seam("speculative.spec_registry:CustomSpecAlgo.__init__", "self name factory supports_overlap validate_server_args"),
+    _seam(
+        "speculative.spec_info:SpeculativeAlgorithm.register",
+        "cls name supports_overlap validate_server_args spec_class",
+    ),
+    _seam(
+        "speculative.spec_registry:CustomSpecAlgo.__init__", "self name factory supports_overlap validate_server_args"
+    ),
     _seam("speculative.spec_registry:CustomSpecAlgo.handle_server_args", "self server_args"),
     # the step
     _seam("managers.scheduler:Scheduler.maybe_init_draft_worker", "self"),
     _seam("managers.scheduler:Scheduler._relay_forward_payload", "self future_indices batch_result"),
-    _seam("speculative.base_spec_worker:BaseSpecWorker.on_verify_complete_cpu", "self num_correct_drafts_per_req batch_size"),
+    _seam(
+        "speculative.base_spec_worker:BaseSpecWorker.on_verify_complete_cpu",
+        "self num_correct_drafts_per_req batch_size",
+    ),
     _seam("managers.overlap_utils:FutureMap.__init__", "self device spec_algo req_to_token_pool needs_cpu_seq_lens"),
     _seam("managers.overlap_utils:FutureMap._resolve_spec_extras", "self batch"),
     _seam("speculative.eagle_utils:eagle_prepare_for_decode", "batch"),
@@ -122,8 +130,10 @@ def check_host() -> None:
     if version.partition("+")[0] not in SUPPORTED_VERSIONS:
         raise UnsupportedHost(
             f"SGLang {version} is not supported; install one of {', '.join(SUPPORTED_VERSIONS)} "
-            f"(pip install sglang=={SUPPORTED_VERSIONS[0]}). If this is a checkout of that release under another version, "
-            f"state it: SETUPTOOLS_SCM_PRETEND_VERSION_FOR_SGLANG={SUPPORTED_VERSIONS[0]} pip install --no-deps -e python"
+            f"(pip install sglang=={SUPPORTED_VERSIONS[0]}). If this is a checkout of that release under another "
+            f"version, "
+            f"state it: SETUPTOOLS_SCM_PRETEND_VERSION_FOR_SGLANG={SUPPORTED_VERSIONS[0]} pip install --no-deps -e "
+            f"python"
         )
     if problems := [problem for seam in SEAMS if (problem := _compare(seam))]:
         raise UnsupportedHost(

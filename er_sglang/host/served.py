@@ -35,8 +35,8 @@ class ServedWorker(BaseSpecWorker):
 
     @abstractmethod
     def set_policy(self, server_args: Mapping[str, object]) -> bool:
-        """Obey a request to set the policy while serving; False if it is refused. Every rank gets the same request before
-        the same step."""
+        """Obey a request to set the policy while serving; False if it is refused. Every rank gets the same request
+        before the same step."""
 
     @abstractmethod
     def snapshot(self) -> dict:

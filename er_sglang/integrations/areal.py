@@ -7,8 +7,8 @@ a newer SGLang without change, so all that is replaced is the command that start
     use_self_quant()        # before the trainer is made
 
 The rollout workers read ER_SGLANG_PYTHON, the Python of an environment with ``er_sglang[sglang]``; the servers inherit
-ER_SGLANG_CONFIG. Give both in ``rollout.scheduling_spec``. Serves AReaL's single controller (v1), which starts the servers
-itself; its older launchers and its controller v2 have commands of their own.
+ER_SGLANG_CONFIG. Give both in ``rollout.scheduling_spec``. Serves AReaL's single controller (v1), which starts the
+servers itself; its older launchers and its controller v2 have commands of their own.
 """
 
 from __future__ import annotations

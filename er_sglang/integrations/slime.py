@@ -15,7 +15,9 @@ from typing import Any
 logger = logging.getLogger(__name__)
 
 
-def log_rollout(rollout_id: int, args: Any, samples: Sequence[Any], extra_metrics: dict | None, rollout_time: float) -> bool:
+def log_rollout(
+    rollout_id: int, args: Any, samples: Sequence[Any], extra_metrics: dict | None, rollout_time: float
+) -> bool:
     """Add our metrics to those of the rollout, and leave the rest to slime (False).
 
     rollout/self_quant_accept_rate: accepted over drafted tokens, absent if nothing was drafted.

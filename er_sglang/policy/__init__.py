@@ -1,8 +1,8 @@
 """How many tokens to draft: live acceptance, measured step times, and the decision. Neither torch nor SGLang.
 
-    acceptance.py   conditional acceptance per draft position, live, with its uncertainty
-    profile.py      measured seconds per step, by batch, context and gamma (arithmetic in tables.py)
-    decide.py       the rung with the most tokens per second; every mode; start reading here
-    paper.py        EfficientRollout's own rule, a baseline
-    config.py       settings
+acceptance.py   conditional acceptance per draft position, live, with its uncertainty
+profile.py      measured seconds per step, by batch, context and gamma (arithmetic in tables.py)
+decide.py       the rung with the most tokens per second; every mode; start reading here
+paper.py        EfficientRollout's own rule, a baseline
+config.py       settings
 """

@@ -1,7 +1,7 @@
 """How an int4 product is shared out over a Hopper chip. Pure Python; the numbers are those of the two kernels.
 
-Up to SMALL_BATCH rows `small_batch_gemm.cuh` multiplies, up to MAX_ROWS `wgmma_gemm.cuh`. In a chain of the 14B's layers on an H100
-they cross there: at 9 rows the first is ahead, at 17 the second.
+Up to SMALL_BATCH rows `small_batch_gemm.cuh` multiplies, up to MAX_ROWS `wgmma_gemm.cuh`. In a chain of the 14B's
+layers on an H100 they cross there: at 9 rows the first is ahead, at 17 the second.
 """
 
 from collections.abc import Sequence
@@ -24,8 +24,8 @@ class Blocks(NamedTuple):
     splits: int
 
 
-# Blocks of that many warps that a multiprocessor's registers hold, for up to 8 rows and up to 16. Wide blocks read x less often
-# and come first; narrow ones fill the chip where those leave a gap.
+# Blocks of that many warps that a multiprocessor's registers hold, for up to 8 rows and up to 16. Wide blocks read x
+# less often and come first; narrow ones fill the chip where those leave a gap.
 RESIDENT = (
     {(4, 2): 2, (2, 4): 2, (4, 1): 5},
     {(4, 2): 1, (2, 4): 1, (4, 1): 3},
@@ -44,7 +44,8 @@ def shared_bytes(m: int, k: int, blocks: Blocks) -> int:
 
 
 def choose_blocks(m: int, n: int, k: int, multiprocessors: int) -> Blocks:
-    """For up to SMALL_BATCH rows: fills the chip best with blocks that all run at once, each warp with two units of K or more."""
+    """For up to SMALL_BATCH rows: fills the chip best with blocks that all run at once, each warp with two units of K
+    or more."""
     best, best_fill = None, 0.0
     for (warps_n, warps_k), by_registers in RESIDENT[-(-m // 8) - 1].items():
         columns = -(-n // (TILE_N * warps_n))
@@ -62,8 +63,8 @@ def choose_blocks(m: int, n: int, k: int, multiprocessors: int) -> Blocks:
 def choose_splits(n: int, k: int, resident_clusters: Sequence[int]) -> int:
     """For up to MAX_ROWS rows: blocks that share K, so that the busiest multiprocessor has the least to do.
 
-    `resident_clusters[i]`: clusters of i + 1 blocks that the chip runs at once. A block fills a multiprocessor; blocks of a
-    cluster must share a part of the chip (GPC), so some sizes leave a sixth or more of it idle.
+    `resident_clusters[i]`: clusters of i + 1 blocks that the chip runs at once. A block fills a multiprocessor; blocks
+    of a cluster must share a part of the chip (GPC), so some sizes leave a sixth or more of it idle.
     """
     columns, units = -(-n // WGMMA_BLOCK_N), k // UNIT_K
 

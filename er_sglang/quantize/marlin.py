@@ -1,4 +1,5 @@
-"""int4 on CUDA, in Marlin's layout, packed by our fused kernel: our own GEMMs for up to 128 rows on Hopper, else SGLang's Marlin.
+"""int4 on CUDA, in Marlin's layout, packed by our fused kernel: our own GEMMs for up to 128 rows on Hopper, else
+SGLang's Marlin.
 
 `apply` calls the JIT module itself: SGLang's wrapper allocates its reduction buffer and four empty tensors per call.
 Symmetric weights use Marlin's uint4b8 kernels, asymmetric ones uint4 with zero points; one JIT module per

@@ -52,9 +52,7 @@ def quantize_int4(weight_NK: torch.Tensor, *, group_size: int, symmetric: bool) 
     zeros_NG = None if symmetric else torch.round(-low_NG * inverse_NG).clamp(0, 15)
     zeros_NG1 = SYMMETRIC_ZERO if symmetric else zeros_NG.unsqueeze(2)
     codes_NGg = torch.round(w_NGg * inverse_NG.unsqueeze(2)).add(zeros_NG1).clamp(0, 15)
-    return Int4(
-        codes_NGg.flatten(1).to(torch.uint8), scales_NG, None if symmetric else zeros_NG.to(torch.uint8)
-    )
+    return Int4(codes_NGg.flatten(1).to(torch.uint8), scales_NG, None if symmetric else zeros_NG.to(torch.uint8))
 
 
 def dequantize_int4(codes_NK: torch.Tensor, scales_NG: torch.Tensor, zeros_NG: torch.Tensor | None) -> torch.Tensor:

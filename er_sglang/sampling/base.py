@@ -40,15 +40,17 @@ class SamplingParams:
 class RandomState:
     """Counter-based random numbers (Philox 4x32): a function of (seed, cycle, stream, request row, token).
 
-    ``state`` is int64 [2] on the device: seed, with the replica in its upper half, and cycle. Every rank of a replica holds the same seed and advances in step, so
-    ranks that see the same logits draw the same tokens without talking to each other.
+    ``state`` is int64 [2] on the device: seed, with the replica in its upper half, and cycle. Every rank of a replica
+    holds the same seed and advances in step, so ranks that see the same logits draw the same tokens without talking to
+    each other.
     """
 
     state: torch.Tensor
 
     @classmethod
     def create(cls, seed: int, device: torch.device, replica: int = 0) -> RandomState:
-        """seed: below 2**32, equal on all ranks. replica: copies of one prompt on two of them are independent samples."""
+        """seed: below 2**32, equal on all ranks. replica: copies of one prompt on two of them are independent
+        samples."""
         return cls(torch.tensor([seed + (replica << 32), 0], dtype=torch.int64, device=device))
 
     def advance(self) -> None:
@@ -117,8 +119,6 @@ class Sampler(ABC):
         """Draw drafted token ``step`` (0-based) of every request; writes ``token_B``, ``floor_B`` and ``lse_B``."""
 
     @abstractmethod
-    def judge(
-        self, logits_BNV: torch.Tensor, draft: Draft, params: SamplingParams, random: RandomState
-    ) -> Verdict:
+    def judge(self, logits_BNV: torch.Tensor, draft: Draft, params: SamplingParams, random: RandomState) -> Verdict:
         """Accept drafted token x with min(1, p(x) / q(x)); at the first rejection draw from max(p - q, 0), after
         the last acceptance from p. ``logits_BNV``: float32, the policy's logits after each of the N tokens."""

@@ -18,8 +18,8 @@ from er_sglang.sampling.base import STREAM_ACCEPT, STREAM_RESIDUAL, Draft, Rando
 
 BLOCK = 4096
 
-# Triton compiles a kernel anew for integers that are 1 or a multiple of 16. These vary from step to step, and no load is wider
-# for knowing them.
+# Triton compiles a kernel anew for integers that are 1 or a multiple of 16. These vary from step to step, and no load
+# is wider for knowing them.
 _varying = triton.jit(do_not_specialize=("rows_per_request", "stream", "gamma"))
 
 

@@ -31,7 +31,9 @@ def summarize(x_BV: torch.Tensor, params: SamplingParams) -> tuple[torch.Tensor,
     return floor_B, sorted_BV.masked_fill(~kept_BV, -torch.inf).logsumexp(-1)
 
 
-def distribution(x_BV: torch.Tensor, floor_B: torch.Tensor, lse_B: torch.Tensor, greedy_B: torch.Tensor) -> torch.Tensor:
+def distribution(
+    x_BV: torch.Tensor, floor_B: torch.Tensor, lse_B: torch.Tensor, greedy_B: torch.Tensor
+) -> torch.Tensor:
     """Probabilities [B, V] of the sampling distribution of scaled logits."""
     p_BV = torch.where(x_BV >= floor_B.view(-1, 1), (x_BV - lse_B.view(-1, 1)).exp(), 0.0)
     one_hot_BV = torch.nn.functional.one_hot(x_BV.argmax(-1), x_BV.shape[-1]).to(p_BV.dtype)

@@ -3,8 +3,8 @@
 They do by construction: decisions depend on host data that all ranks hold. This checks it, at a bounded cost: every
 CHECK_EVERY_STEPS steps, before anything is launched, a checksum of everything that went into decisions since the start
 is compared over the CPU group. State drifts apart before decisions do, so a drift is an error at the next check; should
-a decision differ before that, SGLang's watchdog ends the server. Settings, which every node reads for itself, are compared
-at the start.
+a decision differ before that, SGLang's watchdog ends the server. Settings, which every node reads for itself, are
+compared at the start.
 """
 
 from __future__ import annotations
@@ -60,7 +60,9 @@ class Agreement:
             return
         if not _all_equal(self._digest, self._group):
             raise RanksDisagree(
-                f"Tensor-parallel ranks disagree on the decode steps up to step {self._steps}: their batches or accepted "
-                "counts differ. This is a bug: please report it, with the server's arguments. To go on without drafting, "
+                f"Tensor-parallel ranks disagree on the decode steps up to step {self._steps}: their batches or "
+                f"accepted "
+                "counts differ. This is a bug: please report it, with the server's arguments. To go on without "
+                "drafting, "
                 'set "policy": {"mode": "off"}.'
             )

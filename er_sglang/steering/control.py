@@ -2,8 +2,8 @@
 
     POST /set_internal_state {"server_args": {"self_quant": {"mode": "auto", "ladder": [1, 2, 3]}}}
 
-Any settings of the policy; those not named stay as they are, except that `cycle` goes with its mode. On a server that was
-started with a simulated acceptance, "simulate_acceptance" sets another one; no request can start to simulate.
+Any settings of the policy; those not named stay as they are, except that `cycle` goes with its mode. On a server that
+was started with a simulated acceptance, "simulate_acceptance" sets another one; no request can start to simulate.
 A change is checked in full before anything changes. It then decides from the next step on as a server started with it
 would: acceptance estimate at its prior, no hysteresis, no probes owed. Counters run on.
 """
@@ -49,12 +49,14 @@ def replaced(
     policy = replace(now.policy, **settings)
     if missing := set(policy.gammas) - set(prepared):
         raise ConfigError(
-            f"mode {policy.mode} would draft {sorted(missing)} tokens, for which this server prepared no graphs; it did for "
+            f"mode {policy.mode} would draft {sorted(missing)} tokens, for which this server prepared no graphs; it "
+            f"did for "
             f"{sorted(prepared)}. Choose among these, or start a server whose policy has the others."
         )
     if policy.needs_profile and (missing := set(policy.gammas) - set(measured)):
         raise ConfigError(
-            f"mode {policy.mode} decides by step times, and this server has none for gamma {sorted(missing)}: start it in "
+            f"mode {policy.mode} decides by step times, and this server has none for gamma {sorted(missing)}: start "
+            f"it in "
             'mode "auto" or "paper", which measure them, or with a "profile".'
         )
     return Control(policy=policy, simulated_acceptance=alpha)

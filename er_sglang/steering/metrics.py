@@ -110,7 +110,9 @@ class Metrics:
             if count < gamma:
                 self._tried_at[count] += 1
         if self._exporter:
-            self._exporter.finished(gamma * batch, sum(accepted), self.predicted_speedup.value, self.measured_speedup.value)
+            self._exporter.finished(
+                gamma * batch, sum(accepted), self.predicted_speedup.value, self.measured_speedup.value
+            )
 
     def snapshot(self) -> dict:
         """Plain values for /server_info.

@@ -1,7 +1,7 @@
 """Every decode step passes here twice: to be given its gamma, and to report what came of it.
 
-    step = steering.launch(committed_tokens, blocker)      # Launched: gamma, and why
-    steering.finished(accepted)                            # the oldest step's result is on the host
+step = steering.launch(committed_tokens, blocker)      # Launched: gamma, and why
+steering.finished(accepted)                            # the oldest step's result is on the host
 """
 
 from __future__ import annotations
@@ -130,7 +130,9 @@ def create_steering(config: SelfQuantConfig, profile: Profile | None, server_arg
         if server_args.enable_metrics:
             replica = {} if dp_rank is None else {"dp_rank": str(dp_rank)}
             more = server_args.extra_metric_labels or {}
-            exporter = PrometheusExporter({"model_name": server_args.served_model_name, "tp_rank": "0", **replica, **more})
+            exporter = PrometheusExporter(
+                {"model_name": server_args.served_model_name, "tp_rank": "0", **replica, **more}
+            )
         if config.trace:
             trace = Trace(config.trace)
     return Steering(

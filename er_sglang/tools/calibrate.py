@@ -35,7 +35,9 @@ def add_command(subparsers: argparse._SubParsersAction) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--model-path", required=True, help="the policy, as for sglang.launch_server")
-    parser.add_argument("--out", type=Path, default=Path("profile.json"), help="default %(default)s; the log is beside it")
+    parser.add_argument(
+        "--out", type=Path, default=Path("profile.json"), help="default %(default)s; the log is beside it"
+    )
     parser.add_argument("--timeout-s", type=float, default=1800.0, help="give up after this long (default %(default)s)")
     parser.add_argument("server_args", nargs="*", metavar="-- SERVER_ARG", help="arguments of sglang.launch_server")
     parser.set_defaults(run=run)
@@ -54,7 +56,9 @@ def run(args: argparse.Namespace) -> int:
     with server:
         state = server.self_quant()
         if state["profile"] is None:
-            print(f'Policy mode "{state["mode"]}" decides without step times: choose "auto" or "paper".', file=sys.stderr)
+            print(
+                f'Policy mode "{state["mode"]}" decides without step times: choose "auto" or "paper".', file=sys.stderr
+            )
             return 1
         shutil.copyfile(state["profile"], args.out)
     print(f"{args.out}: step times of {args.model_path}, gammas {state['gammas']}")

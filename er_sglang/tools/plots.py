@@ -59,7 +59,8 @@ def binned(steps: Sequence[dict], count: int) -> list[Bin]:
         groups[min(int((step["time_s"] - start_s) / width_s), count - 1)].append(step)
     tokens = [0.0] * count
     for before, step in zip(steps, steps[1:]):
-        # A step's tokens took the time since the step before, after a pause a bin at most: they fall into one bin or two.
+        # A step's tokens took the time since the step before, after a pause a bin at most: they fall into one bin or
+        # two.
         end = (step["time_s"] - start_s) / width_s
         begin = max((before["time_s"] - start_s) / width_s, end - 1.0)
         late = min(1.0, (end - int(end)) / (end - begin)) if end > begin else 1.0
@@ -115,7 +116,9 @@ def plot_crossover(profile: Profile, alphas: Sequence[float], title: str, out: P
             if ((batch, context) not in profile.unavailable) == measured
         ]
         if points:
-            axes.plot(*zip(*points), marker, color="black", markersize=4, label="measured" if measured else "extrapolated")
+            axes.plot(
+                *zip(*points), marker, color="black", markersize=4, label="measured" if measured else "extrapolated"
+            )
     axes.set(xscale="log", yscale="log", xlabel="context, tokens", ylabel="running requests", title=title)
     axes.legend(loc="upper right", fontsize=8)
     colour_bar = figure.colorbar(mesh, ticks=range(len(levels)), label="best gamma")
@@ -127,7 +130,12 @@ def plot_crossover(profile: Profile, alphas: Sequence[float], title: str, out: P
 def plot_timeline(bins: Sequence[Bin], title: str, out: Path) -> None:
     import matplotlib.pyplot as plt
 
-    rows = (("batch", "running requests"), ("gamma", "gamma"), ("accept_length", "accept length"), ("tokens_per_s", "tokens/s"))
+    rows = (
+        ("batch", "running requests"),
+        ("gamma", "gamma"),
+        ("accept_length", "accept length"),
+        ("tokens_per_s", "tokens/s"),
+    )
     figure, axes = plt.subplots(len(rows), figsize=(9, 7), sharex=True, layout="constrained")
     times_s = [each.time_s for each in bins]
     for panel, (name, label) in zip(axes, rows):
@@ -163,7 +171,11 @@ def add_command(subparsers: argparse._SubParsersAction) -> None:
     )
     crossover.add_argument("profile", type=Path, help="JSON of `er-sglang calibrate`, or a CSV of the same quantities")
     crossover.add_argument(
-        "--acceptance", type=float, default=0.9, metavar="A", help="probability that a drafted token is accepted (default %(default)s)"
+        "--acceptance",
+        type=float,
+        default=0.9,
+        metavar="A",
+        help="probability that a drafted token is accepted (default %(default)s)",
     )
     crossover.add_argument("--out", type=Path, default=Path("crossover.png"), help="default %(default)s")
     crossover.set_defaults(run=run_crossover)

@@ -1,7 +1,7 @@
 """Start a real SGLang server as a child process, and stop it.
 
-    with Server("/path/to/policy", {"speculative-algorithm": "SELF_QUANT"}, log_path="server.log") as server:
-        server.generate({"text": "041:", "sampling_params": {"max_new_tokens": 64}})
+with Server("/path/to/policy", {"speculative-algorithm": "SELF_QUANT"}, log_path="server.log") as server:
+    server.generate({"text": "041:", "sampling_params": {"max_new_tokens": 64}})
 """
 
 import json
@@ -162,11 +162,13 @@ class Server:
                 bar.update()
                 if self.process.poll() is not None:
                     raise RuntimeError(
-                        f"the server stopped with exit code {self.process.returncode}; end of {self.log_path}:\n{self.log_tail()}"
+                        f"the server stopped with exit code {self.process.returncode}; end of "
+                        f"{self.log_path}:\n{self.log_tail()}"
                     )
                 if time.perf_counter() > deadline_s:
                     raise RuntimeError(
-                        f"the server was not healthy after {self.start_timeout_s:.0f} s; end of {self.log_path}:\n{self.log_tail()}"
+                        f"the server was not healthy after {self.start_timeout_s:.0f} s; end of "
+                        f"{self.log_path}:\n{self.log_tail()}"
                     )
                 try:
                     with urllib.request.urlopen(self.base_url + "/health", timeout=30):

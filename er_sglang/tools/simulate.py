@@ -205,7 +205,12 @@ def add_command(subparsers: argparse._SubParsersAction) -> None:
         type=float,
         help="acceptance of the longest request; it falls towards it with length (default: no fall)",
     )
-    add("--arrival-s", type=float, default=0.0, help="requests arrive evenly over so many seconds (default: all at once)")
+    add(
+        "--arrival-s",
+        type=float,
+        default=0.0,
+        help="requests arrive evenly over so many seconds (default: all at once)",
+    )
     add("--max-running", type=int, default=1 << 30, help="requests decoded at once (default: all)")
     add("--turns", type=int, default=1, help="turns that each request's tokens are split into (default %(default)s)")
     add("--turn-wait-s", type=float, default=0.0, help="seconds in the environment between turns (default %(default)s)")
@@ -222,14 +227,23 @@ def add_command(subparsers: argparse._SubParsersAction) -> None:
         default=4,
         help="rollouts in a row, a policy update before each but the first; times are sums (default %(default)s)",
     )
-    add("--modes", default="off,always,auto", help="comma-separated, of auto, always, off, threshold, paper (default %(default)s)")
+    add(
+        "--modes",
+        default="off,always,auto",
+        help="comma-separated, of auto, always, off, threshold, paper (default %(default)s)",
+    )
     add("--ladder", type=gamma_list, help="draft lengths of auto, such as 1,2,3 (default: all that the profile holds)")
     add(
         "--fixed-gamma",
         type=int,
         help=f"draft length of always and threshold (default {defaults.fixed_gamma}, or the profile's longest if that is less)",
     )
-    add("--threshold-batch", type=int, default=defaults.threshold_batch, help="batch of mode threshold (default %(default)s)")
+    add(
+        "--threshold-batch",
+        type=int,
+        default=defaults.threshold_batch,
+        help="batch of mode threshold (default %(default)s)",
+    )
     add("--seed", type=int, default=0)
     add("--json", type=Path, help="also write all figures to this file")
     parser.set_defaults(run=run)

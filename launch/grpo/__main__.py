@@ -30,16 +30,50 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         prog="launch/grpo/run",
         description="Train a tiny policy by GRPO on a toy reasoning task, its rollouts sampled by a live SGLang server that gets the new "
         "weights after every step: with plain decoding, with SELF_QUANT, and with a drafter that is never refreshed. "
-        "Takes about six minutes on two CPU cores, and four more for each further seed; lets you compare how the arms learn and what their drafts are "
+        "Takes about six minutes on two CPU cores, and four more for each further seed; lets you compare how the arms "
+        "learn and what their drafts are "
         "accepted at, not how fast they are.",
     )
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), metavar="ARM", help=f"of {', '.join(map(repr, ARMS))}; default all")
+    parser.add_argument(
+        "--arms",
+        nargs="+",
+        choices=ARMS,
+        default=list(ARMS),
+        metavar="ARM",
+        help=f"of {', '.join(map(repr, ARMS))}; default all",
+    )
     parser.add_argument("--seeds", type=int, default=1, metavar="N", help="runs of each arm; default %(default)s")
-    parser.add_argument("--steps", type=int, default=Settings().steps, metavar="N", help="training steps of a run; default %(default)s, one to two minutes")
-    parser.add_argument("--prompts", type=int, default=Settings().prompts, metavar="N", help="prompts a step; default %(default)s")
-    parser.add_argument("--group", type=int, default=Settings().group, metavar="N", help="rollouts a prompt, at least 2; default %(default)s")
-    parser.add_argument("--cache", type=Path, default=cache_folder(), metavar="DIR", help="where the base policy is kept; default %(default)s")
-    parser.add_argument("--out", type=Path, default=Path("grpo-results"), metavar="DIR", help="folder for table, plot, raw data and logs; default %(default)s")
+    parser.add_argument(
+        "--steps",
+        type=int,
+        default=Settings().steps,
+        metavar="N",
+        help="training steps of a run; default %(default)s, one to two minutes",
+    )
+    parser.add_argument(
+        "--prompts", type=int, default=Settings().prompts, metavar="N", help="prompts a step; default %(default)s"
+    )
+    parser.add_argument(
+        "--group",
+        type=int,
+        default=Settings().group,
+        metavar="N",
+        help="rollouts a prompt, at least 2; default %(default)s",
+    )
+    parser.add_argument(
+        "--cache",
+        type=Path,
+        default=cache_folder(),
+        metavar="DIR",
+        help="where the base policy is kept; default %(default)s",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("grpo-results"),
+        metavar="DIR",
+        help="folder for table, plot, raw data and logs; default %(default)s",
+    )
     args = parser.parse_args(argv)
     if args.group < 2:
         parser.error("--group must be at least 2: GRPO judges a rollout against the others of its prompt")
@@ -59,7 +93,9 @@ def main(argv: list[str] | None = None) -> int:
     with tqdm(total=len(args.arms) * args.seeds * settings.steps, desc="training steps", mininterval=1.0) as bar:
         for arm in args.arms:
             log_path = args.out / f"server-{arm.replace(' ', '-')}.log"
-            with RolloutServer(base_policy, ARMS[arm], seed=0, max_rollouts=settings.rollouts, log_path=log_path) as server:
+            with RolloutServer(
+                base_policy, ARMS[arm], seed=0, max_rollouts=settings.rollouts, log_path=log_path
+            ) as server:
                 runs[arm] = []
                 for seed in range(args.seeds):
                     bar.set_description(f"{arm}, seed {seed}")

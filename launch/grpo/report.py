@@ -31,7 +31,8 @@ def _rounded(value):
 
 
 def write(out: Path, runs: Runs, about: Mapping) -> str:
-    """Write results.json (with `about`: the environment, the settings), table.md and plot.png; returns the table's text."""
+    """Write results.json (with `about`: the environment, the settings), table.md and plot.png; returns the table's
+    text."""
     write_json(out / "results.json", {**about, "runs": runs})
     text = f"{table(rows(runs))}\n\n{comparison(runs)}\n\n{ABOUT_TIMES}\n"
     hardware = about["environment"]["hardware"]
@@ -80,7 +81,9 @@ def comparison(runs: Runs) -> str:
         for arm in runs:
             if arm != PLAIN:
                 differences = [ours - plain for ours, plain in zip(by_seed[arm], by_seed[PLAIN])]
-                lines.append(f"  - {arm}: {_mean_and_error(differences, '+')} (sign-flip p = {sign_flip_p(differences):.2f})")
+                lines.append(
+                    f"  - {arm}: {_mean_and_error(differences, '+')} (sign-flip p = {sign_flip_p(differences):.2f})"
+                )
     return "\n".join(lines)
 
 
@@ -97,7 +100,8 @@ def sign_flip_p(differences: Sequence[float]) -> float:
 
 
 def plot(path: Path, runs: Runs) -> None:
-    """Reward, accept length, refreshes and rollout seconds over training steps; thin lines are seeds, thick ones their mean."""
+    """Reward, accept length, refreshes and rollout seconds over training steps; thin lines are seeds, thick ones their
+    mean."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 7), layout="constrained")
@@ -120,7 +124,9 @@ def plot(path: Path, runs: Runs) -> None:
     reward, accept_length, refreshes, rollout = figure.axes
     reward.set_ylim(0, 1)
     reward.legend()
-    accept_length.secondary_yaxis("right", functions=(lambda length: (length - 1) / GAMMA, lambda share: 1 + GAMMA * share)).set_ylabel("accepted share")
+    accept_length.secondary_yaxis(
+        "right", functions=(lambda length: (length - 1) / GAMMA, lambda share: 1 + GAMMA * share)
+    ).set_ylabel("accepted share")
     for axis in (refreshes, rollout):
         axis.set_xlabel("training step")
         axis.set_ylim(bottom=0)

@@ -1,6 +1,7 @@
 """Rollouts from a live SGLang server, and policy updates to it, by the calls that slime and other trainers send.
 
-    with RolloutServer(policy_path, {"policy": {"mode": "always"}}, seed=0, max_rollouts=128, log_path=log_path) as server:
+    with RolloutServer(policy_path, {"policy": {"mode": "always"}}, seed=0, max_rollouts=128, log_path=log_path) as
+    server:
         rollouts = server.sample(prompts, max_new_tokens=96)
         ...  # train
         server.update_policy(model)
@@ -22,7 +23,9 @@ from er_sglang.config import CONFIG_ENV
 from er_sglang.tools.serving import CPU_ARGS, CPU_ENV, Server
 
 GAMMA = 3
-BUCKET_BYTES = 300 * 1024  # so small that even this policy travels in several, a layer's q in another one than its k and v
+BUCKET_BYTES = (
+    300 * 1024
+)  # so small that even this policy travels in several, a layer's q in another one than its k and v
 
 NamedTensors = list[tuple[str, torch.Tensor]]
 
@@ -94,7 +97,8 @@ class RolloutServer(Server):
     def update_policy(self, model: torch.nn.Module) -> None:
         """Serve the weights of `model` (a transformers model of the served architecture) from now on.
 
-        The order is the trainers'. Every bucket marks the drafter stale; it is re-quantized once, when generation continues.
+        The order is the trainers'. Every bucket marks the drafter stale; it is re-quantized once, when generation
+        continues.
         """
         # By files, tensors reach any process; by descriptors, only those that multiprocessing has started.
         torch.multiprocessing.set_sharing_strategy("file_system")

@@ -1,6 +1,6 @@
-"""The real server on one GPU, on two, and with an attention window; head_dim 128, bf16, overlap scheduling. Graphs equal
-eager runs bit for bit, and the emitted distribution is the policy's (false-alarm rate 1e-4 a test; filters are tested on
-the sampler itself, since bf16 rounding moves tokens across a filter's edge)."""
+"""The real server on one GPU, on two, and with an attention window; head_dim 128, bf16, overlap scheduling. Graphs
+equal eager runs bit for bit, and the emitted distribution is the policy's (false-alarm rate 1e-4 a test; filters are
+tested on the sampler itself, since bf16 rounding moves tokens across a filter's edge)."""
 
 from __future__ import annotations
 
@@ -87,7 +87,9 @@ def test_wrong_distribution_fails(server, policy) -> None:
     from tests.host.oracle import Oracle, Sampling
 
     answers = server.generate({"input_ids": [PROMPT] * SAMPLES, "sampling_params": Sampling().params(NEW_TOKENS)})
-    assert not is_exact(cells(Oracle(policy), PROMPT, [answer["output_ids"] for answer in answers], Sampling(temperature=1.1)))
+    assert not is_exact(
+        cells(Oracle(policy), PROMPT, [answer["output_ids"] for answer in answers], Sampling(temperature=1.1))
+    )
 
 
 def test_log_probabilities(server, policy) -> None:
@@ -99,4 +101,6 @@ def test_log_probabilities(server, policy) -> None:
     logits_TV = Oracle(policy).logits(torch.tensor([PROMPT + output]))[0]
     expected = logits_TV[len(PROMPT) - 1 : -1].log_softmax(-1)
     found = torch.tensor([value for value, *_ in answer["meta_info"]["output_token_logprobs"]])
-    torch.testing.assert_close(found, expected.gather(1, torch.tensor(output).view(-1, 1)).view(-1), rtol=0.03, atol=0.15)
+    torch.testing.assert_close(
+        found, expected.gather(1, torch.tensor(output).view(-1, 1)).view(-1), rtol=0.03, atol=0.15
+    )

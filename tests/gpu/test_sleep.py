@@ -33,7 +33,8 @@ def policies(tmp_path_factory):
     shape = PolicyShape(hidden=1024, intermediate=4096, layers=8, heads=8, kv_heads=4, head_dim=128, vocab=32000)
     folder = tmp_path_factory.mktemp("policies")
     return [
-        make_random_policy(folder / name, "qwen3", shape=shape, dtype=torch.bfloat16, seed=seed) for seed, name in enumerate("AB")
+        make_random_policy(folder / name, "qwen3", shape=shape, dtype=torch.bfloat16, seed=seed)
+        for seed, name in enumerate("AB")
     ]
 
 

@@ -12,7 +12,12 @@ def test_replicas(qwen3, qwen3_oracle, folder):
     prompts = [[rng.randrange(2, VOCAB) for _ in range(12)] for _ in range(8)]
     other = make_policy(folder, "qwen3", seed=3)
     config = {"max_draft_batch": 4, "calibration_s": 1, "trace": f"{folder}/replicas/"}
-    args = {"dp-size": 2, "enable-metrics": True, "page-size": 64, "context-length": 300}  # the last page goes beyond the context
+    args = {
+        "dp-size": 2,
+        "enable-metrics": True,
+        "page-size": 64,
+        "context-length": 300,
+    }  # the last page goes beyond the context
     with self_quant(qwen3, folder / "data-parallel.log", config, 3, args) as server:
 
         def replicas() -> list[dict]:

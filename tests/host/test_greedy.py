@@ -183,9 +183,7 @@ def test_streaming(case):
 def test_parallel_samples(case):
     answers = case.server.generate({"input_ids": [15, 16], "sampling_params": greedy(12, n=3)})
     assert tokens(answers) == [case.greedy([15, 16], 12)] * 3
-    sampled = case.server.generate(
-        {"input_ids": [15, 16], "sampling_params": {**greedy(12, n=4), "temperature": 1.5}}
-    )
+    sampled = case.server.generate({"input_ids": [15, 16], "sampling_params": {**greedy(12, n=4), "temperature": 1.5}})
     assert len({tuple(output) for output in tokens(sampled)}) == 4
 
 

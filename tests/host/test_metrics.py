@@ -20,7 +20,9 @@ def server(qwen3, folder):
         "enable-metrics": True,
         "enable-return-hidden-states": True,
     }
-    with self_quant(qwen3, folder / "metrics.log", {"policy": {"mode": "cycle", "cycle": [3, 0, 2]}}, GAMMA, args) as server:
+    with self_quant(
+        qwen3, folder / "metrics.log", {"policy": {"mode": "cycle", "cycle": [3, 0, 2]}}, GAMMA, args
+    ) as server:
         yield server
 
 

@@ -34,7 +34,8 @@ SHORT, LONG = 16, 200
 def batch(extra: dict = {}) -> dict:
     """A batch with a tail: MANY + FEW requests run at first, FEW at last."""
     settings = [
-        {"temperature": 1, "max_new_tokens": length, "ignore_eos": True, **extra} for length in [SHORT] * MANY + [LONG] * FEW
+        {"temperature": 1, "max_new_tokens": length, "ignore_eos": True, **extra}
+        for length in [SHORT] * MANY + [LONG] * FEW
     ]
     return {"input_ids": [PROMPT] * len(settings), "sampling_params": settings}
 
@@ -46,7 +47,9 @@ def load(server, extra: dict = {}) -> list[dict]:
 def load_and_change(server, changes: list[dict]) -> list[int]:
     """Change the policy again and again while a batch runs; the lengths of its answers."""
     chunks = server.stream(batch())
-    first = next(chunks)  # it runs; a change and its answer take a step or two, the batch LONG / (GAMMA_MAX + 1) at least
+    first = next(
+        chunks
+    )  # it runs; a change and its answer take a step or two, the batch LONG / (GAMMA_MAX + 1) at least
     for settings in changes:
         server.change_self_quant(settings)
     answers = {chunk["index"]: chunk["output_ids"] for chunk in [first, *chunks]}
@@ -74,9 +77,20 @@ def calibrated(qwen3, folder):
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {**ENV, CACHE_ENV: str(cache)}.items():
             patch.setenv(name, value)
-        words = [word for name, value in ARGS.items() for word in (f"--{name}", *([] if value is True else [str(value)]))]
+        words = [
+            word for name, value in ARGS.items() for word in (f"--{name}", *([] if value is True else [str(value)]))
+        ]
         patch.setenv(CONFIG_ENV, json.dumps({"max_draft_batch": 2048, "policy": AUTO}))
-        command = ["calibrate", "--model-path", str(qwen3), "--out", str(out), "--", "--speculative-num-steps", str(GAMMA_MAX)]
+        command = [
+            "calibrate",
+            "--model-path",
+            str(qwen3),
+            "--out",
+            str(out),
+            "--",
+            "--speculative-num-steps",
+            str(GAMMA_MAX),
+        ]
         assert main([*command, *words]) == 0
     return Profile.load(out), cache
 
@@ -107,8 +121,9 @@ def test_calibration_measures_every_gamma(calibrated):
     assert profile.fingerprint["gammas"] == [1, 2, 3] and profile.fingerprint["tp_size"] == 1
     cells = [profile.costs(batch, context) for batch in profile.batches for context in profile.contexts_tokens]
     assert not any(cell.outside for cell in cells)
-    # A verify computes more than a plain step, and a chain of drafts takes as long as several plain steps: every cell shows
-    # the whole, several times over. Single drafts show in most: a cell was measured a few times, on a core that others want.
+    # A verify computes more than a plain step, and a chain of drafts takes as long as several plain steps: every cell
+    # shows the whole, several times over. Single drafts show in most: a cell was measured a few times, on a core that
+    # others want.
     assert all(cell.step_s[0] < cell.step_s[3] for cell in cells)
     for less, more in ((0, 1), (1, 3)):
         assert median(cell.step_s[more] / cell.step_s[less] for cell in cells) > 1
@@ -153,7 +168,9 @@ def test_predicted_and_measured_speedup_are_told(steered):
     assert state["mode"] == "auto" and state["profile"].endswith(".json")
     assert state["predicted_speedup"] > 1 and state["measured_speedup"] > 0 and state["plain_step_ratio"] > 0
     assert 0 < state["acceptance"]["alpha"][0] < 1 and state["acceptance"]["tried"][0] > 0
-    exported = {line.split("{")[0]: line for line in steered.metrics().splitlines() if "self_quant" in line and line[0] != "#"}
+    exported = {
+        line.split("{")[0]: line for line in steered.metrics().splitlines() if "self_quant" in line and line[0] != "#"
+    }
     for name, value in (("switches", state["switches"]), ("probes", state["probes"]), ("gamma", state["gamma"])):
         line = exported.get(f"sglang:self_quant_{name}_total") or exported[f"sglang:self_quant_{name}"]
         assert float(line.split()[-1]) == value
@@ -166,7 +183,8 @@ def decisions(server, before: dict) -> dict[str, int]:
 
 
 def test_the_policy_changes_while_serving(steered):
-    """off, always, auto: the decisions follow, from one batch to the next and within one; counters and traces run on."""
+    """off, always, auto: the decisions follow, from one batch to the next and within one; counters and traces run
+    on."""
     start = steered.self_quant()
     steered.change_self_quant({"mode": "off"})
     load(steered)
@@ -184,7 +202,9 @@ def test_the_policy_changes_while_serving(steered):
     assert steered.self_quant()["policy"] == {**start["policy"], "fixed_gamma": 2}
     load(steered)
     auto = decisions(steered, always)
-    assert auto.keys() <= {f"gamma={gamma}:{reason}" for gamma in range(4) for reason in ("pays", "held", "slower", "probe")}
+    assert auto.keys() <= {
+        f"gamma={gamma}:{reason}" for gamma in range(4) for reason in ("pays", "held", "slower", "probe")
+    }
     assert any(name.startswith("gamma=3") for name in auto) and any(name.startswith("gamma=0") for name in auto)
 
     steps = [json.loads(line) for line in steered.trace.read_text().splitlines()]
@@ -267,7 +287,9 @@ def test_the_simulated_acceptance_changes_while_serving(qwen3, folder):
             drafted, accepted = (after[name] - before[name] for name in ("drafted_tokens", "accepted_tokens"))
             assert decisions(server, before).keys() == {f"gamma={arm.gamma}:{arm.policy['mode']}"}
             expected = arm.expected_accept_length(alpha) - 1
-            assert not drafted if arm.gamma == 0 else accepted / (drafted / arm.gamma) == pytest.approx(expected, abs=0.15)
+            assert (
+                not drafted if arm.gamma == 0 else accepted / (drafted / arm.gamma) == pytest.approx(expected, abs=0.15)
+            )
         assert after["simulated_acceptance"] == 0.5
         with pytest.raises(RuntimeError, match="has none for gamma"):
             server.change_self_quant({"mode": "auto", "ladder": [2, 3]})
@@ -289,7 +311,9 @@ def test_two_ranks_decide_alike(qwen3, folder, calibrated):
     """Both take rank 0's table; a disagreement would stop the server at a check, a differing gamma hang it."""
     profile = folder / "two-ranks.json"
     crafted(calibrated[0], profile, tp_size=2)
-    with self_quant(qwen3, folder / "two-ranks.log", {"profile": str(profile), "policy": AUTO}, GAMMA_MAX, {"tp-size": 2}, TWO_RANKS) as server:
+    with self_quant(
+        qwen3, folder / "two-ranks.log", {"profile": str(profile), "policy": AUTO}, GAMMA_MAX, {"tp-size": 2}, TWO_RANKS
+    ) as server:
         load(server)
         load(server)
         state = server.self_quant()

@@ -14,7 +14,9 @@ from tests.host.trainer_client import SLIME, TrainerClient
 @pytest.fixture(scope="module")
 def server(qwen3, folder):
     config = {"policy": {"mode": "cycle", "cycle": [3, 0, 1, 2]}}
-    with self_quant(qwen3, folder / "tensor-parallel.log", config, 3, {"tp-size": 2}, {**TWO_RANKS, **PLUGIN}) as server:
+    with self_quant(
+        qwen3, folder / "tensor-parallel.log", config, 3, {"tp-size": 2}, {**TWO_RANKS, **PLUGIN}
+    ) as server:
         yield server
 
 
@@ -36,9 +38,13 @@ def test_updates(server, folder):
     path = make_policy(folder, "qwen3", seed=21)
     trainer = TrainerClient(server)
     server.empty()
-    trainer.send_ipc(path, "/no/such/policy", **SLIME)  # SGLang flushes on the ranks that succeeded, which would part them
+    trainer.send_ipc(
+        path, "/no/such/policy", **SLIME
+    )  # SGLang flushes on the ranks that succeeded, which would part them
     before = server.self_quant()
-    server.generate({"input_ids": [PROMPT], "sampling_params": greedy(80)})  # beyond the ranks' next check of each other
+    server.generate(
+        {"input_ids": [PROMPT], "sampling_params": greedy(80)}
+    )  # beyond the ranks' next check of each other
     after = server.self_quant()
     assert after["failed_updates"] == 1 and after["drafted_tokens"] == before["drafted_tokens"]
 

@@ -1,4 +1,5 @@
-"""What a trainer reads of a request: true counts of its drafts, by every name that is asked for, and its log-probabilities."""
+"""What a trainer reads of a request: true counts of its drafts, by every name that is asked for, and its
+log-probabilities."""
 
 import torch
 
@@ -20,7 +21,9 @@ def test_counts_of_a_request(switching):
     before = switching.self_quant()
     infos = rollout(switching, PROMPTS, (9, 17, 30, 31))
     after = switching.self_quant()
-    counted = {name: after[name] - before[name] for name in ("drafted_tokens", "accepted_tokens", "decode_steps", "cycles")}
+    counted = {
+        name: after[name] - before[name] for name in ("drafted_tokens", "accepted_tokens", "decode_steps", "cycles")
+    }
     assert sum(info["spec_num_proposed_drafts"] for info in infos) == counted["drafted_tokens"]
     assert sum(info["spec_num_correct_drafts"] for info in infos) == counted["accepted_tokens"]
     assert max(info["spec_verify_ct"] for info in infos) == counted["decode_steps"] + counted["cycles"]
@@ -51,7 +54,9 @@ def test_logprobs_by_slimes_signature(monkeypatch):
 
     monkeypatch.setattr(logprobs, "compute_spec_v2_logprobs", patched)
     lens = torch.tensor([3, 1], dtype=torch.int32)
-    logprobs.attach_logprobs(None, None, Verdict(torch.tensor([[7, 8, 9], [4, 0, 0]]), lens, torch.tensor([9, 4])), gamma=2)
+    logprobs.attach_logprobs(
+        None, None, Verdict(torch.tensor([[7, 8, 9], [4, 0, 0]]), lens, torch.tensor([9, 4])), gamma=2
+    )
     assert received["predict"].tolist() == [7, 8, 9, 4, 0, 0]
     assert received["index"].tolist() == [[0, 1, 2], [3, -1, -1]]
     assert received["lens"] is lens and received["gamma"] == 2

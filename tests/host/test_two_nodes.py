@@ -1,4 +1,5 @@
-"""One engine over two nodes (here two process groups), seeded differently, as slime seeds them: both draw the same tokens.
+"""One engine over two nodes (here two process groups), seeded differently, as slime seeds them: both draw the same
+tokens.
 
 They measure step times together, and follow changes of the policy and updates of the weights together.
 """
@@ -23,7 +24,9 @@ def server(qwen3, folder):
     args = {"tp-size": 2, "nnodes": 2, "dist-init-addr": f"127.0.0.1:{free_port()}"}
     config = {"calibration_s": 1}
     nodes = [
-        self_quant(qwen3, folder / f"node-{rank}.log", config, 3, {**args, "node-rank": rank, "random-seed": rank}, TWO_RANKS)
+        self_quant(
+            qwen3, folder / f"node-{rank}.log", config, 3, {**args, "node-rank": rank, "random-seed": rank}, TWO_RANKS
+        )
         for rank in range(2)
     ]
     with ExitStack() as stack, ThreadPoolExecutor() as pool:  # neither is up before the other

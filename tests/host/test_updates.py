@@ -315,7 +315,9 @@ def in_flight(rollouts):
         yield answers
 
 
-def continued(old: Policy, new: Policy, prompt: list[int], first: list[int], kept_kv: bool, new_tokens: int) -> list[int]:
+def continued(
+    old: Policy, new: Policy, prompt: list[int], first: list[int], kept_kv: bool, new_tokens: int
+) -> list[int]:
     """Greedy continuation by ``new`` after ``first`` by ``old``, whose KV is kept or not."""
     if not kept_kv:
         return new.oracle.greedy([*prompt, *first], new_tokens)

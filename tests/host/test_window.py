@@ -1,4 +1,5 @@
-"""A drafter with an attention window: what it sees is what the window says, and what is emitted is still the policy's."""
+"""A drafter with an attention window: what it sees is what the window says, and what is emitted is still the
+policy's."""
 
 import random
 

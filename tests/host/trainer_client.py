@@ -32,7 +32,8 @@ AREAL = {"abort_all_requests": True}
 
 
 def buckets_of(weights: Mapping[str, torch.Tensor]) -> list[Bucket]:
-    """The whole policy in four buckets: the q, k and v, and the gate and up, of every layer straddle them; one is empty."""
+    """The whole policy in four buckets: the q, k and v, and the gate and up, of every layer straddle them; one is
+    empty."""
     late = [name for name in weights if any(part in name for part in ("k_proj", "up_proj", "norm"))]
     last = [name for name in weights if "v_proj" in name]
     early = [name for name in weights if name not in (*late, *last)]
@@ -115,7 +116,9 @@ class Group:
 
     def send(self, bucket: Bucket, flattened: bool = False, **options) -> None:
         """Announce a bucket and broadcast it. Raises RuntimeError if the server answers that it failed."""
-        with _meanwhile(self._server, "/update_weights_from_distributed", {**_announcement(bucket, self._name), **options}):
+        with _meanwhile(
+            self._server, "/update_weights_from_distributed", {**_announcement(bucket, self._name), **options}
+        ):
             for _, tensor in bucket:
                 dist.broadcast(tensor.contiguous(), 0, self._group)
 

@@ -23,7 +23,9 @@ def run(rank: int, file: str, drifted_at: int | None, outcomes) -> None:
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize(("drifted_at", "expected"), [(None, "agreed"), (CHECK_EVERY_STEPS + 1, f"step {2 * CHECK_EVERY_STEPS}")])
+@pytest.mark.parametrize(
+    ("drifted_at", "expected"), [(None, "agreed"), (CHECK_EVERY_STEPS + 1, f"step {2 * CHECK_EVERY_STEPS}")]
+)
 def test_two_ranks(tmp_path, drifted_at, expected):
     with mp.get_context("spawn").Manager() as manager:
         outcomes = manager.dict()

@@ -167,9 +167,11 @@ def test_python_starts_with_a_broken_or_absent_package(environment):
     assert (done.stdout, done.stderr) == ("up\n", "")
 
 
-# What `importlib.util` brings in, by Python version; most interpreters have it loaded before they reach their first line.
+# What `importlib.util` brings in, by Python version; most interpreters have it loaded before they reach their first
+# line.
 IMPORTLIB_NEEDS = (
-    "importlib types warnings contextlib functools collections itertools keyword operator reprlib _collections _functools "
+    "importlib types warnings contextlib functools collections itertools keyword operator reprlib _collections "
+    "_functools "
     "_operator abc _abc _collections_abc threading _weakrefset _weakref"
 ).split()
 

@@ -44,7 +44,12 @@ def test_one_call_carries_all_requests_and_names_prompts_by_their_kind():
     two = [Request(prompt=(4, 5), max_new_tokens=n, ignore_eos=True, stream_interval=8) for n in (3, 7)]
     body = payload(two)
     assert body["input_ids"] == [(4, 5), (4, 5)] and "text" not in body
-    assert body["sampling_params"][1] == {"temperature": 1.0, "max_new_tokens": 7, "ignore_eos": True, "stream_interval": 8}
+    assert body["sampling_params"][1] == {
+        "temperature": 1.0,
+        "max_new_tokens": 7,
+        "ignore_eos": True,
+        "stream_interval": 8,
+    }
 
 
 @pytest.mark.parametrize("x, y", [(-1, 0), (0, 0), (0.5, 5), (1, 10), (2, 15), (3, 20), (9, 20)])
@@ -82,7 +87,10 @@ def test_an_arm_is_written_as_it_is_read(text):
     assert str(Arm.parse(text)) == text
 
 
-@pytest.mark.parametrize("text", ["", "eagle:3", "self_quant", "self_quant:", "self_quant:-1", "standalone:0", "auto:0", "paper:3", "plain:1"])
+@pytest.mark.parametrize(
+    "text",
+    ["", "eagle:3", "self_quant", "self_quant:", "self_quant:-1", "standalone:0", "auto:0", "paper:3", "plain:1"],
+)
 def test_unknown_arms_are_refused_with_the_choices(text):
     with pytest.raises(ValueError, match="choose plain, standalone:G"):
         Arm.parse(text)
@@ -104,14 +112,21 @@ def test_stated_accept_length_is_the_mean_of_the_geometric_rule(alpha, gamma):
 
 
 def test_arms_that_do_not_draft_emit_one_token_a_step():
-    assert Arm.parse("plain").expected_accept_length(0.9) == Arm.parse("self_quant:0").expected_accept_length(0.9) == 1.0
+    assert (
+        Arm.parse("plain").expected_accept_length(0.9) == Arm.parse("self_quant:0").expected_accept_length(0.9) == 1.0
+    )
 
 
 def test_acceptance_is_stated_equally_and_only_to_arms_that_draft():
     standalone, self_quant = Arm.parse("standalone:3"), Arm.parse("self_quant:3")
     assert float(server_env([standalone], 0.9, {})["SGLANG_SIMULATE_ACC_LEN"]) == pytest.approx(3.439)
     assert simulated_acceptance(server_env([self_quant], 0.9, {})) == 0.9
-    for arm, alpha in ((Arm.parse("plain"), 0.9), (Arm.parse("self_quant:0"), 0.9), (standalone, None), (self_quant, None)):
+    for arm, alpha in (
+        (Arm.parse("plain"), 0.9),
+        (Arm.parse("self_quant:0"), 0.9),
+        (standalone, None),
+        (self_quant, None),
+    ):
         assert not [name for name in server_env([arm], alpha, {}) if "SIMULATE" in name]
 
 
@@ -181,7 +196,11 @@ def test_self_quant_that_never_drafts_reserves_what_drafting_would():
 
 def test_standalone_drafts_a_chain(tmp_path):
     args = server_args(arms_of("standalone:4"), tmp_path, idle_gamma=4)
-    assert (args["speculative-num-steps"], args["speculative-eagle-topk"], args["speculative-num-draft-tokens"]) == (4, 1, 5)
+    assert (args["speculative-num-steps"], args["speculative-eagle-topk"], args["speculative-num-draft-tokens"]) == (
+        4,
+        1,
+        5,
+    )
     assert args["speculative-draft-model-path"] == tmp_path
 
 
@@ -230,7 +249,10 @@ def test_the_quantized_draft_lies_beside_the_model(tmp_path):
 
 
 def test_table():
-    rows = [{"arm": "plain", "rate": 1234.56, "n": 16384, "a": None}, {"arm": "self_quant:3", "rate": 0.98765, "n": 7, "a": 1.0}]
+    rows = [
+        {"arm": "plain", "rate": 1234.56, "n": 16384, "a": None},
+        {"arm": "self_quant:3", "rate": 0.98765, "n": 7, "a": 1.0},
+    ]
     assert report.table(rows).splitlines() == [
         "|          arm |  rate |      n | a |",
         "|-------------:|------:|-------:|--:|",
@@ -249,7 +271,10 @@ def test_environment_names_command_hardware_and_versions():
 def test_plots_and_raw_data_are_written(tmp_path):
     pytest.importorskip("matplotlib", reason="plots need the plot extra")
     speculative = result(completion(), completion())
-    bins = [Bin(time_s=1.0, batch=2.0, gamma=3.0, accept_length=2.5, tokens_per_s=5.0), Bin(time_s=2.0, batch=None, gamma=None, accept_length=None, tokens_per_s=0.0)]
+    bins = [
+        Bin(time_s=1.0, batch=2.0, gamma=3.0, accept_length=2.5, tokens_per_s=5.0),
+        Bin(time_s=2.0, batch=None, gamma=None, accept_length=None, tokens_per_s=0.0),
+    ]
     results = {"plain": result(completion()), "self_quant:3": speculative}
     report.plot_loads(tmp_path / "timeline.png", results, {"self_quant:3": bins}, "title")
     rows = [{"arm": arm, "concurrency": c, "tokens/s": 10.0 * c} for arm in ("plain", "self_quant:3") for c in (1, 8)]
@@ -265,7 +290,9 @@ def test_the_quick_start_plots_the_load_and_not_what_came_before_it(tmp_path):
     from er_sglang.bench.quickstart import trace_bins
 
     trace = tmp_path / "trace.jsonl"
-    steps = [{"time_s": 90.0 + i, "batch": 2, "gamma": 3 if i < 20 else 1, "accepted": 4 if i < 20 else 1} for i in range(40)]
+    steps = [
+        {"time_s": 90.0 + i, "batch": 2, "gamma": 3 if i < 20 else 1, "accepted": 4 if i < 20 else 1} for i in range(40)
+    ]
     trace.write_text("".join(json.dumps(step) + "\n" for step in steps))
     bins = trace_bins(trace, result(completion(), began_unix_s=99.5))
     assert bins[0].time_s == pytest.approx(0.5, abs=0.5) and bins[-1].time_s == pytest.approx(29.5, abs=0.5)
@@ -382,7 +409,11 @@ def test_products_are_those_of_a_layer(model):
     config = transformers.Qwen2Config(**{**model_config(model), "num_hidden_layers": 1, "vocab_size": 8})
     with torch.device("meta"):
         layer = transformers.Qwen2ForCausalLM(config).model.layers[0]
-    linears = {name.rpartition(".")[2]: tuple(m.weight.shape) for name, m in layer.named_modules() if isinstance(m, torch.nn.Linear)}
+    linears = {
+        name.rpartition(".")[2]: tuple(m.weight.shape)
+        for name, m in layer.named_modules()
+        if isinstance(m, torch.nn.Linear)
+    }
 
     def fused(*names):
         (k,) = {linears[name][1] for name in names}
@@ -429,7 +460,9 @@ def rollout_args(*words):
 def test_an_arm_that_drafts_is_run_at_every_acceptance_and_others_once():
     from er_sglang.bench import rollout
 
-    args = rollout_args("--arms", "plain", "self_quant:0", "auto:7", "paper:11", "--acceptance", "0.6", "0.9", "--rollouts", "2")
+    args = rollout_args(
+        "--arms", "plain", "self_quant:0", "auto:7", "paper:11", "--acceptance", "0.6", "0.9", "--rollouts", "2"
+    )
     assert rollout.count_runs(args) == 2 * (1 + 1 + 2 + 2)
 
 
@@ -468,10 +501,17 @@ def test_a_servers_trace_is_split_by_arm(tmp_path):
     from er_sglang.bench.rollout import split_trace
 
     trace = tmp_path / "trace.jsonl"
-    trace.write_text("".join(json.dumps({"settings_version": change, "step": step}) + "\n" for step, change in enumerate([0, 1, 1, 2])))
+    trace.write_text(
+        "".join(
+            json.dumps({"settings_version": change, "step": step}) + "\n" for step, change in enumerate([0, 1, 1, 2])
+        )
+    )
     runs = [run_of("plain", None, 4.0), run_of("self_quant:0", None, 4.0, 1), run_of("auto:7", 0.8, 3.0, 2)]
     paths = split_trace(trace, runs)
-    assert [path.name for path in paths] == ["trace-self_quant-0.jsonl", "trace-auto-7-0.8.jsonl"] and not trace.exists()
+    assert [path.name for path in paths] == [
+        "trace-self_quant-0.jsonl",
+        "trace-auto-7-0.8.jsonl",
+    ] and not trace.exists()
     assert [[json.loads(line)["step"] for line in path.read_text().splitlines()] for path in paths] == [[1, 2], [3]]
 
 
@@ -480,7 +520,9 @@ def test_rollouts_are_compared_with_plain_and_with_the_prediction(tmp_path):
     from er_sglang.policy.profile import Profile, Sample
 
     cells = [("target", 0, 10e-3), ("draft", 0, 1e-3), ("verify", 3, 10e-3)]
-    profile = Profile.from_samples([Sample(phase, gamma, b, c, s) for phase, gamma, s in cells for b in (1, 64) for c in (8, 512)])
+    profile = Profile.from_samples(
+        [Sample(phase, gamma, b, c, s) for phase, gamma, s in cells for b in (1, 64) for c in (8, 512)]
+    )
     runs = [run_of("self_quant:3", 1.0, 2.0, 1), run_of("plain", None, 4.0), run_of("auto:7", 0.8, 3.0, 2)]
     args = rollout_args("--arms", "plain", "self_quant:3", "auto:7", "--lengths", "fixed:40")
     rows = table_rows(runs, profile, args)

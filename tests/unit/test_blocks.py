@@ -1,4 +1,5 @@
-"""How int4 products are shared out: what was measured best on an H200 or H100 stays chosen, and every choice can run."""
+"""How int4 products are shared out: what was measured best on an H200 or H100 stays chosen, and every choice can
+run."""
 
 import pytest
 from hypothesis import given
@@ -72,7 +73,9 @@ def test_the_best_splits_are_chosen(n, k, splits):
     assert choose_splits(n, k, H100_CLUSTERS) == splits
 
 
-@given(n=st.integers(1, 2500).map(lambda tiles: tiles * TILE_N), k=st.integers(1, 400).map(lambda units: units * UNIT_K))
+@given(
+    n=st.integers(1, 2500).map(lambda tiles: tiles * TILE_N), k=st.integers(1, 400).map(lambda units: units * UNIT_K)
+)
 def test_every_split_has_a_unit(n, k):
     assert 1 <= choose_splits(n, k, H100_CLUSTERS) <= min(MAX_SPLITS, k // UNIT_K)
 

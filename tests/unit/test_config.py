@@ -4,7 +4,14 @@ import json
 
 import pytest
 
-from er_sglang.config import CACHE_ENV, CONFIG_ENV, SIMULATE_ACCEPTANCE_ENV, cache_folder, load_config, simulated_acceptance
+from er_sglang.config import (
+    CACHE_ENV,
+    CONFIG_ENV,
+    SIMULATE_ACCEPTANCE_ENV,
+    cache_folder,
+    load_config,
+    simulated_acceptance,
+)
 from er_sglang.errors import ConfigError
 
 
@@ -19,7 +26,9 @@ def test_defaults():
     assert config.drafter.weights == "int4" and config.profile is None and config.trace is None
 
 
-@pytest.mark.parametrize(("gamma_max", "ladder"), [(1, (1,)), (4, (1, 2, 3)), (7, (1, 2, 3, 5, 7)), (15, (1, 2, 3, 5, 7))])
+@pytest.mark.parametrize(
+    ("gamma_max", "ladder"), [(1, (1,)), (4, (1, 2, 3)), (7, (1, 2, 3, 5, 7)), (15, (1, 2, 3, 5, 7))]
+)
 def test_open_draft_lengths_follow_the_largest_gamma(gamma_max, ladder):
     assert load({"policy": {"mode": "auto"}}, gamma_max).policy.gammas == ladder
     assert load({"policy": {"mode": "always"}}, gamma_max).policy.gammas == (gamma_max,)
@@ -35,7 +44,12 @@ def test_given_draft_lengths_hold():
 
 @pytest.mark.parametrize(
     "policy",
-    [{"mode": "auto", "ladder": [1, 4]}, {"mode": "always", "fixed_gamma": 4}, {"mode": "cycle", "cycle": [0, 4]}, {"mode": "paper"}]
+    [
+        {"mode": "auto", "ladder": [1, 4]},
+        {"mode": "always", "fixed_gamma": 4},
+        {"mode": "cycle", "cycle": [0, 4]},
+        {"mode": "paper"},
+    ],
 )
 def test_draft_lengths_above_the_largest_gamma_are_refused(policy):
     with pytest.raises(ConfigError, match=r"more than --speculative-num-steps \(3\)"):

@@ -25,7 +25,8 @@ def test_release_and_its_local_builds(check, version):
 
 
 @pytest.mark.parametrize(
-    "version", ["0.5.15", "0.5.15.post2", "0.5.15.post10", "0.5.15.post2.dev3+g1a2b3c4", "0.5.15.post1.dev0", "0.0.0.dev0"]
+    "version",
+    ["0.5.15", "0.5.15.post2", "0.5.15.post10", "0.5.15.post2.dev3+g1a2b3c4", "0.5.15.post1.dev0", "0.0.0.dev0"],
 )
 def test_other_versions(check, version):
     """A development version is some commit after the release: not refused for good, if its user knows better."""

@@ -20,8 +20,12 @@ def test_settings(trainer, gamma_max):
 
 def test_slime_arguments():
     """One sourced line adds our arguments to those of the launch script, wherever it is run."""
-    script = f'set -eu; SGLANG_ARGS=(--before 1); source {LAUNCH}/slime/self_quant.sh; printf "%s\\n" "${{SGLANG_ARGS[@]}}"'
-    words = subprocess.run(["bash", "-c", script], check=True, capture_output=True, text=True, cwd="/").stdout.split("\n")
+    script = (
+        f'set -eu; SGLANG_ARGS=(--before 1); source {LAUNCH}/slime/self_quant.sh; printf "%s\\n" "${{SGLANG_ARGS[@]}}"'
+    )
+    words = subprocess.run(["bash", "-c", script], check=True, capture_output=True, text=True, cwd="/").stdout.split(
+        "\n"
+    )
     arguments = dict(zip(words[::2], words[1::2]))
     assert arguments["--before"] == "1"
     assert arguments["--sglang-speculative-algorithm"] == "SELF_QUANT"

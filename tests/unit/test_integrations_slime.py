@@ -22,13 +22,16 @@ class Sample:
 
 def logged(*infos):
     metrics = {"other": 1}
-    assert log_rollout(0, None, [Sample(SpecInfo(*info)) for info in infos], metrics, 1.0) is False, "slime logs the rest"
+    assert log_rollout(0, None, [Sample(SpecInfo(*info)) for info in infos], metrics, 1.0) is False, (
+        "slime logs the rest"
+    )
     assert metrics.pop("other") == 1
     return {name.removeprefix("rollout/self_quant_"): value for name, value in metrics.items()}
 
 
 def test_pooled_over_samples():
-    """A long sample in cycles of 3, half of the drafts accepted; one decoded plainly, by which slime halves the rate."""
+    """A long sample in cycles of 3, half of the drafts accepted; one decoded plainly, by which slime halves the
+    rate."""
     metrics = logged((30, 60, 20, 51), (0, 0, 20, 21))
     assert metrics == {"accept_rate": 0.5, "gamma": 1.5, "tokens_per_step": 1.75}
 

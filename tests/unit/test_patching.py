@@ -12,7 +12,7 @@ from er_sglang.tools import patching
 
 RELEASE = "0.5.15.post1"
 SPEC_INFO = "sglang/srt/speculative/spec_info.py"
-SPEC_INFO_TEXT = '''\
+SPEC_INFO_TEXT = """\
 from sglang.srt.speculative.spec_registry import get_spec as _get_registered_spec
 
 
@@ -35,7 +35,7 @@ class SpeculativeAlgorithm(Enum):
 
     def is_none(self):
         return self == SpeculativeAlgorithm.NONE
-'''
+"""
 
 
 def er_sglang(*argv: str | Path) -> int:
@@ -137,7 +137,11 @@ def test_other_patches_on_top_of_ours(tree):
     [
         ("except KeyError:", "except LookupError:", "+         except LookupError:"),
         ("            pass\n", "", "-             pass"),
-        ("        spec = _get_registered_spec(upper)\n", "        spec = find(upper)\n", "+         spec = find(upper)"),
+        (
+            "        spec = _get_registered_spec(upper)\n",
+            "        spec = find(upper)\n",
+            "+         spec = find(upper)",
+        ),
     ],
 )
 def test_drift_is_refused_with_file_hunk_and_lines(tree, capsys, action, before, after, reason):
@@ -318,9 +322,7 @@ def test_patches_that_do_more_than_change_lines_are_refused(text):
 def test_bytes_survive(tmp_path):
     """Neither encodings nor line endings of untouched lines change."""
     content = b"\xff latin\r\none\n\x0c\nlast line without newline"
-    done = patching.apply_in_memory(
-        {"x": content}, [patching.Patch(name="p", hunks={"x": (hunk("one\n", "two\n"),)})]
-    )
+    done = patching.apply_in_memory({"x": content}, [patching.Patch(name="p", hunks={"x": (hunk("one\n", "two\n"),)})])
     assert done == {"x": content.replace(b"one", b"two")}
 
 

@@ -220,7 +220,9 @@ divides_by_zero = pytest.mark.filterwarnings("ignore:divide by zero")  # the sca
 @needs_triton
 @divides_by_zero
 @pytest.mark.parametrize(("symmetric", "dtype"), [(True, torch.bfloat16), (False, torch.float16)])
-@pytest.mark.parametrize(("group_size", "n", "k"), [(128, 64, 384), (128, 192, 512), (128, 256, 256), (64, 192, 128), (32, 64, 256)])
+@pytest.mark.parametrize(
+    ("group_size", "n", "k"), [(128, 64, 384), (128, 192, 512), (128, 256, 256), (64, 192, 128), (32, 64, 256)]
+)
 def test_fused_int4_refresh_is_bit_identical_to_reference(symmetric, dtype, group_size, n, k):
     from er_sglang.quantize.kernels import refresh_int4_marlin_
 

@@ -1,4 +1,5 @@
-"""Settings that SELF_QUANT refuses, against the ServerArgs of the installed SGLang (its sources; nothing is imported)."""
+"""Settings that SELF_QUANT refuses, against the ServerArgs of the installed SGLang (its sources; nothing is
+imported)."""
 
 from __future__ import annotations
 

@@ -86,7 +86,9 @@ def test_turns_wait_grow_the_context_and_prefill():
 
 
 def test_requests_arrive_when_they_do():
-    requests = [Request(prompt_tokens=10, turns=(10,), alphas=(0.9,), arrival_s=arrival_s) for arrival_s in (0.0, 4.0, 50.0)]
+    requests = [
+        Request(prompt_tokens=10, turns=(10,), alphas=(0.9,), arrival_s=arrival_s) for arrival_s in (0.0, 4.0, 50.0)
+    ]
     rollout = run(PolicyConfig(mode="off"), flat_profile(), requests)
     assert [batch for _, batch, _ in rollout.timeline] == [1] * 4 + [2] * 6 + [1] * 4 + [1] * 10
     assert rollout.time_s == pytest.approx(60.0)
@@ -204,7 +206,8 @@ def random_profile(rng: random.Random) -> Profile:
 
 
 def random_requests(rng: random.Random) -> tuple[list[Request], int]:
-    """Synchronous, trickling in, refilled or multi-turn; even or long-tailed; acceptance that falls with depth and length, or not."""
+    """Synchronous, trickling in, refilled or multi-turn; even or long-tailed; acceptance that falls with depth and
+    length, or not."""
     count, longest, skew = rng.choice((1, 2, 4, 8, 12)), rng.randint(150, 400), rng.choice((0.3, 1.0, 3.0))
     lengths = [longest, *(max(20, int(longest * rng.random() ** skew)) for _ in range(count - 1))]
     alpha, fall = rng.uniform(0.1, 0.99), rng.choice((0.0, 0.0, 0.1))
@@ -254,7 +257,15 @@ def test_auto_never_loses_to_off_or_always():
 
 def test_command_line(tmp_path, capsys):
     a100_14b_profile().save(tmp_path / "profile.json")
-    arguments = ["simulate", "--profile", str(tmp_path / "profile.json"), "--requests", "16", "--lengths", "uniform:50:200"]
+    arguments = [
+        "simulate",
+        "--profile",
+        str(tmp_path / "profile.json"),
+        "--requests",
+        "16",
+        "--lengths",
+        "uniform:50:200",
+    ]
     assert main([*arguments, "--modes", "off,always,threshold,paper,auto", "--json", str(tmp_path / "out.json")]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines[1:6]] == ["off", "always", "threshold", "paper", "auto"]
@@ -275,7 +286,9 @@ def test_the_command_line_takes_the_servers_defaults(gammas, expected, tmp_path)
     results = figures(flat_profile(gammas=gammas), tmp_path, "--modes", "always,threshold")
     for mode in ("always", "threshold"):
         assert {*results[mode]["rollouts"][0]["steps_by_gamma"]} == {str(expected)}
-    crowd = figures(flat_profile(), tmp_path, "--modes", "threshold", "--requests", str(PolicyConfig().threshold_batch + 1))
+    crowd = figures(
+        flat_profile(), tmp_path, "--modes", "threshold", "--requests", str(PolicyConfig().threshold_batch + 1)
+    )
     assert {*crowd["threshold"]["rollouts"][0]["steps_by_gamma"]} == {"0"}
 
 
@@ -292,4 +305,6 @@ def test_the_command_lines_window_is_that_of_a_servers_config(tmp_path):
             rows += [Sample("target", 0, batch, context, 1.0), Sample("verify", 3, batch, context, 1.0)]
             rows.append(Sample("draft", 0, batch, context, 1e-3 * context))
     words = "--modes always --alpha 0 --prompt-tokens 1000 --rollouts 1 --attention-window 136".split()
-    assert figures(Profile.from_samples(rows), tmp_path, *words)["always"]["time_s"] == pytest.approx(100 * (3 * 0.2 + 1.0))
+    assert figures(Profile.from_samples(rows), tmp_path, *words)["always"]["time_s"] == pytest.approx(
+        100 * (3 * 0.2 + 1.0)
+    )

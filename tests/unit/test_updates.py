@@ -142,6 +142,8 @@ def test_refused_settings(updates, named):
 
 
 def test_settings_arrive():
-    config = load_config(None, None, {CONFIG_ENV: '{"updates": {"refresh_interval": 4, "refresh_on_acceptance_drop": 0.2}}'})
+    config = load_config(
+        None, None, {CONFIG_ENV: '{"updates": {"refresh_interval": 4, "refresh_on_acceptance_drop": 0.2}}'}
+    )
     assert config.updates == UpdatesConfig(refresh_interval=4, refresh_on_acceptance_drop=0.2)
     assert load_config(None, None, {}).updates.refresh_interval == 1

@@ -8,7 +8,14 @@ from __future__ import annotations
 
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
 from er_sglang.config import UpdatesConfig
 from er_sglang.drafting.updates import Freshness
@@ -152,7 +159,11 @@ class Trainer(RuleBasedStateMachine):
         self._tell(self.freshness.continued, breaks)
 
     @precondition(lambda self: not self.paused and not self.released)
-    @rule(steps=st.lists(st.booleans(), min_size=1, max_size=4), breaks=SELDOM, acceptance=st.sampled_from([0.9, 0.7, 0.5]))
+    @rule(
+        steps=st.lists(st.booleans(), min_size=1, max_size=4),
+        breaks=SELDOM,
+        acceptance=st.sampled_from([0.9, 0.7, 0.5]),
+    )
     def generate(self, steps, breaks, acceptance):
         """Decode steps that would draft, or would not anyway; then their acceptance is known."""
         for drafts in steps:
@@ -169,7 +180,9 @@ class Trainer(RuleBasedStateMachine):
         """Call Freshness where it may refresh, and let that break; False if it did."""
         before, self.break_refresh = self.refreshes, breaks
         needed = self.lost or self._behind() >= self.config.refresh_interval
-        fell = self._behind() > 0 and self.acceptance_when_fresh - self.acceptance > self.config.refresh_on_acceptance_drop
+        fell = (
+            self._behind() > 0 and self.acceptance_when_fresh - self.acceptance > self.config.refresh_on_acceptance_drop
+        )
         due = (needed or fell) and not self._failed() and "weights" not in self.released
         try:
             what()

@@ -1,8 +1,8 @@
 """SGLang plugin for tests: when SELF_QUANT's graphs are captured, run each against the same code run eagerly.
 
 Prints one line per comparison; raises, and so stops the server, unless every result is equal bit for bit. Contexts are
-short, so that attention takes one split in both (the number of splits is fixed at capture), and longer than an attention
-window of a few tokens sees.
+short, so that attention takes one split in both (the number of splits is fixed at capture), and longer than an
+attention window of a few tokens sees.
 """
 
 from __future__ import annotations
@@ -30,14 +30,24 @@ def _compare_all(result, worker) -> None:
     for size in chain._graph_batches or (1, 2):  # without graphs, on CPU: eager against eager, to try this plugin
         for gamma in worker.config.policy.gammas:
             step = _make_step(worker, size)
-            _same(f"draft of {gamma} at batch {size}", _draft(worker, step, gamma, True), _draft(worker, step, gamma, False))
-            _same(f"verify of {gamma} at batch {size}", _verify(worker, step, gamma, True), _verify(worker, step, gamma, False))
+            _same(
+                f"draft of {gamma} at batch {size}",
+                _draft(worker, step, gamma, True),
+                _draft(worker, step, gamma, False),
+            )
+            _same(
+                f"verify of {gamma} at batch {size}",
+                _verify(worker, step, gamma, True),
+                _verify(worker, step, gamma, False),
+            )
 
 
 def _same(what: str, graph: list[torch.Tensor], eager: list[torch.Tensor]) -> None:
     for a, b in zip(graph, eager, strict=True):
         if not torch.equal(a, b):
-            raise AssertionError(f"{what}: graph and eager differ, at most {(a.double() - b.double()).abs().max().item():.3e}")
+            raise AssertionError(
+                f"{what}: graph and eager differ, at most {(a.double() - b.double()).abs().max().item():.3e}"
+            )
         if not a.double().isfinite().all():
             raise AssertionError(f"{what}: not finite")
     print(f"GRAPH_CHECK {what}: equal bit for bit", flush=True)

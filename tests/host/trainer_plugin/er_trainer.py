@@ -41,7 +41,9 @@ def _write_or_post_process(original, updater, recv_req):
 
 
 def _cpu_engine(updater, recv_req) -> None:
-    from sglang.srt.checkpoint_engine.checkpoint_engine_worker import SGLangCheckpointEngineWorkerExtensionImpl as Engine
+    from sglang.srt.checkpoint_engine.checkpoint_engine_worker import (
+        SGLangCheckpointEngineWorkerExtensionImpl as Engine,
+    )
 
     Engine.get_device_uuid = lambda self: f"cpu-{self.model_runner.tp_rank}"
     Engine.get_device_id = lambda self: 0

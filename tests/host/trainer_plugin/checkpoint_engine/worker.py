@@ -1,4 +1,5 @@
-"""Test-only stand-in for checkpoint-engine, whose handles of CUDA memory a CPU cannot make: a handle is a checkpoint's path."""
+"""Test-only stand-in for checkpoint-engine, whose handles of CUDA memory a CPU cannot make: a handle is a checkpoint's
+path."""
 
 
 def update_weights_from_ipc(zmq_ctx, zmq_handle, device_id, run, post_hook):
