@@ -13,7 +13,8 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Mapping
+import typing
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,6 +26,7 @@ CACHE_ENV = "ER_SGLANG_CACHE"
 SIMULATE_ACCEPTANCE_ENV = "ER_SGLANG_SIMULATE_ACCEPTANCE"
 WEIGHT_FORMATS = ("int4", "int4_asym", "fp8")
 SINK_TOKENS = 64  # the first of a context, which a draft attends to whatever its attention window
+AUTO_WINDOWS = (0, 256, 1024)  # recent tokens; 0: all
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,23 +35,29 @@ class DrafterConfig:
 
     weights: storage format of the Linear layers ("int4", "int4_asym" or "fp8").
     group_size: input channels that share one scale (int4 formats).
-    attention_window: recent tokens that a draft attends to, besides the first SINK_TOKENS of the context; 0: all.
-        In long contexts a draft reads more KV cache than weights: a window makes it cheaper, for some acceptance.
+    attention_window: recent tokens that a draft attends to, besides the first SINK_TOKENS of the context; 0: all;
+        "auto": at each step, the one of AUTO_WINDOWS that pays best by measurement (mode auto; all, in the others). In
+        long contexts a draft reads more KV cache than weights: a window makes it cheaper, for some acceptance.
     """
 
     weights: str = "int4"
     group_size: int = 128
-    attention_window: int = 0
+    attention_window: int | str = "auto"
 
     def __post_init__(self) -> None:
         if self.weights not in WEIGHT_FORMATS:
             raise ConfigError(f"drafter.weights is {self.weights!r}; choose one of {', '.join(WEIGHT_FORMATS)}.")
         if self.group_size not in (32, 64, 128):
             raise ConfigError(f"drafter.group_size is {self.group_size}; choose 32, 64 or 128.")
-        if self.attention_window < 0:
+        if self.attention_window != "auto" and (type(self.attention_window) is str or self.attention_window < 0):
             raise ConfigError(
-                f"drafter.attention_window is {self.attention_window}; choose a number of tokens, or 0 for all."
+                f'drafter.attention_window is {self.attention_window!r}; choose "auto", a number of tokens, or 0 for all.'
             )
+
+    @property
+    def windows(self) -> tuple[int, ...]:
+        """Attention windows that a step can draft with."""
+        return AUTO_WINDOWS if self.attention_window == "auto" else (self.attention_window,)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -87,7 +95,7 @@ class SelfQuantConfig:
     gamma_max: drafted tokens per request and cycle, at most; from ``--speculative-num-steps``.
     max_draft_batch: running requests above which a step never drafts (bounds graphs and draft buffers).
     policy: how many tokens a step drafts. Left open, ``ladder`` is the default one up to gamma_max, and
-        ``fixed_gamma`` is gamma_max.
+        ``fixed_gamma`` is gamma_max where that is given.
     drafter, updates: what it is made of, and when it follows the policy.
     profile: measured times to decide by; None: those in the cache, measured at start-up if there are none.
     calibration_s: how long that measuring may take (on a CPU, 5 at most); on a GPU every cell is measured three to five
@@ -96,13 +104,13 @@ class SelfQuantConfig:
         that shares this config writes a file of its own.
     """
 
-    gamma_max: int = 3
+    gamma_max: int = 7
     max_draft_batch: int = 128
-    policy: PolicyConfig = field(default_factory=lambda: PolicyConfig(ladder=(1, 2, 3)))
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
     drafter: DrafterConfig = field(default_factory=DrafterConfig)
     updates: UpdatesConfig = field(default_factory=UpdatesConfig)
     profile: str | None = None
-    calibration_s: float = 50.0
+    calibration_s: float = 25.0
     trace: str | None = None
 
     def __post_init__(self) -> None:
@@ -140,7 +148,8 @@ def load_config(path: str | None, gamma_max: int | None, env: Mapping[str, str] 
     values = checked(SelfQuantConfig, {"policy": {}, "drafter": {}, "updates": {}, **values}, source)
     limit = max(1, values.get("gamma_max", SelfQuantConfig().gamma_max))
     ladder = tuple(gamma for gamma in PolicyConfig().ladder if gamma <= limit)
-    values["policy"] = PolicyConfig(**{"ladder": ladder, "fixed_gamma": limit, **values["policy"]})
+    fixed_gamma = limit if "gamma_max" in values else PolicyConfig().fixed_gamma
+    values["policy"] = PolicyConfig(**{"ladder": ladder, "fixed_gamma": fixed_gamma, **values["policy"]})
     values["drafter"] = DrafterConfig(**values["drafter"])
     values["updates"] = UpdatesConfig(**values["updates"])
     return SelfQuantConfig(**values)
@@ -151,18 +160,30 @@ def cache_folder(env: Mapping[str, str] = os.environ) -> Path:
     return Path(env.get(CACHE_ENV) or Path.home() / ".cache" / "er_sglang")
 
 
-def simulated_acceptance(env: Mapping[str, str] = os.environ) -> float | None:
-    """Acceptance rate forced on every drafted token, for benchmarks on random weights only; None for the real rule."""
+def simulated_acceptance(windows: Sequence[int], env: Mapping[str, str] = os.environ) -> dict[int, float] | None:
+    """Acceptance rate forced on every drafted token, by attention window, for benchmarks on random weights only; None
+    for the real rule."""
     text = env.get(SIMULATE_ACCEPTANCE_ENV)
     if text is None:
         return None
     try:
-        alpha = float(text)
-    except ValueError:
-        alpha = -1.0
-    if not 0.0 <= alpha <= 1.0:
-        raise ConfigError(f"{SIMULATE_ACCEPTANCE_ENV} is {text!r}; it must be a number from 0 to 1.")
-    return alpha
+        stated = json.loads(text)
+    except json.JSONDecodeError:
+        stated = text
+    return acceptance_by_window(stated, windows, SIMULATE_ACCEPTANCE_ENV)
+
+
+def acceptance_by_window(stated: object, windows: Sequence[int], source: str) -> dict[int, float]:
+    """From a number for all windows, or an object with one for each: {"0": 0.93, "256": 0.9}."""
+    rates = stated if isinstance(stated, dict) else {str(window): stated for window in windows}
+    if set(rates) != {str(window) for window in windows} or not all(
+        type(rate) in (int, float) and 0.0 <= rate <= 1.0 for rate in rates.values()
+    ):
+        raise ConfigError(
+            f"{source} is {stated!r}; it must be a number from 0 to 1, or an object with one for each attention window, "
+            f"{', '.join(map(str, windows))}."
+        )
+    return {window: float(rates[str(window)]) for window in windows}
 
 
 def _read(file: str) -> str:
@@ -184,7 +205,7 @@ def _parse(text: str, source: str) -> dict:
 
 def checked(cls: type, values: dict, source: str) -> dict:
     """``values`` with lists as tuples; raises ConfigError for a key or a type that ``cls`` does not know."""
-    defaults = cls()
+    defaults, types = cls(), typing.get_type_hints(cls)
     names = [f.name for f in dataclasses.fields(cls)]
     if unknown := sorted(set(values) - set(names)):
         raise ConfigError(f"{source}: unknown setting {', '.join(unknown)}; known: {', '.join(sorted(names))}.")
@@ -200,10 +221,11 @@ def checked(cls: type, values: dict, source: str) -> dict:
                 raise ConfigError(f"{source}: {name} must be a list of integers.")
             value = tuple(value)
         else:
-            expected = str if default is None else type(default)  # None is the default of paths alone
-            if type(value) is not expected and (expected, type(value)) != (float, int):
-                raise ConfigError(f"{source}: {name} must be of type {expected.__name__}, not {value!r}.")
-            if expected is float and not math.isfinite(value):
+            expected = set(typing.get_args(types[name]) or [types[name]]) - {type(None)}  # None is what is left out
+            if type(value) not in expected and (expected, type(value)) != ({float}, int):
+                kinds = " or ".join(sorted(each.__name__ for each in expected))
+                raise ConfigError(f"{source}: {name} must be of type {kinds}, not {value!r}.")
+            if type(value) is float and not math.isfinite(value):
                 raise ConfigError(f"{source}: {name} must be a finite number, not {value!r}.")
         settings[name] = value
     return settings

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from types import SimpleNamespace
 
 import torch
-from sglang.srt.constants import GPU_MEMORY_TYPE_WEIGHTS
+from sglang.srt.constants import GPU_MEMORY_TYPE_KV_CACHE, GPU_MEMORY_TYPE_WEIGHTS
 from sglang.srt.distributed import get_tp_group
 from sglang.srt.managers.utils import GenerationBatchResult
 from sglang.srt.model_executor.cuda_graph_config import Backend
@@ -24,12 +24,13 @@ from er_sglang.cycle.chain import DraftChain
 from er_sglang.cycle.logprobs import attach_logprobs
 from er_sglang.cycle.step import Step
 from er_sglang.cycle.verifier import Verifier, check_attention_backend
+from er_sglang.cycle.window import with_window_rows
 from er_sglang.drafting.drafter import Drafter
 from er_sglang.drafting.updates import Freshness
 from er_sglang.host import hooks
-from er_sglang.host.refusals import check_pages
 from er_sglang.host.relay import SelfQuantDraftInput
 from er_sglang.host.served import ServedWorker
+from er_sglang.policy.profile import Rung
 from er_sglang.quantize import create_format
 from er_sglang.sampling import Draft, RandomState, create_sampler
 from er_sglang.steering.agreement import check_settings
@@ -46,6 +47,11 @@ def _ignore(seq_lens) -> None:
     """Nobody waits for the new lengths."""
 
 
+def _named(by_window: Mapping[int, object]) -> dict[str, object]:
+    """For JSON, whose keys are strings."""
+    return {str(window): value for window, value in by_window.items()}
+
+
 class SelfQuantWorker(ServedWorker):
     """SGLang's speculative worker for SELF_QUANT.
 
@@ -58,7 +64,6 @@ class SelfQuantWorker(ServedWorker):
         self.config = load_config(server_args.speculative_adaptive_config, server_args.speculative_num_steps)
         tp_group = get_tp_group()
         check_settings(self.config, tp_group.cpu_group if tp_group.world_size > 1 else None)
-        check_pages(server_args.page_size, self.config.drafter.attention_window)
         self.server_args = server_args
         self._dp_rank = dp_rank
         self._target_worker = target_worker
@@ -82,10 +87,13 @@ class SelfQuantWorker(ServedWorker):
             on_update=lambda: self.steering.policy_updated(),
             acceptance=lambda: self.steering.first_acceptance,
         )
-        alpha = simulated_acceptance()
-        if alpha is not None:
-            logger.warning("SIMULATED acceptance %.3f: the output is NOT the policy's. For benchmarks only.", alpha)
-        self._sampler = create_sampler(self.device, alpha)
+        self._simulated_acceptance = simulated_acceptance(self.config.drafter.windows)
+        if self._simulated_acceptance is not None:
+            logger.warning(
+                "SIMULATED acceptance %s (by attention window): the output is NOT the policy's. For benchmarks only.",
+                self._simulated_acceptance,
+            )
+        self._sampler = create_sampler(self.device)
         # One seed on all nodes, unlike server_args'.
         self.random = RandomState.create(target_worker.random_seed, self.device, replica=dp_rank or 0)
         self._chain: DraftChain | None = None
@@ -115,6 +123,12 @@ class SelfQuantWorker(ServedWorker):
     def alloc_memory_pool(
         self, memory_pool_config=None, req_to_token_pool=None, token_to_kv_pool_allocator=None
     ) -> None:
+        self._max_batch = min(self.config.max_draft_batch, self.runner.max_running_requests)
+        rows = len(req_to_token_pool.req_to_token)
+        # Drafts with an attention window have rows of their own, below those that SGLang sees.
+        with self.runner.memory_saver_adapter.region(GPU_MEMORY_TYPE_KV_CACHE):
+            self._draft_req_to_token = with_window_rows(req_to_token_pool.req_to_token, self._max_batch)
+        req_to_token_pool.req_to_token = self._draft_req_to_token[:rows]
         self.req_to_token = req_to_token_pool.req_to_token
         # A request that has reached the context limit rides along one more step, and a cycle writes beyond it: until
         # all attention backends are made, the context is as long as a row, so that their page tables hold one.
@@ -134,8 +148,6 @@ class SelfQuantWorker(ServedWorker):
         """The last of the start: SGLang has allocated its KV cache and captured the policy's own graphs."""
         self.graph_batches, target_graph_batches = self._graph_batches()
         if gammas := self.config.policy.gammas:
-            max_batch = min(self.config.max_draft_batch, self.runner.max_running_requests)
-            max_batch = max([max_batch, *self.graph_batches])
             self._verifier = Verifier(self.runner, self._algorithm, gammas, self.graph_batches)
             self._chain = DraftChain(
                 self.runner,
@@ -144,8 +156,9 @@ class SelfQuantWorker(ServedWorker):
                 self.random,
                 gammas,
                 self.graph_batches,
-                max_batch,
-                self.config.drafter.attention_window,
+                max([self._max_batch, *self.graph_batches]),
+                self.config.drafter.windows,
+                self._draft_req_to_token,
             )
         self.runner.model_config = self._model_config
         profile, self._profile_path = None, None
@@ -205,12 +218,13 @@ class SelfQuantWorker(ServedWorker):
         self.freshness.close_update()
         blocker = self.freshness.blocker or self._blocker(batch)
         launched = self.steering.launch([req.kv_committed_len for req in batch.reqs], blocker)
-        if launched.gamma > 0:
+        rung = launched.rung
+        if rung.gamma > 0:
             self.freshness.ensure()
-        step = Step.of_batch(batch, self.req_to_token, launched.gamma + 1, slack_tokens)
-        if launched.gamma == 0:
+        step = Step.of_batch(batch, self.req_to_token, rung.gamma + 1, slack_tokens)
+        if rung.gamma == 0:
             return self.decode(batch, step, on_publish)
-        return self.cycle(batch, step, launched.gamma, on_publish)
+        return self.cycle(batch, step, rung, on_publish)
 
     def _blocker(self, batch) -> str | None:
         """Why this batch must not be drafted for: what a draft could not honour exactly."""
@@ -253,16 +267,18 @@ class SelfQuantWorker(ServedWorker):
             result, result.next_token_ids, torch.ones_like(new_seq_lens, dtype=torch.int32), new_seq_lens, 0
         )
 
-    def cycle(self, batch, step: Step, gamma: int, on_publish=_ignore) -> GenerationBatchResult:
+    def cycle(self, batch, step: Step, rung: Rung, on_publish=_ignore) -> GenerationBatchResult:
         """gamma > 0: draft, verify, judge."""
-        decodes = self._chain.prepare(step, gamma)
-        verify = self._verifier.prepare(batch, step, gamma)
+        if self._simulated_acceptance is not None:  # read by judge, which no graph contains
+            self._sampler.simulated_acceptance = self._simulated_acceptance[rung.window]
+        decodes = self._chain.prepare(step, rung)
+        verify = self._verifier.prepare(batch, step, rung.gamma)
         draft = self._chain.draft(decodes, step.batch_size)
         return self._judge(batch, step, verify, draft, on_publish)
 
-    def draft(self, step: Step, gamma: int) -> Draft:
+    def draft(self, step: Step, rung: Rung) -> Draft:
         """The first part of a cycle alone, for calibration."""
-        return self._chain.draft(self._chain.prepare(step, gamma), step.batch_size)
+        return self._chain.draft(self._chain.prepare(step, rung), step.batch_size)
 
     def verify(self, batch, step: Step, draft: Draft) -> GenerationBatchResult:
         """The rest of a cycle alone, for calibration."""
@@ -300,7 +316,7 @@ class SelfQuantWorker(ServedWorker):
 
     def set_policy(self, server_args: Mapping[str, object]) -> bool:
         controller = self.steering.controller
-        now = Control(policy=controller.config, simulated_acceptance=self._sampler.simulated_acceptance)
+        now = Control(policy=controller.config, simulated_acceptance=self._simulated_acceptance)
         measured = controller.profile.gammas if controller.profile else ()
         try:
             control = replaced(now, server_args, prepared=self.config.policy.gammas, measured=measured)
@@ -309,13 +325,13 @@ class SelfQuantWorker(ServedWorker):
             logger.error("Refused to change the policy: %s", error)
             return False
         self.steering.set_policy(control.policy)
-        self._sampler.simulated_acceptance = control.simulated_acceptance  # read by judge, which no graph contains
+        self._simulated_acceptance = control.simulated_acceptance
         self._refused_change = None
         logger.info("The policy was changed to %s.", control)
         return True
 
     def snapshot(self) -> dict:
-        """State for /server_info, under ``internal_states[i]["self_quant"]``.
+        """State for /server_info, under ``internal_states[i]["self_quant"]``; acceptance is by attention window.
 
         policy: the settings in force; settings_version: how often they were replaced; refused_change: why the last
             request to change was
@@ -326,12 +342,12 @@ class SelfQuantWorker(ServedWorker):
             **self.steering.metrics.snapshot(),
             "mode": controller.config.mode,
             "policy": dataclasses.asdict(controller.config),
-            "simulated_acceptance": self._sampler.simulated_acceptance,
+            "simulated_acceptance": self._simulated_acceptance and _named(self._simulated_acceptance),
             "settings_version": self.steering.settings_version,
             "refused_change": self._refused_change,
             "gammas": list(self.config.policy.gammas),
             "gamma_max": self.config.gamma_max,
-            "acceptance": controller.acceptance.snapshot(),
+            "acceptance": _named({window: each.snapshot() for window, each in controller.acceptance.items()}),
             "profile": str(self._profile_path) if self._profile_path else None,
             "weights": self.config.drafter.weights,
             "drafter_bytes": self._drafter.nbytes,

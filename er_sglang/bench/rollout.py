@@ -291,7 +291,7 @@ def predict(run: dict, profile: Profile, args: argparse.Namespace) -> float | No
         return None
     alpha = 0.0 if run["acceptance"] is None else run["acceptance"]
     requests = make_requests(lengths_of(run["rollout"], args), [alpha], prompt_tokens=args.prompt_tokens)
-    return simulate(profile, requests, Controller(config, profile), seed=SEED).time_s
+    return simulate(profile, requests, Controller(config, profile, profile.windows), seed=SEED).time_s
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from er_sglang.sampling import RandomState
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Subject:
     """decode(batch, step): a plain decode step of a ScheduleBatch.
-    draft(step, gamma), verify(batch, step, draft): the two parts of a cycle.
+    draft(step, rung), verify(batch, step, draft): the two parts of a cycle.
     runner, server_args: SGLang's ModelRunner of the policy, and its settings.
     req_to_token: int32 [rows, context], SGLang's request table.
     random: advanced by every draft.

@@ -50,6 +50,7 @@ def fingerprint(subject: Subject) -> dict[str, object]:
         "tp_size": get_tp_group().world_size,
         "attention": type(runner.attn_backend).__name__,
         "drafter": list(dataclasses.astuple(config.drafter)),
+        "windows": list(config.drafter.windows),
         "gamma_max": config.gamma_max,
         "gammas": list(config.policy.gammas),
         "draft_graph_batches": subject.graph_batches,

@@ -4,7 +4,8 @@ For batch sizes that have graphs, those just above (they are padded to the next 
 contexts, synthetic requests are laid into the still unused KV pool and stepped by the server's own code, back to back,
 so that host work counts where the GPU waits for it: plain decoding, the shortest and the longest chain, and every
 gamma's verify with its verdict. T_draft is what the longest chain takes per token; what the shortest takes beyond that
-is counted to T_verify, so that gamma * T_draft + T_verify is a whole cycle.
+is counted to T_verify, so that gamma * T_draft + T_verify is a whole cycle. With an attention window only the longest
+chain is measured, in contexts longer than the window; in others it leaves nothing out.
 
 The first pass compiles and is not counted. The grid is then gone over until `calibration_s` is spent, at least three
 times, so that a disturbance spoils one sample of a cell and the median forgets it, and at most five. The table is kept
@@ -17,6 +18,7 @@ import copy
 import hashlib
 import json
 import logging
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -36,7 +38,7 @@ from er_sglang.config import cache_folder
 from er_sglang.cycle.step import Step
 from er_sglang.errors import ConfigError
 from er_sglang.host.relay import SelfQuantDraftInput
-from er_sglang.policy.profile import Profile, Sample
+from er_sglang.policy.profile import Profile, Rung, Sample
 
 logger = logging.getLogger(__name__)
 
@@ -153,9 +155,11 @@ def _borrowed(rows: torch.Tensor) -> Iterator[None]:
 
 
 def _measure_cell(subject: Subject, batch: int, context_tokens: int) -> list[Sample]:
-    """One sample of each phase and gamma."""
+    """One sample of each phase, gamma and window."""
     template = _synthetic_batch(subject, batch, context_tokens)
     gammas, watch = subject.config.policy.gammas, _Stopwatch(subject.device)
+    widest, *narrower = sorted(subject.config.drafter.windows, key=lambda window: -window if window else -math.inf)
+    apart = [window for window in narrower if window < context_tokens]
 
     def step(gamma: int) -> tuple[ScheduleBatch, Step]:
         scheduled = copy.copy(template)
@@ -165,18 +169,24 @@ def _measure_cell(subject: Subject, batch: int, context_tokens: int) -> list[Sam
     watch.mark()
     subject.decode(*step(0))
     watch.mark()
+    for window in apart:
+        subject.draft(step(gammas[-1])[1], Rung(gammas[-1], window))
+        watch.mark()
     for gamma in (gammas[0], gammas[-1]):
-        draft = subject.draft(step(gamma)[1], gamma)
+        draft = subject.draft(step(gamma)[1], Rung(gamma, widest))
         watch.mark()
     for gamma in gammas:
         subject.verify(*step(gamma), draft.first(gamma))
         watch.mark()
-    plain_s, shortest_s, longest_s, *verify_s = watch.laps_s()
-    draft_s = longest_s / gammas[-1]
-    fixed_s = max(0.0, shortest_s - gammas[0] * draft_s)
+    plain_s, *laps_s = watch.laps_s()
+    windowed_s, (shortest_s, longest_s, *verify_s) = laps_s[: len(apart)], laps_s[len(apart) :]
+    draft_s = {widest: longest_s / gammas[-1]}
+    fixed_s = max(0.0, shortest_s - gammas[0] * draft_s[widest])
+    draft_s |= dict.fromkeys(narrower, draft_s[widest])
+    draft_s |= {window: lap_s / gammas[-1] for window, lap_s in zip(apart, windowed_s)}
     return [
         Sample("target", 0, batch, context_tokens, plain_s),
-        Sample("draft", 0, batch, context_tokens, draft_s),
+        *(Sample("draft", 0, batch, context_tokens, each_s, window) for window, each_s in draft_s.items()),
         *(Sample("verify", gamma, batch, context_tokens, fixed_s + lap_s) for gamma, lap_s in zip(gammas, verify_s)),
     ]
 

@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from er_sglang.cycle.step import Step
 from er_sglang.cycle.window import AttentionWindow
+from er_sglang.policy.profile import Rung
 from er_sglang.sampling import Draft, RandomState, Sampler, SamplingParams
 
 
@@ -45,21 +46,25 @@ class DraftChain:
         gammas: tuple[int, ...],
         graph_batches: list[int],
         max_batch: int,
-        attention_window: int,
+        windows: tuple[int, ...],
+        req_to_token: torch.Tensor,
     ) -> None:
         """graph_batches: ascending batch sizes to capture; empty runs the same code eagerly (CPU, or no graphs).
-        attention_window: recent tokens that a draft attends to, 0 for all."""
+        windows: recent tokens that a draft can attend to, 0 for all.
+        req_to_token: the target's request table with rows for windows below, see window.py."""
         self._drafter = drafter
         self._sampler = sampler
         self._random = random
         self._graph_batches = graph_batches
         gamma_max = max(gammas)
-        self._req_to_token = target.req_to_token_pool.req_to_token
-        self._window = (
-            AttentionWindow(attention_window, gamma_max, max_batch, target.device) if attention_window else None
-        )
+        first_row = len(target.req_to_token_pool.req_to_token)
+        self._windows = {
+            recent: AttentionWindow(recent, gamma_max, req_to_token, first_row, target.server_args.page_size)
+            for recent in windows
+            if recent
+        }
         # SGLang's graph backend asks its owner for model_runner and device_module.
-        self.model_runner = view = _decode_view(target, self._window)
+        self.model_runner = view = _decode_view(target, req_to_token)
         self.device_module = torch.get_device_module(view.device)
         self._backends = [view._get_attention_backend() for _ in range(gamma_max)]
 
@@ -67,8 +72,7 @@ class DraftChain:
             return torch.full(shape, fill, dtype=dtype, device=view.device)
 
         self._req_pool_indices = buffer(max_batch)
-        if self._window:  # whose rows are the step's
-            torch.arange(max_batch, out=self._req_pool_indices)
+        self._window_rows = torch.arange(first_row, first_row + max_batch, device=view.device)
         self._tokens = buffer(gamma_max + 1, max_batch)
         self._slots = buffer(gamma_max, max_batch)
         self._positions = buffer(gamma_max, max_batch)
@@ -88,12 +92,12 @@ class DraftChain:
         if graph_batches:
             self._capture(gammas)
 
-    def prepare(self, step: Step, gamma: int) -> list[ForwardBatch]:
+    def prepare(self, step: Step, rung: Rung) -> list[ForwardBatch]:
         """Load a step's inputs and plan its gamma decodes; the last read of the shared request table."""
-        raw_bs = step.batch_size
+        gamma, raw_bs = rung.gamma, step.batch_size
         size = next((b for b in self._graph_batches if b >= raw_bs), raw_bs)
         if size > raw_bs:  # Padding rows decode token 0 at position 0 into slot 0, which SGLang keeps for padding.
-            for rows in (self._slots, self._positions, self._tokens):
+            for rows in (self._slots, self._positions, self._tokens, self._req_pool_indices):
                 rows[..., raw_bs:size] = 0
             self._seq_lens[:, raw_bs:size] = 1
             self._params.top_k_B[raw_bs:size] = 1
@@ -102,12 +106,13 @@ class DraftChain:
         torch.add(step.seq_lens_B, self._steps, out=self._positions[:, :raw_bs])
         torch.add(self._positions[:, :raw_bs], 1, out=self._seq_lens[:, :raw_bs])
         seq_lens_cpu_B = step.seq_lens_cpu_B
-        if self._window:
-            self._seq_lens[:, :raw_bs] -= self._window.load(step, self._req_to_token, size)
-            seq_lens_cpu_B = self._window.seen_on_host(seq_lens_cpu_B)
+        if rung.window:
+            window = self._windows[rung.window]
+            self._seq_lens[:, :raw_bs] -= window.load(step)
+            self._req_pool_indices[:raw_bs] = self._window_rows[:raw_bs]
+            seq_lens_cpu_B = window.seen_on_host(seq_lens_cpu_B)
         else:
             self._req_pool_indices[:raw_bs] = step.req_pool_indices_B
-            self._req_pool_indices[raw_bs:size] = 0
         self._params.temperature_B[:raw_bs] = step.params.temperature_B
         self._params.top_k_B[:raw_bs] = step.params.top_k_B
         self._params.top_p_B[:raw_bs] = step.params.top_p_B
@@ -217,9 +222,8 @@ def _key(size: int, gamma: int) -> ShapeKey:
     return ShapeKey(size=size, variant_label=str(gamma))
 
 
-def _decode_view(target: ModelRunner, window: AttentionWindow | None) -> ModelRunner:
-    """The target as a server without speculation would have it: its backends allocate for plain decode alone.
-    With a window its requests are no longer than that."""
+def _decode_view(target: ModelRunner, req_to_token: torch.Tensor) -> ModelRunner:
+    """The target as a server without speculation would have it: its backends allocate for plain decode alone."""
     view = copy.copy(target)
     view.server_args = copy.copy(target.server_args)
     view.server_args.speculative_algorithm = None
@@ -227,10 +231,7 @@ def _decode_view(target: ModelRunner, window: AttentionWindow | None) -> ModelRu
     view.server_args.speculative_num_draft_tokens = None
     view.server_args.speculative_eagle_topk = None
     view.spec_algorithm = SpeculativeAlgorithm.NONE
-    if window:
-        view.req_to_token_pool = copy.copy(target.req_to_token_pool)
-        view.req_to_token_pool.req_to_token = window.table
-        view.model_config = copy.copy(target.model_config)
-        view.model_config.context_len = window.table.shape[1]
+    view.req_to_token_pool = copy.copy(target.req_to_token_pool)
+    view.req_to_token_pool.req_to_token = req_to_token
     view.init_attention_backend()
     return view

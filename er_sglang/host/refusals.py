@@ -86,12 +86,3 @@ def check_model(hf_config: Any) -> None:
             f"The checkpoint is already quantized ({method}). {ALGORITHM} drafts with a quantized copy of a bf16 or "
             "fp16 policy: serve the unquantized checkpoint."
         )
-
-
-def check_pages(page_size: int, attention_window: int) -> None:
-    """Raise ConfigError for a window that the KV pages, whose size SGLang settles last, do not allow."""
-    if attention_window and page_size != 1:
-        raise ConfigError(
-            f"drafter.attention_window needs KV pages of one token, not {page_size}: "
-            "set --page-size 1, or leave the window out."
-        )

@@ -1,22 +1,25 @@
-"""How many tokens to draft in this step: the ladder rung with the most tokens per second, by measurement.
+"""Whether to draft in this step, how many tokens, and with which attention window: the rung with the most tokens per
+second, by measurement.
 
-    controller = Controller(config, profile)
+    controller = Controller(config, profile, windows)
     decision = controller.decide(State(batch=16, mean_context_tokens=2048.0))    # every decode step
-    controller.observe(accepted=[3, 0, ...], gamma=decision.gamma)               # after every cycle with gamma > 0
+    controller.observe(accepted=[3, 0, ...], rung=decision.rung)               # after every cycle with gamma > 0
     controller.policy_updated()                                                # once after every policy update
     controller.idle()                                                          # when the last running request left
 
-Mode "auto" scores each rung with expected tokens per second, emitted(gamma) / (gamma * T_draft + T_verify(gamma));
-gamma 0 scores 1 / T_target. Three things temper the choice:
+Mode "auto" scores each rung, a pair of gamma and window, with expected tokens per second,
+emitted(gamma) / (gamma * T_draft(window) + T_verify(gamma)); plain decoding scores 1 / T_target. Acceptance is learned
+for each window apart. Three things temper the choice:
 
 - `margin`: drafting must be predicted this much faster than plain decoding.
-- `patience`: the current gamma is left only when staying is predicted to have cost this many steps' worth of tokens. A
+- `patience`: the current rung is left only when staying is predicted to have cost this many steps' worth of tokens. A
   large advantage acts at once, a small one after a while, noise cancels; the number of switches over any stretch is at
   most (sum of predicted relative gains) / patience.
-- Probes: while off, acceptance goes stale. If its upper bound would pay, a short burst drafts anyway, with the shortest
-  gamma that could pay. Each cycle is charged the time it loses at the lower bound of acceptance, to a credit that grows
-  by `probe_budget` of the time spent off and holds one burst at most. So probing costs at most `probe_budget` of
-  throughput at the stated confidence, plus one burst per policy update.
+- Probes: acceptance of a window that is not drafted with goes stale, of every window while off. If its upper bound
+  would pay, a short burst drafts with it anyway, with the quickest rung that could pay. Each cycle is charged the time
+  it loses against the current rung at the lower bound of acceptance, to a credit that grows by `probe_budget` of the
+  time spent and holds one burst at most. So probing costs at most `probe_budget` of throughput at the stated
+  confidence, plus one burst per policy update.
 
 `decide` is pure: same arguments, same result, to the last bit. Its arguments are host data equal on all ranks, so ranks
 agree.
@@ -24,7 +27,7 @@ agree.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from itertools import cycle
@@ -34,7 +37,7 @@ from er_sglang.errors import ConfigError
 from er_sglang.policy.acceptance import AcceptanceEstimator, emitted
 from er_sglang.policy.config import PolicyConfig
 from er_sglang.policy.paper import PaperRule, fit_roofline
-from er_sglang.policy.profile import Profile
+from er_sglang.policy.profile import PLAIN, Profile, Rung
 
 
 class Reason(str, Enum):
@@ -46,10 +49,10 @@ class Reason(str, Enum):
     PAPER = "paper"  # mode paper, on or off
     CYCLE = "cycle"  # mode cycle
     FORBIDDEN = "forbidden"  # a request of the batch must not be drafted for
-    PAYS = "pays"  # auto: this gamma has the best predicted speed
-    SLOWER = "slower"  # auto: no gamma is predicted faster than plain decoding
-    HELD = "held"  # auto: another gamma is predicted better, not yet by enough
-    PROBE = "probe"  # auto: off, and learning whether acceptance has changed
+    PAYS = "pays"  # auto: this rung has the best predicted speed
+    SLOWER = "slower"  # auto: no rung is predicted faster than plain decoding
+    HELD = "held"  # auto: another rung is predicted better, not yet by enough
+    PROBE = "probe"  # auto: learning what acceptance is now with a window that is not drafted with
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,12 +71,16 @@ class State:
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """gamma to draft now; expected_speedup over plain decoding (None where the mode predicts nothing)."""
+    """How to take the step now; expected_speedup over plain decoding (None where the mode predicts nothing)."""
 
-    gamma: int
+    rung: Rung
     reason: Reason
     expected_speedup: float | None = None
     outside: bool = False  # decided from extrapolated cells of the table
+
+    @property
+    def gamma(self) -> int:
+        return self.rung.gamma
 
     @property
     def probe(self) -> bool:
@@ -82,107 +89,167 @@ class Decision:
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """What auto carries from step to step. The first burst is free: the credit is cut to one burst at first use."""
+    """What auto carries from step to step. The first burst is free: the credit is cut to one burst at first use.
 
-    gamma: int = 0
-    regret: float = 0.0  # steps' worth of tokens that staying at gamma is predicted to have cost
+    probing: the window of the burst under way.
+    """
+
+    rung: Rung = PLAIN
+    regret: float = 0.0  # steps' worth of tokens that staying on the rung is predicted to have cost
     probe_credit_s: float = inf
     probe_cycles_left: int = 0
+    probing: int = 0
 
 
 def decide(
-    state: State, profile: Profile, acceptance: AcceptanceEstimator, config: PolicyConfig, memory: Memory
+    state: State,
+    profile: Profile,
+    acceptance: Mapping[int, AcceptanceEstimator],
+    config: PolicyConfig,
+    memory: Memory,
 ) -> tuple[Decision, Memory]:
-    """Mode auto, one step."""
+    """Mode auto, one step. acceptance: by the windows that a draft may have."""
     if state.forbid_reason is not None:
-        return Decision(0, Reason.FORBIDDEN), memory
+        return Decision(PLAIN, Reason.FORBIDDEN), memory
     step_s, outside = profile.costs(state.batch, state.mean_context_tokens)
 
-    speedups = predicted_speedups(acceptance.alphas(), config.ladder, step_s)
-    values = {gamma: speedup / (1.0 + config.margin) for gamma, speedup in speedups.items()}
-    speedups[0] = values[0] = 1.0
+    windows = _distinct_windows(acceptance, state.mean_context_tokens)
+    alphas = {window: acceptance[window].alphas() for window in windows}
+    speedups = {PLAIN: 1.0, **predicted_speedups(alphas, config.ladder, step_s)}
+    values = {rung: speedup / (1.0 + config.margin) if rung.gamma else 1.0 for rung, speedup in speedups.items()}
     best = max(values, key=values.__getitem__)
-    current = max(gamma for gamma in values if gamma <= memory.gamma)
+    current = memory.rung if memory.rung in values else memory.rung._replace(window=windows[0])
     if best == current:
-        lead = values[best] / max(value for gamma, value in values.items() if gamma != best) - 1.0
+        lead = values[best] / max(value for rung, value in values.items() if rung != best) - 1.0
         regret = max(0.0, memory.regret - lead)
     else:
         regret = memory.regret + values[best] / values[current] - 1.0
         if regret >= config.patience:
             current, regret = best, 0.0
-    memory = Memory(current, regret, memory.probe_credit_s, 0 if current else memory.probe_cycles_left)
+    memory = replace(memory, rung=current, regret=regret)
 
-    if current:
-        reason = Reason.PAYS if current == best else Reason.HELD
-        return Decision(current, reason, speedups[current], outside), memory
-    gamma, memory = _probe(state.batch, step_s, acceptance, config, memory)
-    if gamma:
-        return Decision(gamma, Reason.PROBE, speedups[gamma], outside), memory
-    return Decision(0, Reason.SLOWER if best == 0 else Reason.HELD, 1.0, outside), memory
+    probe, memory = _probe(state.batch, step_s, speedups, windows, acceptance, config, memory)
+    if probe:
+        return Decision(probe, Reason.PROBE, speedups[probe], outside), memory
+    if current == best:
+        reason = Reason.PAYS if current.gamma else Reason.SLOWER
+    else:
+        reason = Reason.HELD
+    return Decision(current, reason, speedups[current], outside), memory
 
 
-def predicted_speedups(alphas: Sequence[float], gammas: Sequence[int], step_s: dict[int, float]) -> dict[int, float]:
-    """Of each gamma over plain decoding, in tokens per second; alphas: per draft position, for the largest gamma."""
-    tokens = emitted(alphas)
-    return {gamma: tokens[gamma] * step_s[0] / step_s[gamma] for gamma in gammas}
+def _distinct_windows(windows: Collection[int], context_tokens: float) -> list[int]:
+    """Those that leave something of the context out, and one that leaves out the least."""
+    widest = min(windows, key=lambda window: -window if window else -inf)
+    return [window for window in windows if window == widest or 0 < window < context_tokens]
+
+
+def predicted_speedups(
+    alphas: Mapping[int, Sequence[float]], gammas: Collection[int], step_s: Mapping[Rung, float]
+) -> dict[Rung, float]:
+    """Of each rung over plain decoding, in tokens per second.
+
+    alphas: by window, per draft position, for the largest gamma.
+    """
+    speedups = {}
+    for window, at in alphas.items():
+        tokens = emitted(at)
+        for gamma in gammas:
+            rung = Rung(gamma, window)
+            speedups[rung] = tokens[gamma] * step_s[PLAIN] / step_s[rung]
+    return speedups
 
 
 def _probe(
     batch: int,
-    step_s: dict[int, float],
-    acceptance: AcceptanceEstimator,
+    step_s: Mapping[Rung, float],
+    speedups: Mapping[Rung, float],
+    windows: Collection[int],
+    acceptance: Mapping[int, AcceptanceEstimator],
     config: PolicyConfig,
     memory: Memory,
-) -> tuple[int, Memory]:
-    """gamma to probe with in a step that would be off (0: do not), and the credit left."""
-    lower, upper = acceptance.bounds(config.confidence_z)
+) -> tuple[Rung | None, Memory]:
+    """The rung to probe with in this step, None to go on with the current one, and the credit left."""
+    current = memory.rung
+    bounds = {
+        window: acceptance[window].bounds(config.confidence_z)
+        for window in windows
+        if not current.gamma or window != current.window
+    }
+    upper = {window: alphas for window, (_, alphas) in bounds.items()}
+    wanted = speedups[current] * (1.0 + config.margin)
     optimistic = predicted_speedups(upper, config.ladder, step_s)
-    promising = [gamma for gamma, speedup in optimistic.items() if speedup > 1.0 + config.margin]
+    promising = [rung for rung, speedup in optimistic.items() if speedup > wanted]
     credit_s, left = memory.probe_credit_s, memory.probe_cycles_left
     if promising:
-        gamma = min(promising, key=step_s.__getitem__)  # deeper positions borrow what the shallow ones teach
-        cost_s = max(0.0, step_s[gamma] - emitted(lower[:gamma])[gamma] * step_s[0])
+        # Deeper positions borrow what the shallow ones teach. A burst stays with its window.
+        begun = [rung for rung in promising if left and rung.window == memory.probing]
+        rung = min(begun or promising, key=step_s.__getitem__)
+        if not begun:
+            left = 0
+        lower, _ = bounds[rung.window]
+        tokens_s = step_s[PLAIN] / speedups[current]  # a token takes as long now
+        cost_s = max(0.0, step_s[rung] - emitted(lower[: rung.gamma])[rung.gamma] * tokens_s)
         if not left:
-            cycles = ceil(config.probe_tokens / (batch * gamma))
+            cycles = ceil(config.probe_tokens / (batch * rung.gamma))
             left = cycles if credit_s >= cycles * cost_s else 0
             credit_s = min(credit_s, cycles * cost_s)
         if left and credit_s >= cost_s:
-            return gamma, Memory(memory.gamma, memory.regret, credit_s - cost_s, left - 1)
-    return 0, Memory(memory.gamma, memory.regret, credit_s + config.probe_budget * step_s[0], 0)
+            memory = replace(memory, probe_credit_s=credit_s - cost_s, probe_cycles_left=left - 1, probing=rung.window)
+            return rung, memory
+    earned_s = config.probe_budget * step_s[current]
+    return None, replace(memory, probe_credit_s=credit_s + earned_s, probe_cycles_left=0)
 
 
 class Controller:
     """Decides each step in the configured mode and keeps what the decision needs.
 
     profile: required by auto and paper; must cover config.gammas, else ConfigError.
+    windows: attention windows that auto chooses from; the other modes draft with the first.
     """
 
-    def __init__(self, config: PolicyConfig, profile: Profile | None = None) -> None:
+    def __init__(self, config: PolicyConfig, profile: Profile | None = None, windows: Sequence[int] = (0,)) -> None:
         missing = set(config.gammas) - set(profile.gammas if profile else ())
         if missing and (profile or config.needs_profile):
             raise ConfigError(
                 f"mode {config.mode!r} needs measured times of gamma {sorted(missing)}: run `er-sglang calibrate` "
                 "for them, or choose other draft lengths."
             )
+        if profile and (missing := set(windows) - set(profile.windows)):
+            raise ConfigError(
+                f"the profile has no times of attention window {sorted(missing)}: run `er-sglang calibrate` again, or "
+                f"choose among {list(profile.windows)}."
+            )
         self.config = config
         self.profile = profile
-        self.acceptance = config.estimator()
+        self.windows = tuple(windows) if config.mode == "auto" else tuple(windows[:1])
+        self.acceptance = {window: config.estimator() for window in self.windows}
         self._memory = Memory()
+        self._last_window = self.windows[0]
         ladder = config.paper_ladder
-        self._paper = PaperRule(fit_roofline(profile, ladder), ladder) if config.mode == "paper" else None
+        roofline = fit_roofline(profile, ladder, windows[0]) if config.mode == "paper" else None
+        self._paper = PaperRule(roofline, ladder) if roofline else None
         self._cycle = cycle(config.cycle)
 
+    @property
+    def first_acceptance(self) -> float:
+        """Of the first drafted token, live, with the window drafted with last; 0 if the mode never drafts."""
+        return next(iter(self.acceptance[self._last_window].alphas()), 0.0)
+
     def decide(self, state: State) -> Decision:
-        """The draft length of this step."""
+        """How to take this step."""
         if self.config.mode == "auto":
             decision, self._memory = decide(state, self.profile, self.acceptance, self.config, self._memory)
-            if not decision.gamma:
-                self.acceptance.age()
+            for window, estimator in self.acceptance.items():
+                if not decision.gamma or window != decision.rung.window:
+                    estimator.age()
             return decision
         if self.config.mode == "off":
-            return Decision(0, Reason.OFF)
+            return Decision(PLAIN, Reason.OFF)
         gamma, reason = self._rule(state)  # of every batch: the paper's toggle is armed by one too large to draft for
-        return Decision(0, Reason.FORBIDDEN) if state.forbid_reason is not None else Decision(gamma, reason)
+        if state.forbid_reason is not None:
+            return Decision(PLAIN, Reason.FORBIDDEN)
+        return Decision(Rung(gamma, self.windows[0]) if gamma else PLAIN, reason)
 
     def _rule(self, state: State) -> tuple[int, Reason]:
         if self._paper:
@@ -193,9 +260,10 @@ class Controller:
             return 0, Reason.THRESHOLD
         return self.config.fixed_gamma, Reason(self.config.mode)
 
-    def observe(self, accepted: Sequence[int], gamma: int) -> None:
+    def observe(self, accepted: Sequence[int], rung: Rung) -> None:
         """Report a cycle: accepted[r] in [0, gamma] drafts of request r were accepted."""
-        self.acceptance.observe(accepted, gamma)
+        self._last_window = rung.window
+        self.acceptance[rung.window].observe(accepted, rung.gamma)
         if self._paper:
             self._paper.observe(sum(accepted), len(accepted))
 
@@ -210,6 +278,7 @@ class Controller:
         self._next_rollout()
 
     def _next_rollout(self) -> None:
-        self.acceptance.reset(self.config.update_keep)
+        for estimator in self.acceptance.values():
+            estimator.reset(self.config.update_keep)
         if self._paper:
             self._paper.next_rollout()

@@ -62,8 +62,9 @@ class Roofline:
         return accept_length * self.target(batch, context) / cycle_s
 
 
-def fit_roofline(profile: Profile, gammas: Sequence[int]) -> Roofline:
-    """Fit to the measured cells of `profile`: target, draft, and the largest and smallest verify of `gammas`."""
+def fit_roofline(profile: Profile, gammas: Sequence[int], window: int = 0) -> Roofline:
+    """Fit to the measured cells of `profile`: target, draft with `window`, and the largest and smallest verify of
+    `gammas`."""
     cells = [
         (batch, context)
         for batch in profile.batches
@@ -74,7 +75,7 @@ def fit_roofline(profile: Profile, gammas: Sequence[int]) -> Roofline:
     points: list[tuple[Callable[[Roofline], float], float]] = []
     for b, c in cells:
         points.append((lambda line, b=b, c=c: line.target(b, c), log(profile.target_s(b, c))))
-        points.append((lambda line, b=b, c=c: line.draft(b, c), log(profile.drafted_token_s(b, c))))
+        points.append((lambda line, b=b, c=c: line.draft(b, c), log(profile.drafted_token_s(b, c, window))))
         for gamma in ends:
             points.append((lambda line, b=b, c=c, g=gamma: line.verify(b, c, g), log(profile.verify_s(b, c, gamma))))
 
@@ -83,7 +84,7 @@ def fit_roofline(profile: Profile, gammas: Sequence[int]) -> Roofline:
         return sum((log(predict(line)) - measured) ** 2 for predict, measured in points)
 
     b, c = cells[0]
-    weights_s, draft_s, last_b = profile.target_s(b, c), profile.drafted_token_s(b, c), cells[-1][0]
+    weights_s, draft_s, last_b = profile.target_s(b, c), profile.drafted_token_s(b, c, window), cells[-1][0]
     slope_s = profile.verify_s(last_b, c, ends[-1]) / last_b
     start = Roofline(
         weights_s,

@@ -2,12 +2,13 @@
 
     profile = Profile.from_samples(samples, fingerprint)    # or Profile.from_csv(path), Profile.load(path, fingerprint)
     costs = profile.costs(batch=16, context_tokens=2048)
-    costs.step_s[0]                                          # a plain decode step
-    costs.step_s[3]                                          # a cycle of gamma 3: three drafted tokens and one verify
+    costs.step_s[PLAIN]                                      # a plain decode step
+    costs.step_s[Rung(3)]                                    # a cycle of gamma 3: three drafted tokens and one verify
+    costs.step_s[Rung(3, window=256)]                        # ... whose drafts attend to the last 256 tokens
 
 A plain decode step is a verify of gamma 0, so one family of tables `forward_s[gamma]` holds T_target (gamma 0) and
-T_verify, and `draft_s` holds T_draft, the time of one drafted token. Tables are indexed [batch][context] over shared
-axes.
+T_verify, and `draft_s[window]` holds T_draft, the time of one drafted token. Tables are indexed [batch][context] over
+shared axes.
 """
 
 from __future__ import annotations
@@ -25,26 +26,38 @@ from typing import NamedTuple
 
 from er_sglang.policy.tables import ProfileError, Table, blend, complete, isotonic, locate
 
-FORMAT = 1
-CSV_COLUMNS = ("phase", "gamma", "batch", "context_tokens", "seconds")
+FORMAT = 2
+CSV_COLUMNS = ("phase", "gamma", "batch", "context_tokens", "seconds")  # and window, if not 0 throughout
 PHASES = ("target", "draft", "verify")
 REPAIR_REPORTED = 0.05  # a cell that the monotone repair moves further than this is reported as an outlier
 
 
+class Rung(NamedTuple):
+    """A way to take a step: gamma drafted tokens, each attending to `window` recent tokens (0: to all)."""
+
+    gamma: int
+    window: int = 0
+
+
+PLAIN = Rung(0)
+
+
 class Sample(NamedTuple):
-    """One measurement. phase 'target' has gamma 0; 'draft' is the time of one drafted token, whatever its gamma."""
+    """One measurement. phase 'target' has gamma 0; 'draft' is the time of one drafted token, whatever its gamma, with
+    an attention window or (0) without."""
 
     phase: str
     gamma: int
     batch: int
     context_tokens: int
     seconds: float
+    window: int = 0
 
 
 class Costs(NamedTuple):
-    """Seconds per step at one (batch, context), by gamma; `outside` says that no measured cell surrounds the point."""
+    """Seconds per step at one (batch, context), by rung; `outside` says that no measured cell surrounds the point."""
 
-    step_s: dict[int, float]
+    step_s: dict[Rung, float]
     outside: bool
 
 
@@ -60,7 +73,7 @@ class Profile:
     batches: tuple[int, ...]
     contexts_tokens: tuple[int, ...]
     forward_s: Mapping[int, Table]
-    draft_s: Table
+    draft_s: Mapping[int, Table]
     unavailable: frozenset[tuple[int, int]] = frozenset()
     outliers: tuple[str, ...] = ()
     fingerprint: Mapping[str, object] = field(default_factory=dict)
@@ -71,7 +84,9 @@ class Profile:
                 raise ProfileError(f"{name} must be positive and strictly increasing, got {axis}")
         if 0 not in self.forward_s:
             raise ProfileError("the table has no plain decode step (gamma 0): every decision is relative to it")
-        for table in (self.draft_s, *self.forward_s.values()):
+        if not self.draft_s:
+            raise ProfileError("the table has no drafted token")
+        for table in (*self.draft_s.values(), *self.forward_s.values()):
             if len(table) != len(self.batches) or any(len(row) != len(self.contexts_tokens) for row in table):
                 raise ProfileError(f"every table must have {len(self.batches)} x {len(self.contexts_tokens)} cells")
             if not all(0.0 < cell < float("inf") for row in table for cell in row):
@@ -82,12 +97,21 @@ class Profile:
         """The draft lengths measured, without 0."""
         return tuple(gamma for gamma in sorted(self.forward_s) if gamma)
 
+    @property
+    def windows(self) -> tuple[int, ...]:
+        """The attention windows measured, 0 for none."""
+        return tuple(sorted(self.draft_s))
+
     def costs(self, batch: float, context_tokens: float) -> Costs:
-        """Seconds per step for every gamma, bilinear in batch and mean context, linear beyond the last cells."""
+        """Seconds per step for every rung, bilinear in batch and mean context, linear beyond the last cells."""
         i, u = locate(self.batches, batch)
         j, v = locate(self.contexts_tokens, context_tokens)
-        draft_s = blend(self.draft_s, i, u, j, v)
-        step_s = {gamma: gamma * draft_s + blend(table, i, u, j, v) for gamma, table in self.forward_s.items()}
+        forward_s = {gamma: blend(table, i, u, j, v) for gamma, table in self.forward_s.items()}
+        step_s = {PLAIN: forward_s.pop(0)}
+        for window, table in self.draft_s.items():
+            draft_s = blend(table, i, u, j, v)
+            for gamma, verify_s in forward_s.items():
+                step_s[Rung(gamma, window)] = gamma * draft_s + verify_s
         return Costs(step_s, self._is_outside(batch, context_tokens, i, u, j, v))
 
     def target_s(self, batch: float, context_tokens: float) -> float:
@@ -96,13 +120,15 @@ class Profile:
     def verify_s(self, batch: float, context_tokens: float, gamma: int) -> float:
         return self._at(self.forward_s[gamma], batch, context_tokens)
 
-    def drafted_token_s(self, batch: float, context_tokens: float) -> float:
-        return self._at(self.draft_s, batch, context_tokens)
+    def drafted_token_s(self, batch: float, context_tokens: float, window: int = 0) -> float:
+        return self._at(self.draft_s[window], batch, context_tokens)
 
-    def with_attention_window(self, seen_tokens: int) -> Profile:
-        """As if a draft attended to ``seen_tokens`` of a context at most: beyond, T_draft stays what it is there."""
-        draft_s = [[self.drafted_token_s(b, min(c, seen_tokens)) for c in self.contexts_tokens] for b in self.batches]
-        return replace(self, draft_s=_as_table(draft_s))
+    def with_attention_window(self, window: int, sink_tokens: int) -> Profile:
+        """With a table for ``window``, by that of full attention: a draft that sees that many tokens, and the
+        context's first ``sink_tokens``, takes as long in any longer context as in one of just these."""
+        seen = window + sink_tokens
+        table = [[self.drafted_token_s(b, min(c, seen)) for c in self.contexts_tokens] for b in self.batches]
+        return replace(self, draft_s={**self.draft_s, window: _as_table(table)})
 
     def _at(self, table: Table, batch: float, context_tokens: float) -> float:
         return blend(table, *locate(self.batches, batch), *locate(self.contexts_tokens, context_tokens))
@@ -125,16 +151,18 @@ class Profile:
 
         Raises ProfileError if a phase is missing or a context has fewer than two batch sizes to extrapolate from.
         """
+        # By phase and what tells its tables apart: the window of a draft, the gamma of a forward.
         seconds: dict[tuple[str, int], dict[tuple[int, int], list[float]]] = defaultdict(lambda: defaultdict(list))
         for sample in samples:
-            gamma = 0 if sample.phase == "draft" else sample.gamma
-            if sample.phase not in PHASES or (gamma > 0) != (sample.phase == "verify"):
+            draft = sample.phase == "draft"
+            if sample.phase not in PHASES or not draft and (sample.gamma > 0) != (sample.phase == "verify"):
                 raise ProfileError(
                     f"{sample}: phase must be one of {', '.join(PHASES)}; gamma is 0 for target and positive for verify"
                 )
+            key = sample.window if draft else sample.gamma
             if not 0.0 < sample.seconds < float("inf"):
                 raise ProfileError(f"{sample}: it must be a positive, finite number of seconds")
-            seconds[sample.phase, gamma][sample.batch, sample.context_tokens].append(sample.seconds)
+            seconds[sample.phase, key][sample.batch, sample.context_tokens].append(sample.seconds)
         missing = [phase for phase in PHASES if not any(phase == key[0] for key in seconds)]
         if missing:
             raise ProfileError(f"no measurement of phase {', '.join(missing)}")
@@ -144,21 +172,21 @@ class Profile:
         contexts = tuple(sorted({context for _, context in every}))
         unavailable = frozenset((b, c) for b in batches for c in contexts if (b, c) not in measured)
         tables, outliers = {}, []
-        for (phase, gamma), cells in seconds.items():
+        for (phase, key), cells in seconds.items():
             medians = {cell: median(values) for cell, values in cells.items()}
             repaired = isotonic(medians)
             outliers += [
-                f"{phase} gamma {gamma} at batch {b}, context {c}: "
+                f"{phase} {'window' if phase == 'draft' else 'gamma'} {key} at batch {b}, context {c}: "
                 f"measured {medians[b, c]:.3e} s, used {repaired[b, c]:.3e} s"
                 for b, c in sorted(medians)
                 if abs(repaired[b, c] - medians[b, c]) > REPAIR_REPORTED * medians[b, c]
             ]
-            tables[phase, gamma] = complete(repaired, batches, contexts)
+            tables[phase, key] = complete(repaired, batches, contexts)
         return cls(
             batches=batches,
             contexts_tokens=contexts,
             forward_s={gamma: table for (phase, gamma), table in sorted(tables.items()) if phase != "draft"},
-            draft_s=tables["draft", 0],
+            draft_s={window: table for (phase, window), table in sorted(tables.items()) if phase == "draft"},
             unavailable=unavailable,
             outliers=tuple(outliers),
             fingerprint=dict(fingerprint or {}),
@@ -166,7 +194,8 @@ class Profile:
 
     @classmethod
     def from_csv(cls, path: str | Path) -> Profile:
-        """Columns: phase (target, draft, verify), gamma, batch, context_tokens, seconds; repeated cells are samples."""
+        """Columns: phase (target, draft, verify), gamma, batch, context_tokens, seconds, and window if there is any but
+        0; repeated cells are samples."""
         with open(path, newline="") as file:
             reader = csv.DictReader(file)
             missing = set(CSV_COLUMNS) - set(reader.fieldnames or ())
@@ -176,7 +205,12 @@ class Profile:
                 )
             try:
                 rows = [
-                    Sample(row["phase"], *(int(row[key]) for key in CSV_COLUMNS[1:4]), float(row["seconds"]))
+                    Sample(
+                        row["phase"],
+                        *(int(row[key]) for key in CSV_COLUMNS[1:4]),
+                        float(row["seconds"]),
+                        int(row.get("window") or 0),
+                    )
                     for row in reader
                 ]
             except ValueError as error:
@@ -196,7 +230,7 @@ class Profile:
             "batches": self.batches,
             "contexts_tokens": self.contexts_tokens,
             "forward_s": {str(gamma): table for gamma, table in self.forward_s.items()},
-            "draft_s": self.draft_s,
+            "draft_s": {str(window): table for window, table in self.draft_s.items()},
             "unavailable": sorted(self.unavailable),
             "outliers": self.outliers,
         }
@@ -220,7 +254,7 @@ class Profile:
                 batches=tuple(content["batches"]),
                 contexts_tokens=tuple(content["contexts_tokens"]),
                 forward_s={int(gamma): _as_table(table) for gamma, table in content["forward_s"].items()},
-                draft_s=_as_table(content["draft_s"]),
+                draft_s={int(window): _as_table(table) for window, table in content["draft_s"].items()},
                 unavailable=frozenset((b, c) for b, c in content["unavailable"]),
                 outliers=tuple(content["outliers"]),
                 fingerprint=dict(content["fingerprint"]),

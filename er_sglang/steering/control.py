@@ -3,7 +3,8 @@
     POST /set_internal_state {"server_args": {"self_quant": {"mode": "auto", "ladder": [1, 2, 3]}}}
 
 Any settings of the policy; those not named stay as they are, except that `cycle` goes with its mode. On a server that
-was started with a simulated acceptance, "simulate_acceptance" sets another one; no request can start to simulate.
+was started with a simulated acceptance, "simulate_acceptance" sets another one, for all attention windows or (an object)
+for each; no request can start to simulate.
 A change is checked in full before anything changes. It then decides from the next step on as a server started with it
 would: acceptance estimate at its prior, no hysteresis, no probes owed. Counters run on.
 """
@@ -13,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
-from er_sglang.config import checked
+from er_sglang.config import acceptance_by_window, checked
 from er_sglang.errors import ConfigError
 from er_sglang.policy.config import PolicyConfig
 
@@ -22,10 +23,10 @@ KEY = "self_quant"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Control:
-    """policy: the settings in force. simulated_acceptance: None for the real rule."""
+    """policy: the settings in force. simulated_acceptance: by attention window, None for the real rule."""
 
     policy: PolicyConfig
-    simulated_acceptance: float | None
+    simulated_acceptance: dict[int, float] | None
 
 
 def replaced(
@@ -62,12 +63,10 @@ def replaced(
     return Control(policy=policy, simulated_acceptance=alpha)
 
 
-def _acceptance(wanted: object, now: float | None) -> float:
+def _acceptance(wanted: object, now: dict[int, float] | None) -> dict[int, float]:
     if now is None:
         raise ConfigError(
             "this server samples from the policy; simulate_acceptance is for benchmark servers, those started with "
             "ER_SGLANG_SIMULATE_ACCEPTANCE."
         )
-    if type(wanted) not in (int, float) or not 0.0 <= wanted <= 1.0:
-        raise ConfigError(f"simulate_acceptance is {wanted!r}; it must be a number from 0 to 1.")
-    return float(wanted)
+    return acceptance_by_window(wanted, list(now), "simulate_acceptance")

@@ -7,6 +7,8 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from er_sglang.policy.profile import PLAIN, Rung
+
 RECENT_STEPS = 100  # what "recent" speed-ups are averaged over, exponentially weighted
 
 
@@ -14,14 +16,14 @@ RECENT_STEPS = 100  # what "recent" speed-ups are averaged over, exponentially w
 class Launched:
     """A decode step on its way.
 
-    reason: of its gamma. outside: decided by extrapolated step times.
+    rung: gamma and attention window. reason: why these. outside: decided by extrapolated step times.
     plain_s: measured seconds of a plain decode step of this batch, None without a profile.
     probe: drafts to learn, not to gain.
     mode, settings_version: the policy's mode, and how often its settings were replaced at run time before it.
     continuous: it follows another decode step at once, so that the time between their results is its duration.
     """
 
-    gamma: int
+    rung: Rung
     reason: str
     batch: int
     context_tokens: float
@@ -54,7 +56,7 @@ class Metrics:
     """Counts since the start; a step is recorded when its result reaches the host, one step late under overlap."""
 
     def __init__(self, gamma_max: int, exporter: PrometheusExporter | None = None) -> None:
-        self.latest = Launched(gamma=0, reason="", batch=0, context_tokens=0.0)
+        self.latest = Launched(rung=PLAIN, reason="", batch=0, context_tokens=0.0)
         self.decisions: Counter[str] = Counter()
         self.outside = 0
         self.probes = 0
@@ -68,7 +70,8 @@ class Metrics:
         self.predicted_speedup = RecentRatio()
         self.measured_speedup = RecentRatio()
         self.plain_step_ratio = RecentRatio()
-        self._gamma = 0  # of the latest step that was no probe
+        self.cycles_by_window: Counter[int] = Counter()
+        self._rung = PLAIN  # of the latest step that was no probe
         self._tried_at = [0] * gamma_max
         self._accepted_at = [0] * gamma_max
         self._finished_at_s = 0.0
@@ -76,19 +79,19 @@ class Metrics:
 
     def launched(self, step: Launched) -> None:
         self.latest = step
-        self.decisions[f"gamma={step.gamma}:{step.reason}"] += 1
+        self.decisions[f"gamma={step.rung.gamma}:{step.reason}"] += 1
         self.outside += step.outside
         self.probes += step.probe
-        switched = not step.probe and step.gamma != self._gamma
+        switched = not step.probe and step.rung != self._rung
         if switched:
             self.switches += 1
-            self._gamma = step.gamma
+            self._rung = step.rung
         if self._exporter:
             self._exporter.launched(step, switched)
 
     def finished(self, step: Launched, accepted: Sequence[int]) -> None:
         """The result of a launched step is here: accepted drafts per request."""
-        gamma, batch = step.gamma, step.batch
+        gamma, batch = step.rung.gamma, step.batch
         if len(accepted) != batch:
             raise RuntimeError(f"a step of {batch} requests came back with {len(accepted)}: results out of order")
         now_s = time.perf_counter()
@@ -100,6 +103,7 @@ class Metrics:
             self.decode_steps += 1
             return
         self.cycles += 1
+        self.cycles_by_window[step.rung.window] += 1
         self.cycle_requests += batch
         self.drafted_tokens += gamma * batch
         self.accepted_tokens += sum(accepted)
@@ -117,17 +121,20 @@ class Metrics:
     def snapshot(self) -> dict:
         """Plain values for /server_info.
 
+        window: recent tokens that the latest step's drafts attend to, 0 for all; cycles_by_window: its cycles so far.
         accept_length: mean emitted tokens per request and cycle. acceptance_per_position: conditional acceptance
         of the i-th drafted token, None where none was tried. predicted_speedup, measured_speedup: of recent cycles over
         plain decoding, which takes as long as the profile says. plain_step_ratio: seconds of recent plain decode steps
         over what the profile says. outside: decisions from extrapolated cells of the profile.
         """
         return {
-            "gamma": self.latest.gamma,
+            "gamma": self.latest.rung.gamma,
+            "window": self.latest.rung.window,
             "reason": self.latest.reason,
             "running_batch": self.latest.batch,
             "decode_steps": self.decode_steps,
             "cycles": self.cycles,
+            "cycles_by_window": {str(window): count for window, count in self.cycles_by_window.items()},
             "drafted_tokens": self.drafted_tokens,
             "accepted_tokens": self.accepted_tokens,
             "emitted_tokens": self.emitted_tokens,
@@ -145,7 +152,7 @@ class Metrics:
         }
 
     def _compare(self, step: Launched, took_s: float, emitted: float) -> None:
-        if step.gamma == 0:
+        if step.rung.gamma == 0:
             self.plain_step_ratio.add(took_s, step.plain_s)
             return
         self.measured_speedup.add(emitted * step.plain_s, took_s)
@@ -170,23 +177,25 @@ class PrometheusExporter:
             return PrometheusCounter(f"sglang:self_quant_{name}", text, names).labels(**labels)
 
         self._gamma = gauge("gamma", "Drafted tokens per request of the latest step.")
+        self._window = gauge("window", "Recent tokens that a draft of the latest step attends to, 0 for all.")
         self._batch = gauge("running_batch", "Requests of the latest decode step.")
         self._predicted = gauge("predicted_speedup", "Recent cycles over plain decoding, as predicted.")
         self._measured = gauge("measured_speedup", "Recent cycles over plain decoding, as measured.")
         self._drafted = counter("drafted_tokens", "Drafted tokens.")
         self._accepted = counter("accepted_tokens", "Accepted drafted tokens.")
         self._probes = counter("probes", "Cycles that drafted to learn the acceptance.")
-        self._switches = counter("switches", "Changes of gamma, probes aside.")
+        self._switches = counter("switches", "Changes of gamma or window, probes aside.")
         self._decisions = PrometheusCounter(
             "sglang:self_quant_decisions", "Decode steps by gamma and reason.", [*names, "gamma", "reason"]
         )
 
     def launched(self, step: Launched, switched: bool) -> None:
-        self._gamma.set(step.gamma)
+        self._gamma.set(step.rung.gamma)
+        self._window.set(step.rung.window)
         self._batch.set(step.batch)
         self._probes.inc(step.probe)
         self._switches.inc(switched)
-        self._decisions.labels(**self._labels, gamma=step.gamma, reason=step.reason).inc()
+        self._decisions.labels(**self._labels, gamma=step.rung.gamma, reason=step.reason).inc()
 
     def finished(self, drafted: int, accepted: int, predicted: float | None, measured: float | None) -> None:
         self._drafted.inc(drafted)

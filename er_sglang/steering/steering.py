@@ -28,11 +28,14 @@ class Steering:
         controller: Controller,
         metrics: Metrics,
         *,
+        windows: Sequence[int],
         max_draft_batch: int,
         agreement: Agreement,
         trace: Trace | None,
     ) -> None:
+        """windows: attention windows that a controller made by ``set_policy`` may choose from."""
         self.controller = controller
+        self._windows = windows
         self.metrics = metrics
         self._max_draft_batch = max_draft_batch
         self._agreement = agreement
@@ -51,12 +54,12 @@ class Steering:
     @property
     def first_acceptance(self) -> float:
         """Live acceptance of the first drafted token; 0 if the mode never drafts."""
-        return next(iter(self.controller.acceptance.alphas()), 0.0)
+        return self.controller.first_acceptance
 
     @property
     def in_flight_tokens(self) -> int:
         """The most tokens per request that the steps in flight can emit."""
-        return sum(step.gamma + 1 for step, _ in self._in_flight)
+        return sum(step.rung.gamma + 1 for step, _ in self._in_flight)
 
     def interrupted(self) -> None:
         """A prefill, or nothing at all, comes before the next decode step: its duration says nothing."""
@@ -73,11 +76,11 @@ class Steering:
             blocker = blocker or "max-draft-batch"
         state = State(batch=batch, mean_context_tokens=sum(committed_tokens) / batch, forbid_reason=blocker)
         decision = self.controller.decide(state)
-        self._agreement.add((state, decision.gamma))
+        self._agreement.add((state, decision.rung))
         self._agreement.check()
         profile = self.controller.profile
         step = Launched(
-            gamma=decision.gamma,
+            rung=decision.rung,
             reason=blocker if decision.reason is Reason.FORBIDDEN else decision.reason.value,
             batch=batch,
             context_tokens=state.mean_context_tokens,
@@ -99,14 +102,14 @@ class Steering:
         step, decider = self._in_flight.popleft()
         self.metrics.finished(step, accepted)
         self._agreement.add(accepted)
-        if step.gamma:
-            decider.observe(accepted, step.gamma)
+        if step.rung.gamma:
+            decider.observe(accepted, step.rung)
         if self._trace:
             self._trace.write(step, sum(accepted))
 
     def set_policy(self, config: PolicyConfig) -> None:
         """Decide by other settings from the next step on, as a server started with them would; counters run on."""
-        self.controller = Controller(config, self.controller.profile)
+        self.controller = Controller(config, self.controller.profile, self._windows)
         self.settings_version += 1
         self._agreement.add(config)
 
@@ -136,8 +139,9 @@ def create_steering(config: SelfQuantConfig, profile: Profile | None, server_arg
         if config.trace:
             trace = Trace(config.trace)
     return Steering(
-        Controller(config.policy, profile),
+        Controller(config.policy, profile, config.drafter.windows),
         Metrics(config.gamma_max, exporter),
+        windows=config.drafter.windows,
         max_draft_batch=config.max_draft_batch,
         agreement=Agreement(group.cpu_group if group.world_size > 1 and config.policy.gammas else None),
         trace=trace,

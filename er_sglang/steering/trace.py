@@ -17,7 +17,7 @@ class Trace:
     time_s: Unix time at which the step's result reached the host.
     mode, settings_version: the policy's mode; how often its settings were replaced at run time before the step.
     batch, context_tokens: running requests and their mean context.
-    gamma, reason: drafted tokens per request, and why as many.
+    gamma, window, reason: drafted tokens per request, how many recent tokens they attend to (0: all), and why so.
     expected_speedup: over plain decoding, as predicted; null where the mode predicts nothing.
     outside: the prediction is extrapolated from the measured table.
     accepted: drafts accepted, all requests together; the step emitted accepted + batch tokens.
@@ -37,7 +37,8 @@ class Trace:
             "settings_version": step.settings_version,
             "batch": step.batch,
             "context_tokens": round(step.context_tokens, 1),
-            "gamma": step.gamma,
+            "gamma": step.rung.gamma,
+            "window": step.rung.window,
             "reason": step.reason,
             "expected_speedup": step.expected_speedup,
             "outside": step.outside,

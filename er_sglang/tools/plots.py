@@ -20,12 +20,12 @@ BINS = 300  # of the timeline, at most
 def best_gamma(profile: Profile, batch: float, context_tokens: float, alphas: Sequence[float]) -> tuple[int, float]:
     """The draft length with the most tokens per second, and the speed-up over plain decoding of the best that drafts.
 
-    alphas: conditional acceptance per draft position, for the profile's longest draft.
+    alphas: conditional acceptance per draft position, for the profile's longest draft, with any attention window.
     """
     step_s, _ = profile.costs(batch, context_tokens)
-    speedups = predicted_speedups(alphas, profile.gammas, step_s)
+    speedups = predicted_speedups(dict.fromkeys(profile.windows, alphas), profile.gammas, step_s)
     best = max(speedups, key=speedups.__getitem__)
-    return (best if speedups[best] > 1.0 else 0), speedups[best]
+    return (best.gamma if speedups[best] > 1.0 else 0), speedups[best]
 
 
 @dataclass(slots=True)

@@ -13,7 +13,7 @@ import heapq
 import json
 import random
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import inf
 from pathlib import Path
@@ -23,7 +23,7 @@ from tqdm import tqdm
 from er_sglang.config import SINK_TOKENS
 from er_sglang.policy.config import PolicyConfig
 from er_sglang.policy.decide import Controller, State
-from er_sglang.policy.profile import Profile
+from er_sglang.policy.profile import PLAIN, Profile
 from er_sglang.tools.workload import Request, draw_lengths, make_requests
 
 
@@ -84,9 +84,13 @@ def simulate(
     *,
     max_running: int = 1 << 30,
     prefill_tokens_per_s: float = inf,
+    window_acceptance: Mapping[int, float] | None = None,
     seed: int = 0,
 ) -> Rollout:
-    """Run `requests` to their end with the step times of `profile`; `controller` may decide by another table."""
+    """Run `requests` to their end with the step times of `profile`; `controller` may decide by another table.
+
+    window_acceptance: of drafts with an attention window, acceptance over that with full attention; 1 where not given.
+    """
     rng = random.Random(seed)
     slots = [_Slot(index, request, rng) for index, request in enumerate(requests)]
     away = [(slot.request.arrival_s, slot.index, slot) for slot in slots]  # a heap, by when they arrive or return
@@ -109,22 +113,23 @@ def simulate(
 
         batch, mean_context_tokens = len(running), running_tokens / len(running)
         decision = controller.decide(State(batch=batch, mean_context_tokens=mean_context_tokens))
-        gamma = decision.gamma
+        gamma, rung = decision.gamma, decision.rung
         step_s = profile.costs(batch, mean_context_tokens).step_s
-        rollout.time_s += step_s[gamma]
+        rollout.time_s += step_s[rung]
         rollout.steps[gamma, decision.reason.value] += 1
         rollout.timeline.append((rollout.time_s, batch, gamma))
         if gamma != last_gamma and not decision.probe:
             rollout.switches += 1
             last_gamma = gamma
 
-        accepted = [_accepted(slot, gamma) for slot in running] if gamma else [0] * batch
+        factor = (window_acceptance or {}).get(rung.window, 1.0)
+        accepted = [_accepted(slot, gamma, factor) for slot in running] if gamma else [0] * batch
         if gamma:
-            controller.observe(accepted, gamma)
+            controller.observe(accepted, rung)
             rollout.cycles += batch
             rollout.accepted += sum(accepted)
         if decision.probe:
-            rollout.probe_excess_s += step_s[gamma] - (1.0 + sum(accepted) / batch) * step_s[0]
+            rollout.probe_excess_s += step_s[rung] - (1.0 + sum(accepted) / batch) * step_s[PLAIN]
         step_tokens, done = 0, []
         for slot, count in zip(running, accepted):
             emitted = min(count + 1, slot.left)
@@ -147,10 +152,10 @@ def simulate(
     return rollout
 
 
-def _accepted(slot: _Slot, gamma: int) -> int:
+def _accepted(slot: _Slot, gamma: int, factor: float) -> int:
     alphas, hardness, first = slot.request.alphas, slot.hardness, slot.generated
     deepest, total, count = len(alphas) - 1, len(hardness), 0  # drafts past the end are as hard as the first tokens
-    while count < gamma and hardness[(first + count) % total] < alphas[min(count, deepest)]:
+    while count < gamma and hardness[(first + count) % total] < factor * alphas[min(count, deepest)]:
         count += 1
     return count
 
@@ -180,11 +185,13 @@ def add_command(subparsers: argparse._SubParsersAction) -> None:
     add, defaults = parser.add_argument, PolicyConfig()
     add("--profile", required=True, type=Path, help="JSON of `er-sglang calibrate`, or a CSV of the same quantities")
     add(
-        "--attention-window",
-        type=int,
-        metavar="TOKENS",
-        help='as "drafter.attention_window" in a server\'s config: recent tokens that a draft attends to, besides the first '
-        f"{SINK_TOKENS} of its context (default: as the profile was measured)",
+        "--windows",
+        type=window_factors,
+        default={},
+        metavar="TOKENS:FACTOR,...",
+        help="attention windows that auto chooses from besides full attention, each with its acceptance over that of full "
+        f'attention: 256:0.96,1024:0.99; a draft sees so many recent tokens and the first {SINK_TOKENS} ("drafter": '
+        '{"attention_window": "auto"} in a server\'s config). Default: full attention alone',
     )
     add("--requests", type=int, default=128, help="requests of one rollout (default %(default)s)")
     add(
@@ -257,10 +264,16 @@ def gamma_list(text: str) -> tuple[int, ...]:
     return tuple(int(gamma) for gamma in text.split(","))
 
 
+def window_factors(text: str) -> dict[int, float]:
+    pairs = (pair.partition(":") for pair in text.split(","))
+    return {int(window): float(factor) for window, _, factor in pairs}
+
+
 def run(args: argparse.Namespace) -> int:
     profile = Profile.read(args.profile)
-    if args.attention_window:
-        profile = profile.with_attention_window(SINK_TOKENS + args.attention_window)
+    for window in set(args.windows) - set(profile.windows):
+        profile = profile.with_attention_window(window, SINK_TOKENS)
+    windows = (*profile.windows[:1], *sorted(args.windows))
     fixed_gamma = args.fixed_gamma
     if fixed_gamma is None:
         fixed_gamma = min(PolicyConfig().fixed_gamma, max(profile.gammas))
@@ -272,7 +285,7 @@ def run(args: argparse.Namespace) -> int:
             fixed_gamma=fixed_gamma,
             threshold_batch=args.threshold_batch,
         )
-        controller = Controller(config, profile)
+        controller = Controller(config, profile, windows)
         rollouts = []
         for index in tqdm(range(args.rollouts), desc=mode, leave=False):
             if index:
@@ -294,6 +307,7 @@ def run(args: argparse.Namespace) -> int:
                     controller,
                     max_running=args.max_running,
                     prefill_tokens_per_s=args.prefill_tokens_per_s,
+                    window_acceptance=args.windows,
                     seed=args.seed + index,
                 ).summary()
             )

@@ -5,7 +5,7 @@
 # The image of launch/slime/Dockerfile has it there, with the settings beside it; on several nodes, every node's image.
 SGLANG_ARGS+=(
    --sglang-speculative-algorithm SELF_QUANT
-   --sglang-speculative-num-steps 3
+   --sglang-speculative-num-steps 7
    --sglang-speculative-adaptive-config "$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)/self_quant.json"
    --custom-rollout-log-function-path er_sglang.integrations.slime.log_rollout
 )

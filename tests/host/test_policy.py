@@ -17,7 +17,7 @@ from er_sglang.cli import main
 from er_sglang.config import CACHE_ENV, CONFIG_ENV, SIMULATE_ACCEPTANCE_ENV
 from er_sglang.policy.config import PolicyConfig
 from er_sglang.policy.decide import Controller
-from er_sglang.policy.profile import Profile
+from er_sglang.policy.profile import PLAIN, Profile, Rung
 from er_sglang.steering.agreement import CHECK_EVERY_STEPS, Agreement
 from er_sglang.steering.metrics import Metrics
 from er_sglang.steering.steering import Steering
@@ -58,12 +58,12 @@ def load_and_change(server, changes: list[dict]) -> list[int]:
 
 def crafted(profile: Profile, path, **fingerprint) -> None:
     content = {
-        "format": 1,
+        "format": 2,
         "fingerprint": {**profile.fingerprint, **fingerprint},
         "batches": [1, CROSSOVER, CROSSOVER + 1, 64],
         "contexts_tokens": [1, 1000],
         "forward_s": {"0": [[1e-2] * 2] * 4, **{str(g): [[1e-2] * 2] * 2 + [[1e-1] * 2] * 2 for g in profile.gammas}},
-        "draft_s": [[1e-4] * 2] * 4,
+        "draft_s": {str(window): [[1e-4] * 2] * 4 for window in profile.windows},
         "unavailable": [],
         "outliers": [],
     }
@@ -124,9 +124,9 @@ def test_calibration_measures_every_gamma(calibrated):
     # A verify computes more than a plain step, and a chain of drafts takes as long as several plain steps: every cell
     # shows the whole, several times over. Single drafts show in most: a cell was measured a few times, on a core that
     # others want.
-    assert all(cell.step_s[0] < cell.step_s[3] for cell in cells)
+    assert all(cell.step_s[PLAIN] < cell.step_s[Rung(3)] for cell in cells)
     for less, more in ((0, 1), (1, 3)):
-        assert median(cell.step_s[more] / cell.step_s[less] for cell in cells) > 1
+        assert median(cell.step_s[Rung(more)] / cell.step_s[Rung(less)] for cell in cells) > 1
 
 
 def test_a_second_start_reads_the_cache(steered):
@@ -167,7 +167,8 @@ def test_predicted_and_measured_speedup_are_told(steered):
     state = steered.self_quant()
     assert state["mode"] == "auto" and state["profile"].endswith(".json")
     assert state["predicted_speedup"] > 1 and state["measured_speedup"] > 0 and state["plain_step_ratio"] > 0
-    assert 0 < state["acceptance"]["alpha"][0] < 1 and state["acceptance"]["tried"][0] > 0
+    learned = state["acceptance"]["0"]  # by attention window; no context is longer than any
+    assert 0 < learned["alpha"][0] < 1 and learned["tried"][0] > 0
     exported = {
         line.split("{")[0]: line for line in steered.metrics().splitlines() if "self_quant" in line and line[0] != "#"
     }
@@ -191,7 +192,7 @@ def test_the_policy_changes_while_serving(steered):
     off = steered.self_quant()
     assert decisions(steered, start).keys() == {"gamma=0:off"}
     assert off["mode"] == off["policy"]["mode"] == "off" and off["settings_version"] == start["settings_version"] + 1
-    assert off["acceptance"]["tried"] == []  # as a server started so would have it
+    assert off["acceptance"]["0"]["tried"] == []  # as a server started so would have it
 
     steered.change_self_quant({"mode": "always", "fixed_gamma": 2})
     load(steered)
@@ -290,7 +291,7 @@ def test_the_simulated_acceptance_changes_while_serving(qwen3, folder):
             assert (
                 not drafted if arm.gamma == 0 else accepted / (drafted / arm.gamma) == pytest.approx(expected, abs=0.15)
             )
-        assert after["simulated_acceptance"] == 0.5
+        assert set(after["simulated_acceptance"].values()) == {0.5}
         with pytest.raises(RuntimeError, match="has none for gamma"):
             server.change_self_quant({"mode": "auto", "ladder": [2, 3]})
         with pytest.raises(RuntimeError, match="number from 0 to 1"):

@@ -120,7 +120,7 @@ def test_arms_that_do_not_draft_emit_one_token_a_step():
 def test_acceptance_is_stated_equally_and_only_to_arms_that_draft():
     standalone, self_quant = Arm.parse("standalone:3"), Arm.parse("self_quant:3")
     assert float(server_env([standalone], 0.9, {})["SGLANG_SIMULATE_ACC_LEN"]) == pytest.approx(3.439)
-    assert simulated_acceptance(server_env([self_quant], 0.9, {})) == 0.9
+    assert simulated_acceptance((0,), server_env([self_quant], 0.9, {})) == {0: 0.9}
     for arm, alpha in (
         (Arm.parse("plain"), 0.9),
         (Arm.parse("self_quant:0"), 0.9),
@@ -176,11 +176,11 @@ def test_a_shared_server_can_be_switched_to_each_of_its_arms(arms, gammas, measu
     """It prepares what they draft and no more, and measures only for arms that decide by it."""
     config = served(arms)
     assert (config.policy.gammas, config.policy.needs_profile) == (gammas, measures)
-    now = Control(policy=config.policy, simulated_acceptance=0.9)
+    now = Control(policy=config.policy, simulated_acceptance={0: 0.9})
     for arm in arms_of(arms):
         now = replaced(now, {"self_quant": arm.settings(0.8)}, prepared=gammas, measured=gammas if measures else ())
         assert now.policy.gammas == arm.policy_config.gammas and now.policy.mode == arm.policy_config.mode
-        assert now.simulated_acceptance == 0.8 or arm.gamma == 0
+        assert now.simulated_acceptance == {0: 0.8} or arm.gamma == 0
 
 
 def test_an_arm_states_its_acceptance_only_if_it_has_one():

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from er_sglang.config import (
+    AUTO_WINDOWS,
     CACHE_ENV,
     CONFIG_ENV,
     SIMULATE_ACCEPTANCE_ENV,
@@ -21,8 +22,8 @@ def load(settings: dict, gamma_max: int | None = None):
 
 def test_defaults():
     config = load_config(None, None, {})
-    assert (config.policy.mode, config.gamma_max) == ("auto", 3)
-    assert config.policy.gammas == (1, 2, 3)
+    assert (config.policy.mode, config.gamma_max) == ("auto", 7)
+    assert config.policy.gammas == (1, 2, 3, 5, 7) and config.policy.fixed_gamma == 3
     assert config.drafter.weights == "int4" and config.profile is None and config.trace is None
 
 
@@ -77,6 +78,8 @@ def test_draft_lengths_above_the_largest_gamma_are_refused(policy):
         ({"drafter": {"weights": "int3"}}, "drafter.weights is 'int3'"),
         ({"drafter": {"group_size": 100}}, "drafter.group_size is 100"),
         ({"drafter": {"attention_window": -1}}, "drafter.attention_window is -1"),
+        ({"drafter": {"attention_window": "wide"}}, "drafter.attention_window is 'wide'; choose \"auto\""),
+        ({"drafter": {"attention_window": 8.5}}, "attention_window must be of type int or str"),
         ({"max_draft_batch": 0}, "max_draft_batch is 0"),
         ({"gamma_max": 0}, "--speculative-num-steps is 0"),
         ({"gamma_max": 16}, "--speculative-num-steps is 16"),
@@ -119,11 +122,18 @@ def test_a_missing_file_is_refused():
 
 
 def test_simulated_acceptance():
-    assert simulated_acceptance({}) is None
-    assert simulated_acceptance({SIMULATE_ACCEPTANCE_ENV: "0.9"}) == 0.9
-    for text in ("1.1", "high"):
-        with pytest.raises(ConfigError, match="from 0 to 1"):
-            simulated_acceptance({SIMULATE_ACCEPTANCE_ENV: text})
+    assert simulated_acceptance((0,), {}) is None
+    assert simulated_acceptance((0, 256), {SIMULATE_ACCEPTANCE_ENV: "0.9"}) == {0: 0.9, 256: 0.9}
+    assert simulated_acceptance((0, 256), {SIMULATE_ACCEPTANCE_ENV: '{"256": 0.8, "0": 0.9}'}) == {0: 0.9, 256: 0.8}
+    for text in ("1.1", "high", '{"0": 0.9}', '{"0": 0.9, "256": 2}', '{"0": 0.9, "256": 0.9, "512": 0.9}'):
+        with pytest.raises(ConfigError, match="from 0 to 1.* for each attention window, 0, 256"):
+            simulated_acceptance((0, 256), {SIMULATE_ACCEPTANCE_ENV: text})
+
+
+def test_the_windows_are_chosen_from_or_given():
+    assert load({}).drafter.windows == AUTO_WINDOWS
+    assert load({"drafter": {"attention_window": 0}}).drafter.windows == (0,)
+    assert load({"drafter": {"attention_window": 512}}).drafter.windows == (512,)
 
 
 def test_the_cache_can_be_moved(tmp_path):

@@ -9,7 +9,7 @@ from er_sglang.policy.config import PolicyConfig
 from er_sglang.steering.control import Control, replaced
 
 AUTO = Control(policy=PolicyConfig(mode="auto", ladder=(1, 2, 3), threshold_batch=9), simulated_acceptance=None)
-SIMULATED = replace(AUTO, simulated_acceptance=0.9)
+SIMULATED = replace(AUTO, simulated_acceptance={0: 0.9, 256: 0.8})
 
 
 def change(settings, now=AUTO, prepared=(1, 2, 3), measured=(1, 2, 3)):
@@ -75,8 +75,10 @@ def test_nothing_else_may_come_along():
 
 
 def test_another_acceptance_only_where_one_is_simulated():
-    assert change({"simulate_acceptance": 1}, SIMULATED) == replace(SIMULATED, simulated_acceptance=1.0)
-    for bad in (None, True, "0.5", -0.1, 1.1, float("nan")):
+    assert change({"simulate_acceptance": 1}, SIMULATED).simulated_acceptance == {0: 1.0, 256: 1.0}
+    apart = {"0": 0.5, "256": 0.25}
+    assert change({"simulate_acceptance": apart}, SIMULATED).simulated_acceptance == {0: 0.5, 256: 0.25}
+    for bad in (None, True, "0.5", -0.1, 1.1, float("nan"), {"0": 0.5}, {"0": 0.5, "256": 2}):
         with pytest.raises(ConfigError, match="number from 0 to 1"):
             change({"simulate_acceptance": bad}, SIMULATED)
-    assert change({"mode": "off"}, SIMULATED).simulated_acceptance == 0.9
+    assert change({"mode": "off"}, SIMULATED) == replace(SIMULATED, policy=replace(AUTO.policy, mode="off"))

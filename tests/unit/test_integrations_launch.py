@@ -11,11 +11,11 @@ from er_sglang.config import load_config
 LAUNCH = Path(__file__).parents[2] / "launch"
 
 
-@pytest.mark.parametrize("trainer, gamma_max", [("slime", 3), ("areal", None)])
+@pytest.mark.parametrize("trainer, gamma_max", [("slime", 7), ("areal", None)])
 def test_settings(trainer, gamma_max):
-    """slime gives gamma_max by a flag, AReaL's servers have it from the settings."""
+    """slime gives gamma_max by a flag, AReaL's servers have the default."""
     config = load_config(str(LAUNCH / trainer / "self_quant.json"), gamma_max, env={})
-    assert config.gamma_max == 3
+    assert config.gamma_max == 7
 
 
 def test_slime_arguments():

@@ -2,9 +2,11 @@
 
 import json
 import os
+from dataclasses import replace
 
 import pytest
 
+from er_sglang.policy.profile import Rung
 from er_sglang.steering import metrics as metrics_module
 from er_sglang.steering.metrics import Launched, Metrics
 from er_sglang.steering.trace import Trace
@@ -25,7 +27,7 @@ def clock(monkeypatch):
 
 
 def step(gamma: int, batch: int = 2, **kwargs) -> Launched:
-    return Launched(gamma=gamma, reason="pays" if gamma else "slower", batch=batch, context_tokens=100.0, **kwargs)
+    return Launched(rung=Rung(gamma), reason="pays" if gamma else "slower", batch=batch, context_tokens=100.0, **kwargs)
 
 
 def test_overlapped_steps_are_counted_in_order():
@@ -40,6 +42,16 @@ def test_overlapped_steps_are_counted_in_order():
     assert (snapshot["drafted_tokens"], snapshot["accepted_tokens"], snapshot["accept_length"]) == (6, 4, 3.0)
     assert snapshot["acceptance_per_position"] == [1.0, 0.5, 1.0]
     assert snapshot["decisions"] == {"gamma=3:pays": 1, "gamma=0:slower": 1}
+
+
+def test_a_change_of_window_is_a_switch():
+    metrics = Metrics(gamma_max=3)
+    for rung in (Rung(3), Rung(3, window=256), Rung(3, window=256), Rung(2)):
+        cycle = replace(step(rung.gamma), rung=rung)
+        metrics.launched(cycle)
+        metrics.finished(cycle, [1, 1])
+    assert metrics.switches == 3
+    assert metrics.snapshot()["cycles_by_window"] == {"0": 2, "256": 2} and metrics.snapshot()["window"] == 0
 
 
 def test_results_out_of_order_are_an_error():
@@ -86,7 +98,7 @@ def test_trace_lines(tmp_path):
     assert first.pop("time_s") > 0
     assert first == {
         "mode": "auto", "settings_version": 2,
-        "batch": 2, "context_tokens": 100.0, "gamma": 3, "reason": "pays", "expected_speedup": 1.25, "outside": False, "accepted": 4,
+        "batch": 2, "context_tokens": 100.0, "gamma": 3, "window": 0, "reason": "pays", "expected_speedup": 1.25, "outside": False, "accepted": 4,
     }  # fmt: skip
     assert second["expected_speedup"] is None
 

@@ -13,7 +13,7 @@ from er_sglang.policy.acceptance import AcceptanceEstimator
 from er_sglang.policy.config import PolicyConfig
 from er_sglang.policy.decide import Controller, Memory, Reason, State, decide
 from er_sglang.policy.paper import PaperRule, Roofline, fit_roofline
-from er_sglang.policy.profile import Profile, Sample
+from er_sglang.policy.profile import Profile, Rung, Sample
 
 LADDER = (1, 2, 3, 5, 7)
 NO_CREDIT = Memory(probe_credit_s=0.0)
@@ -59,7 +59,7 @@ def cycle(controller: Controller, rng: random.Random, alpha: float, batch: int, 
         while count < gamma and rng.random() < alpha:
             count += 1
         accepted.append(count)
-    controller.observe(accepted, gamma)
+    controller.observe(accepted, Rung(gamma))
     return 1.0 + sum(accepted) / batch
 
 
@@ -83,19 +83,19 @@ def test_the_choice_is_the_oracles(target, draft, verify, alphas):
             reached *= alpha
             tokens += reached
         rates[gamma] = tokens / (gamma * draft + by_gamma[gamma])
-    _, memory = decide(SMALL, profile, Acceptance(alphas), PolicyConfig(margin=0.0, patience=0.0), NO_CREDIT)
-    assert rates[memory.gamma] == pytest.approx(max(rates.values()))
+    _, memory = decide(SMALL, profile, {0: Acceptance(alphas)}, PolicyConfig(margin=0.0, patience=0.0), NO_CREDIT)
+    assert rates[memory.rung.gamma] == pytest.approx(max(rates.values()))
 
 
 def test_expected_speedup_is_the_closed_form():
-    decision, _ = decide(SMALL, PROFILE, Acceptance([0.9] * 7), PolicyConfig(ladder=(3,)), NO_CREDIT)
+    decision, _ = decide(SMALL, PROFILE, {0: Acceptance([0.9] * 7)}, PolicyConfig(ladder=(3,)), NO_CREDIT)
     assert (decision.gamma, decision.reason) == (3, Reason.PAYS)
     assert decision.expected_speedup == pytest.approx((1 - 0.9**4) / (1 - 0.9) * 10 / (3 * 4 + 10))
 
 
 def test_margin_is_asked_of_drafting_and_not_between_rungs():
     profile = make_profile(lambda b, c: 1.0, lambda b, c: 0.5, lambda b, c, g: 1.3)
-    acceptance = Acceptance([0.88] * 7)  # gamma 1: 1.88 / 1.8 = 1.044; gamma 2: 2.65 / 2.3 = 1.154
+    acceptance = {0: Acceptance([0.88] * 7)}  # gamma 1: 1.88 / 1.8 = 1.044; gamma 2: 2.65 / 2.3 = 1.154
     assert decide(SMALL, profile, acceptance, PolicyConfig(margin=0.1, patience=0.0), NO_CREDIT)[0].gamma > 1
     assert decide(SMALL, profile, acceptance, PolicyConfig(margin=0.3, patience=0.0), NO_CREDIT)[0].gamma == 0
 
@@ -120,7 +120,7 @@ def test_a_batch_too_large_to_draft_for_arms_the_papers_toggle():
 
 
 def test_a_large_change_acts_at_once_and_both_ways():
-    config, acceptance = PolicyConfig(), Acceptance([0.9] * 7)
+    config, acceptance = PolicyConfig(), {0: Acceptance([0.9] * 7)}
     gammas, memory = [], NO_CREDIT
     for state in (SMALL, LARGE, SMALL, LARGE):  # a refilled batch, a drained one
         decision, memory = decide(state, PROFILE, acceptance, config, memory)
@@ -130,11 +130,11 @@ def test_a_large_change_acts_at_once_and_both_ways():
 
 def test_a_small_advantage_acts_after_patience():
     profile = make_profile(lambda b, c: 1.0, lambda b, c: 0.4, lambda b, c, g: 1.0)
-    acceptance = Acceptance([0.45])  # gamma 1: 1.45 / 1.4 = 1.036
+    acceptance = {0: Acceptance([0.45])}  # gamma 1: 1.45 / 1.4 = 1.036
     config, memory, gammas = PolicyConfig(ladder=(1,), margin=0.0, patience=0.25), NO_CREDIT, []
     for _ in range(10):
         _, memory = decide(SMALL, profile, acceptance, config, memory)
-        gammas.append(memory.gamma)
+        gammas.append(memory.rung.gamma)
     assert gammas == [0] * 6 + [1] * 4  # 7 x 0.036 exceeds 0.25
 
 
@@ -143,19 +143,19 @@ def test_a_small_advantage_acts_after_patience():
 def test_switches_are_bounded_by_what_they_gain_for_any_path(path, patience):
     config, memory, switches, gains = PolicyConfig(patience=patience), NO_CREDIT, 0, 0.0
     for alpha in path:
-        before, acceptance = memory.gamma, Acceptance([alpha] * 7)
+        before, acceptance = memory.rung.gamma, {0: Acceptance([alpha] * 7)}
         ideal = decide(
-            SMALL, PROFILE, acceptance, PolicyConfig(patience=0.0), Memory(gamma=before, probe_credit_s=0.0)
-        )[1].gamma
+            SMALL, PROFILE, acceptance, PolicyConfig(patience=0.0), Memory(rung=Rung(before), probe_credit_s=0.0)
+        )[1].rung.gamma
         gains += _value(ideal, alpha) / _value(before, alpha) - 1.0
         _, memory = decide(SMALL, PROFILE, acceptance, config, memory)
-        switches += memory.gamma != before
+        switches += memory.rung.gamma != before
     assert switches <= gains / patience + 1e-6
 
 
 def _value(gamma: int, alpha: float) -> float:
     tokens = sum(alpha**i for i in range(gamma + 1))
-    return tokens / PROFILE.costs(SMALL.batch, SMALL.mean_context_tokens).step_s[gamma] / (1.01 if gamma else 1.0)
+    return tokens / PROFILE.costs(SMALL.batch, SMALL.mean_context_tokens).step_s[Rung(gamma)] / (1.01 if gamma else 1.0)
 
 
 @settings(max_examples=100)
@@ -169,9 +169,9 @@ def test_no_flapping_within_the_uncertainty_of_the_estimate(wander):
     profile = make_profile(lambda b, c: 1.0, lambda b, c: 0.44, lambda b, c, g: 1.0)
     config, memory, switches = PolicyConfig(ladder=(1,)), NO_CREDIT, 0
     for u in wander:
-        before = memory.gamma
-        _, memory = decide(SMALL, profile, Acceptance([low + u * (high - low)]), config, memory)
-        switches += memory.gamma != before
+        before = memory.rung.gamma
+        _, memory = decide(SMALL, profile, {0: Acceptance([low + u * (high - low)])}, config, memory)
+        switches += memory.rung.gamma != before
     assert high > 1.44 * 1.01 - 1.0 > low  # the decision is open within these bounds
     assert switches <= 1 + len(wander) * (high - low) / (1.0 + low) / config.patience
 
@@ -201,7 +201,7 @@ def test_probes_cost_less_than_their_budget(alpha, batch):
             continue
         tokens = cycle(controller, rng, alpha, batch, decision.gamma)
         if decision.probe:
-            excess_s += profile.costs(batch, 1000.0).step_s[decision.gamma] - tokens
+            excess_s += profile.costs(batch, 1000.0).step_s[decision.rung] - tokens
             probes += 1
     assert probes > 5
     assert excess_s < config.probe_budget * plain_s
@@ -271,7 +271,7 @@ def test_deciding_takes_less_than_50_microseconds():
 
 def test_outside_the_table_is_said():
     assert decide(
-        State(batch=256, mean_context_tokens=1000.0), PROFILE, Acceptance([0.9] * 7), PolicyConfig(), NO_CREDIT
+        State(batch=256, mean_context_tokens=1000.0), PROFILE, {0: Acceptance([0.9] * 7)}, PolicyConfig(), NO_CREDIT
     )[0].outside
 
 
@@ -313,6 +313,86 @@ def test_a_profile_without_the_ladder_is_refused():
         Controller(PolicyConfig(mode="paper"), PROFILE)
     with pytest.raises(ValueError, match="calibrate"):
         Controller(PolicyConfig())
+
+
+# Of 2000 tokens of context, a draft with a window of 256 takes half the time.
+WINDOWED = make_profile(
+    lambda b, c: 10e-3, lambda b, c: 2e-3 + 1.2e-6 * c, lambda b, c, g: 11e-3, contexts=(128, 320, 8192)
+).with_attention_window(256, sink_tokens=64)
+LONG = State(batch=16, mean_context_tokens=2000.0)
+SHORT = State(batch=16, mean_context_tokens=200.0)
+
+
+def drive(controller: Controller, rng: random.Random, state: State, alphas: dict[int, float], steps: int) -> list[Rung]:
+    """Rungs taken, where drafts with each window are accepted as stated."""
+    rungs = []
+    for _ in range(steps):
+        rungs.append(controller.decide(state).rung)
+        if rungs[-1].gamma:
+            accepted = []
+            for _ in range(state.batch):
+                count = 0
+                while count < rungs[-1].gamma and rng.random() < alphas[rungs[-1].window]:
+                    count += 1
+                accepted.append(count)
+            controller.observe(accepted, rungs[-1])
+    return rungs
+
+
+@given(full=st.floats(0, 1), windowed=st.floats(0, 1))
+def test_the_choice_among_windows_is_the_oracles(full, windowed):
+    alphas = {0: full, 256: windowed}
+    acceptance = {window: Acceptance([alpha] * 7) for window, alpha in alphas.items()}
+    _, memory = decide(LONG, WINDOWED, acceptance, PolicyConfig(margin=0.0, patience=0.0), NO_CREDIT)
+    step_s, _ = WINDOWED.costs(LONG.batch, LONG.mean_context_tokens)
+    rates = {
+        rung: sum(alphas[rung.window] ** i for i in range(rung.gamma + 1)) / seconds for rung, seconds in step_s.items()
+    }
+    assert len(rates) == 11 and rates[memory.rung] == pytest.approx(max(rates.values()))
+
+
+def test_a_window_is_found_to_pay_and_left_when_its_acceptance_collapses():
+    controller, rng = Controller(PolicyConfig(), WINDOWED, (0, 256)), random.Random(0)
+    good = drive(controller, rng, LONG, {0: 0.93, 256: 0.91}, 300)
+    collapsed = drive(controller, rng, LONG, {0: 0.93, 256: 0.3}, 300)
+    assert sum(rung.window == 256 for rung in good[50:]) > 240
+    assert sum(rung.gamma > 0 and rung.window == 0 for rung in collapsed[100:]) > 190
+    again = drive(controller, rng, LONG, {0: 0.93, 256: 0.91}, 5000)
+    assert sum(rung.window == 256 for rung in again[-1000:]) > 900, "probes find out"
+
+
+def test_contexts_that_a_window_holds_are_drafted_for_without_it():
+    controller, rng = Controller(PolicyConfig(), WINDOWED, (0, 256)), random.Random(0)
+    alphas = {0: 0.9, 256: 0.9}
+    for _ in range(2):  # long contexts between
+        assert {rung.window for rung in drive(controller, rng, SHORT, alphas, 100)} == {0}
+        assert drive(controller, rng, LONG, alphas, 300)[-1].window == 256
+
+
+def test_probes_of_a_window_cost_less_than_their_budget_while_drafting_with_another():
+    """The window takes almost as long as full attention, which wins by little: hard to rule out."""
+    profile = make_profile(lambda b, c: 10e-3, lambda b, c: 2e-3 + 1e-8 * c, lambda b, c, g: 11e-3)
+    profile = profile.with_attention_window(256, sink_tokens=64)
+    controller, rng, lost_s, total_s = Controller(PolicyConfig(), profile, (0, 256)), random.Random(0), 0.0, 0.0
+    alphas = {0: 0.9, 256: 0.8}
+    step_s, _ = profile.costs(LONG.batch, LONG.mean_context_tokens)
+    best = max(step_s, key=lambda rung: sum(0.9**i for i in range(rung.gamma + 1)) / step_s[rung] * (rung.window == 0))
+    token_s = step_s[best] / sum(0.9**i for i in range(best.gamma + 1))
+    drive(controller, rng, LONG, alphas, 200)
+    rungs = drive(controller, rng, LONG, alphas, 10_000)
+    probes = [rung for rung in rungs if rung.window]
+    for rung in rungs:
+        total_s += step_s[rung]
+        lost_s += (step_s[rung] - sum(alphas[256] ** i for i in range(rung.gamma + 1)) * token_s) * (rung.window > 0)
+    assert len(probes) > 5
+    assert lost_s < PolicyConfig().probe_budget * total_s
+
+
+def test_windows_without_step_times_are_refused():
+    with pytest.raises(ValueError, match=r"no times of attention window \[512\].*\[0, 256\]"):
+        Controller(PolicyConfig(), WINDOWED, (0, 512))
+    assert Controller(PolicyConfig(mode="always"), None, (512,)).decide(LONG).rung == Rung(3, 512)
+    assert Controller(PolicyConfig(mode="always"), None, (0, 256)).decide(LONG).rung == Rung(3)
 
 
 ROOFLINE = Roofline(18.9e-3, 7.9e-3, 3e-8, 1.2e-4, 5e-5, 1.5e-4, 2.3e-4)

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from er_sglang.policy.profile import Profile, ProfileError, Sample
+from er_sglang.policy.profile import PLAIN, Profile, ProfileError, Rung, Sample
 from er_sglang.policy.tables import isotonic
 
 BATCHES, CONTEXTS = (1, 4, 16), (512, 1024, 4096)
@@ -36,25 +36,26 @@ def samples(batches=BATCHES, contexts=CONTEXTS, gammas=(1, 3)) -> list[Sample]:
 def test_interpolation_is_bilinear(batch, context):
     costs = Profile.from_samples(samples()).costs(batch, context)
     assert not costs.outside
-    assert costs.step_s[0] == pytest.approx(plane(batch, context, 0))
+    assert costs.step_s[PLAIN] == pytest.approx(plane(batch, context, 0))
     for gamma in (1, 3):
         expected = gamma * plane(batch, context, 0) / 2 + plane(batch, context, gamma)
-        assert costs.step_s[gamma] == pytest.approx(expected)
+        assert costs.step_s[Rung(gamma)] == pytest.approx(expected)
 
 
 def test_single_tables_agree_with_costs():
     profile = Profile.from_samples(samples())
     costs = profile.costs(7, 2000)
     assert profile.gammas == (1, 3)
-    assert profile.target_s(7, 2000) == costs.step_s[0]
-    assert 3 * profile.drafted_token_s(7, 2000) + profile.verify_s(7, 2000, 3) == costs.step_s[3]
+    assert profile.target_s(7, 2000) == costs.step_s[PLAIN]
+    assert 3 * profile.drafted_token_s(7, 2000) + profile.verify_s(7, 2000, 3) == costs.step_s[Rung(3)]
 
 
 @pytest.mark.parametrize("context", [600, 800, 1024, 4096, 9000])
 def test_a_window_bounds_what_drafts_read(context):
     profile = Profile.from_samples(samples())
-    windowed = profile.with_attention_window(1024)
-    assert windowed.drafted_token_s(4, context) == pytest.approx(profile.drafted_token_s(4, min(context, 1024)))
+    windowed = profile.with_attention_window(960, sink_tokens=64)
+    assert windowed.drafted_token_s(4, context, 960) == pytest.approx(profile.drafted_token_s(4, min(context, 1024)))
+    assert windowed.windows == (0, 960) and windowed.draft_s[0] == profile.draft_s[0]
     assert windowed.forward_s == profile.forward_s
 
 
@@ -167,11 +168,12 @@ SPOILT = {
     "no JSON": lambda content: "{",
     "no object": lambda content: [],
     "a missing key": lambda content: {key: content[key] for key in content if key != "draft_s"},
+    "no drafted token": lambda content: {**content, "draft_s": {}},
     "a table of another type": lambda content: {**content, "forward_s": [1.0]},
-    "a cell of another type": lambda content: {**content, "draft_s": [["fast"] * 3] * 3},
+    "a cell of another type": lambda content: {**content, "draft_s": {"0": [["fast"] * 3] * 3}},
     "an axis of another type": lambda content: {**content, "batches": 16},
     "a fingerprint of another type": lambda content: {**content, "fingerprint": "H200"},
-    "a truncated table": lambda content: {**content, "draft_s": content["draft_s"][:-1]},
+    "a truncated table": lambda content: {**content, "draft_s": {"0": content["draft_s"]["0"][:-1]}},
 }
 
 
@@ -188,9 +190,12 @@ def test_a_spoilt_profile_is_refused_with_its_path(tmp_path, spoil):
 
 def test_csv(tmp_path):
     path = tmp_path / "table.csv"
-    lines = [",".join(map(str, row)) for row in samples()]
+    lines = [",".join(map(str, row[:5])) for row in samples()]
     path.write_text("\n".join(["phase,gamma,batch,context_tokens,seconds", *lines]))
     assert Profile.from_csv(path).costs(3, 700) == Profile.from_samples(samples()).costs(3, 700)
+    windowed = [*samples(), *(row._replace(window=256) for row in samples() if row.phase == "draft")]
+    path.write_text("\n".join([",".join(Sample._fields), *(",".join(map(str, row)) for row in windowed)]))
+    assert Profile.from_csv(path).costs(3, 700) == Profile.from_samples(windowed).costs(3, 700)
     path.write_text("phase,batch\ntarget,1")
     with pytest.raises(ProfileError, match="lacks the columns context_tokens, gamma, seconds"):
         Profile.from_csv(path)

@@ -297,14 +297,15 @@ def test_the_command_line_lets_requests_arrive_over_time(tmp_path):
     assert results["off"]["time_s"] == pytest.approx(40.0 + 100.0)
 
 
-def test_the_command_lines_window_is_that_of_a_servers_config(tmp_path):
+def test_the_command_line_states_what_a_window_accepts(tmp_path):
     """A draft takes 1 ms per token that it attends to: of 1000 and more, the first 64 and the last 136."""
     rows = []
     for batch in (1, 8):
         for context in (100, 1000, 2000):
             rows += [Sample("target", 0, batch, context, 1.0), Sample("verify", 3, batch, context, 1.0)]
             rows.append(Sample("draft", 0, batch, context, 1e-3 * context))
-    words = "--modes always --alpha 0 --prompt-tokens 1000 --rollouts 1 --attention-window 136".split()
-    assert figures(Profile.from_samples(rows), tmp_path, *words)["always"]["time_s"] == pytest.approx(
-        100 * (3 * 0.2 + 1.0)
-    )
+    profile = Profile.from_samples(rows)
+    words = "--modes auto --alpha 1 --prompt-tokens 1000 --rollouts 1 --lengths fixed:400 --windows".split()
+    every_s, none_s = (figures(profile, tmp_path, *words, f"136:{x}")["auto"]["time_s"] for x in ("1", "0"))
+    assert every_s == pytest.approx(400 / 4 * (3 * 0.2 + 1.0))
+    assert 400 * 0.98 < none_s < 400 * 1.02  # full attention loses, and so does this window

@@ -15,6 +15,7 @@ from sglang.srt.managers.schedule_batch import ScheduleBatch
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
 from er_sglang.cycle.step import Step
+from er_sglang.policy.profile import Rung
 from er_sglang.sampling import SamplingParams
 
 CONTEXT_TOKENS = 75
@@ -84,7 +85,8 @@ def _draft(worker, step: Step, gamma: int, graph: bool) -> list[torch.Tensor]:
     chain = worker._chain
     worker.random.state[1] = 5
     batches, chain._graph_batches = chain._graph_batches, chain._graph_batches if graph else []
-    draft = chain.draft(chain.prepare(step, gamma), step.batch_size)
+    rung = Rung(gamma, worker.config.drafter.windows[0])
+    draft = chain.draft(chain.prepare(step, rung), step.batch_size)
     chain._graph_batches = batches
     return [t.clone() for t in (draft.tokens_NB, draft.logits_GBV, draft.lse_GB)]
 
