@@ -65,6 +65,8 @@ SEAMS = (
     _seam("model_executor.model_runner:ModelRunner.forward", "self forward_batch"),
     _seam("model_executor.model_runner:ModelRunner._get_attention_backend", "self init_new_workspace"),
     _seam("speculative.dflash_utils:resolve_dflash_verify_mask_policy", "attn_backend"),
+    _seam("layers.logits_processor:LogitsProcessor._compute_lm_head", "self hidden_states lm_head embedding_bias"),
+    _seam("layers.logits_processor:should_apply_lm_head_quant_method", "lm_head quant_method"),
     _seam("layers.utils.logprob:compute_spec_v2_logprobs", "batch logits_output predict accept_index"),
     # graphs
     _seam("model_executor.runner.base_cuda_graph_runner:get_batch_sizes_to_capture", "model_runner num_tokens_per_bs"),
