@@ -1,17 +1,15 @@
 """The drafter: a shadow of the live policy, its Linear layers and lm_head quantized, all else the same objects.
 
 Every module that contains a converted Linear is shallow-copied; every other module (embedding, norms, rotary,
-RadixAttention, logits processor) is shared. Tensor-parallel shards, fused qkv and gate/up projections and biases
-follow by construction, and the drafter's attention layers, being the policy's own, read and write the policy's KV
-cache. lm_head is converted where the logits are computed and nowhere else: one that is tied to the embedding embeds
-as the policy's.
+RadixAttention, logits processor) is shared, but for `twins` of the small ones on Hopper. Tensor-parallel shards, fused
+qkv and gate/up projections and biases follow by construction, and the drafter's attention layers, being the policy's
+own, read and write the policy's KV cache. lm_head is converted where the logits are computed and nowhere else: one that
+is tied to the embedding embeds as the policy's.
 """
 
 from __future__ import annotations
 
 import logging
-import types
-from collections.abc import Callable
 from contextlib import AbstractContextManager
 
 import torch
@@ -22,6 +20,8 @@ from sglang.srt.utils import use_intel_amx_backend
 from torch import nn
 from tqdm import tqdm
 
+from er_sglang.drafting.shadow import shadow, shallow_copy
+from er_sglang.drafting.twins import leave_head_norms_to_attention, small_twins
 from er_sglang.errors import ConfigError
 from er_sglang.quantize import Format
 
@@ -84,7 +84,9 @@ class Drafter:
                     convert(name, layer, fmt)
             if not self._methods:
                 raise ConfigError(f"no Linear layer of this model can be converted: {sorted(set(kept.values()))}.")
-            self.model = shadow(policy, self._linear_twin)
+            small = small_twins(policy)
+            self.model = shadow(policy, lambda module: small.get(module, self._linear_twin(module)))
+            leave_head_norms_to_attention(self.model)
             if head_fmt is not None:
                 convert("lm_head", policy.lm_head, head_fmt)
                 if (method := self._methods.get(policy.lm_head)) is not None:
@@ -107,7 +109,7 @@ class Drafter:
     def _linear_twin(self, module: nn.Module) -> nn.Module | None:
         if (method := self._methods.get(module)) is None:
             return None
-        twin = _shallow_copy(module)
+        twin = shallow_copy(module)
         del twin._parameters["weight"]
         twin.quant_method = method
         return twin
@@ -126,47 +128,6 @@ def _unconvertible(layer: nn.Module, fmt: Format) -> str | None:
 
 def _head_twin(head: nn.Module, method: DraftLinearMethod) -> nn.Module:
     """``head`` as LogitsProcessor reads it: a quant_method goes before the weight, but only if there is a weight."""
-    twin = _shallow_copy(head)
+    twin = shallow_copy(head)
     twin.quant_method = method
     return twin
-
-
-def shadow(root: nn.Module, convert: Callable[[nn.Module], nn.Module | None]) -> nn.Module:
-    """``root`` with every module for which ``convert`` returns one replaced; modules without any are shared."""
-    replaced: dict[nn.Module, nn.Module] = {}
-
-    def visit(module: nn.Module) -> nn.Module:
-        if module in replaced:
-            return replaced[module]
-        copy = convert(module)
-        if copy is None:
-            children = {name: visit(child) for name, child in module.named_children()}
-            if all(children[name] is child for name, child in module.named_children()):
-                copy = module
-            else:
-                copy = _shallow_copy(module)
-                copy._modules.update(children)
-        replaced[module] = copy
-        return copy
-
-    copy = visit(root)
-    for module in set(replaced.values()):
-        _rebind_methods(module, replaced)
-    return copy
-
-
-def _shallow_copy(module: nn.Module) -> nn.Module:
-    copy = module.__class__.__new__(module.__class__)
-    copy.__dict__ = dict(module.__dict__)
-    for registry in ("_parameters", "_buffers", "_modules"):
-        copy.__dict__[registry] = dict(module.__dict__[registry])
-    return copy
-
-
-def _rebind_methods(module: nn.Module, replaced: dict[nn.Module, nn.Module]) -> None:
-    """Attributes that hold a bound method of a replaced module (MultiPlatformOp._forward_method) follow it."""
-    for name, value in list(module.__dict__.items()):
-        if isinstance(value, types.MethodType) and isinstance(value.__self__, nn.Module):
-            owner = replaced.get(value.__self__, value.__self__)
-            if owner is not value.__self__:
-                module.__dict__[name] = types.MethodType(value.__func__, owner)
