@@ -75,9 +75,15 @@ class SelfQuantWorker(ServedWorker):
         # SGLang's weights checker would look for a draft's own weights: the drafter's are derived.
         self._poolless = SimpleNamespace(draft_runner=SimpleNamespace(token_to_kv_pool=None))
 
+        drafter = self.config.drafter
+        formats = {
+            name: create_format(name, group_size=drafter.group_size, device=self.device)
+            for name in {drafter.weights, drafter.head} - {"policy"}
+        }
         self._drafter = Drafter(
             runner.model,
-            create_format(self.config.drafter.weights, group_size=self.config.drafter.group_size, device=self.device),
+            formats[drafter.weights],
+            formats.get(drafter.head),
             runner.memory_saver_adapter.region(GPU_MEMORY_TYPE_WEIGHTS, enable_cpu_backup=False),
             progress=tp_rank == 0,
         )
@@ -350,6 +356,7 @@ class SelfQuantWorker(ServedWorker):
             "acceptance": _named({window: each.snapshot() for window, each in controller.acceptance.items()}),
             "profile": str(self._profile_path) if self._profile_path else None,
             "weights": self.config.drafter.weights,
+            "head": self.config.drafter.head,
             "drafter_bytes": self._drafter.nbytes,
             **self.freshness.snapshot(),
         }

@@ -1,41 +1,47 @@
-"""The drafter: a shadow of the live policy, its Linear layers quantized, all else the same objects.
+"""The drafter: a shadow of the live policy, its Linear layers and lm_head quantized, all else the same objects.
 
 Every module that contains a converted Linear is shallow-copied; every other module (embedding, norms, rotary,
-RadixAttention, logits processor, lm_head) is shared. Tensor-parallel shards, fused qkv and gate/up projections,
-biases and tied embeddings follow by construction, and the drafter's attention layers, being the policy's own,
-read and write the policy's KV cache.
+RadixAttention, logits processor) is shared, but for `twins` of the small ones on Hopper. Tensor-parallel shards, fused
+qkv and gate/up projections and biases follow by construction, and the drafter's attention layers, being the policy's
+own, read and write the policy's KV cache. lm_head is converted where the logits are computed and nowhere else: one that
+is tied to the embedding embeds as the policy's.
 """
 
 from __future__ import annotations
 
 import logging
-import types
-from collections.abc import Callable
 from contextlib import AbstractContextManager
 
 import torch
 from sglang.srt.layers.linear import LinearBase
 from sglang.srt.layers.quantization.base_config import LinearMethodBase
-from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
+from sglang.srt.layers.quantization.unquant import UnquantizedEmbeddingMethod, UnquantizedLinearMethod
 from sglang.srt.utils import use_intel_amx_backend
 from torch import nn
 from tqdm import tqdm
 
+from er_sglang.drafting.shadow import shadow, shallow_copy
+from er_sglang.drafting.twins import leave_head_norms_to_attention, small_twins
 from er_sglang.errors import ConfigError
-from er_sglang.quantize import Format, Packed
+from er_sglang.quantize import Format
 
 logger = logging.getLogger(__name__)
 
 
 class DraftLinearMethod(LinearMethodBase):
-    """``quant_method`` of one converted Linear: applies its packed weight."""
+    """``quant_method`` of one converted Linear or lm_head: holds and applies its packed weight."""
 
-    def __init__(self, fmt: Format, packed: Packed) -> None:
+    def __init__(self, fmt: Format, layer: nn.Module) -> None:
+        n, k = layer.weight.shape
         self.fmt = fmt
-        self.packed = packed
+        self.packed = fmt.allocate(n, k, layer.weight.dtype, layer.weight.device)
 
     def create_weights(self, layer: nn.Module, *args, **kwargs) -> None:
         raise NotImplementedError("a drafter's weights are made from the policy's, never loaded")
+
+    def refresh_(self, layer: nn.Module) -> None:
+        """Follow the policy's ``layer``, in place."""
+        self.fmt.refresh_(self.packed, layer.weight.data)
 
     def apply(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         return self.fmt.apply(self.packed, x, bias)
@@ -48,98 +54,80 @@ class Drafter:
     nbytes: memory the packed weights hold.
     """
 
-    def __init__(self, policy: nn.Module, fmt: Format, weights_region: AbstractContextManager, progress: bool) -> None:
+    def __init__(
+        self,
+        policy: nn.Module,
+        fmt: Format,
+        head_fmt: Format | None,
+        weights_region: AbstractContextManager,
+        progress: bool,
+    ) -> None:
         """Build and fill the shadow; raises ConfigError if no layer can be converted.
 
+        head_fmt: format of lm_head; None shares the policy's.
         weights_region: memory region for the packed weights, so that sleep releases them with the policy's.
         progress: show a progress bar.
         """
-        self._fmt = fmt
         self._progress = progress
-        self._packed: dict[LinearBase, Packed] = {}
+        self._methods: dict[nn.Module, DraftLinearMethod] = {}  # by the policy's layer
         kept: dict[str, str] = {}
+
+        def convert(name: str, layer: nn.Module, fmt: Format) -> None:
+            if (reason := _unconvertible(layer, fmt)) is not None:
+                kept[name] = reason
+            else:
+                self._methods[layer] = DraftLinearMethod(fmt, layer)
+
         with weights_region:
             for name, layer in policy.named_modules():
                 if isinstance(layer, LinearBase):
-                    if (reason := self._allocate(layer)) is not None:
-                        kept[name] = reason
-        if not self._packed:
-            raise ConfigError(f"no Linear layer of this model can be converted: {sorted(set(kept.values()))}.")
+                    convert(name, layer, fmt)
+            if not self._methods:
+                raise ConfigError(f"no Linear layer of this model can be converted: {sorted(set(kept.values()))}.")
+            small = small_twins(policy)
+            self.model = shadow(policy, lambda module: small.get(module, self._linear_twin(module)))
+            leave_head_norms_to_attention(self.model)
+            if head_fmt is not None:
+                convert("lm_head", policy.lm_head, head_fmt)
+                if (method := self._methods.get(policy.lm_head)) is not None:
+                    self.model.lm_head = _head_twin(policy.lm_head, method)
         if kept:
             logger.warning("SELF_QUANT drafts with %d unquantized layers: %s", len(kept), kept)
-        self.model = shadow(policy, self._convert)
         self.refresh_()
 
     @property
     def nbytes(self) -> int:
-        return sum(packed.nbytes for packed in self._packed.values())
+        return sum(method.packed.nbytes for method in self._methods.values())
 
     def refresh_(self) -> None:
         """Re-quantize every layer from the policy's live weights, in place; launches work, does not wait for it."""
-        layers = tqdm(self._packed.items(), desc="Quantizing the drafter", unit="layer", disable=not self._progress)
+        layers = tqdm(self._methods.items(), desc="Quantizing the drafter", unit="layer", disable=not self._progress)
         self._progress = False
-        for layer, packed in layers:
-            self._fmt.refresh_(packed, layer.weight.data)
+        for layer, method in layers:
+            method.refresh_(layer)
 
-    def _allocate(self, layer: LinearBase) -> str | None:
-        """Allocate the packed weight of ``layer``; the reason if it must stay as it is."""
-        if not isinstance(layer.quant_method, UnquantizedLinearMethod):
-            return f"weight is handled by {type(layer.quant_method).__name__}"
-        if use_intel_amx_backend(layer):
-            raise ConfigError(
-                "The CPU build of sgl-kernel packed the policy's weights for AMX: install the PyPI build instead."
-            )
-        n, k = layer.weight.shape
-        if (reason := self._fmt.unsupported(n, k, layer.weight.dtype)) is not None:
-            return reason
-        self._packed[layer] = self._fmt.allocate(n, k, layer.weight.dtype, layer.weight.device)
-        return None
-
-    def _convert(self, module: nn.Module) -> nn.Module | None:
-        if (packed := self._packed.get(module)) is None:
+    def _linear_twin(self, module: nn.Module) -> nn.Module | None:
+        if (method := self._methods.get(module)) is None:
             return None
-        twin = _shallow_copy(module)
+        twin = shallow_copy(module)
         del twin._parameters["weight"]
-        twin.quant_method = DraftLinearMethod(self._fmt, packed)
+        twin.quant_method = method
         return twin
 
 
-def shadow(root: nn.Module, convert: Callable[[nn.Module], nn.Module | None]) -> nn.Module:
-    """``root`` with every module for which ``convert`` returns one replaced; modules without any are shared."""
-    replaced: dict[nn.Module, nn.Module] = {}
-
-    def visit(module: nn.Module) -> nn.Module:
-        if module in replaced:
-            return replaced[module]
-        copy = convert(module)
-        if copy is None:
-            children = {name: visit(child) for name, child in module.named_children()}
-            if all(children[name] is child for name, child in module.named_children()):
-                copy = module
-            else:
-                copy = _shallow_copy(module)
-                copy._modules.update(children)
-        replaced[module] = copy
-        return copy
-
-    copy = visit(root)
-    for module in set(replaced.values()):
-        _rebind_methods(module, replaced)
-    return copy
+def _unconvertible(layer: nn.Module, fmt: Format) -> str | None:
+    """Why ``layer`` must stay as it is, or None."""
+    if not isinstance(layer.quant_method, (UnquantizedLinearMethod, UnquantizedEmbeddingMethod)):
+        return f"weight is handled by {type(layer.quant_method).__name__}"
+    if use_intel_amx_backend(layer):
+        raise ConfigError(
+            "The CPU build of sgl-kernel packed the policy's weights for AMX: install the PyPI build instead."
+        )
+    return fmt.unsupported(*layer.weight.shape, layer.weight.dtype)
 
 
-def _shallow_copy(module: nn.Module) -> nn.Module:
-    copy = module.__class__.__new__(module.__class__)
-    copy.__dict__ = dict(module.__dict__)
-    for registry in ("_parameters", "_buffers", "_modules"):
-        copy.__dict__[registry] = dict(module.__dict__[registry])
-    return copy
-
-
-def _rebind_methods(module: nn.Module, replaced: dict[nn.Module, nn.Module]) -> None:
-    """Attributes that hold a bound method of a replaced module (MultiPlatformOp._forward_method) follow it."""
-    for name, value in list(module.__dict__.items()):
-        if isinstance(value, types.MethodType) and isinstance(value.__self__, nn.Module):
-            owner = replaced.get(value.__self__, value.__self__)
-            if owner is not value.__self__:
-                module.__dict__[name] = types.MethodType(value.__func__, owner)
+def _head_twin(head: nn.Module, method: DraftLinearMethod) -> nn.Module:
+    """``head`` as LogitsProcessor reads it: a quant_method goes before the weight, but only if there is a weight."""
+    twin = shallow_copy(head)
+    twin.quant_method = method
+    return twin

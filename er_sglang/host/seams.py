@@ -65,7 +65,21 @@ SEAMS = (
     _seam("model_executor.model_runner:ModelRunner.forward", "self forward_batch"),
     _seam("model_executor.model_runner:ModelRunner._get_attention_backend", "self init_new_workspace"),
     _seam("speculative.dflash_utils:resolve_dflash_verify_mask_policy", "attn_backend"),
+    _seam("layers.logits_processor:LogitsProcessor._compute_lm_head", "self hidden_states lm_head embedding_bias"),
+    _seam("layers.logits_processor:should_apply_lm_head_quant_method", "lm_head quant_method"),
     _seam("layers.utils.logprob:compute_spec_v2_logprobs", "batch logits_output predict accept_index"),
+    # the drafter's twins of small modules
+    _seam("layers.layernorm:RMSNorm.forward_cuda", "self x residual post_residual_addition"),
+    _seam("layers.activation:SiluAndMul.forward_cuda", "self x"),
+    _seam("layers.rotary_embedding.base:RotaryEmbedding.forward_cuda", "self positions query key"),
+    _seam("layers.radix_attention:RadixAttention.forward", "self q k v forward_batch save_kv_cache"),
+    _seam(
+        "layers.communicator:LayerCommunicator.__init__",
+        "self layer_scatter_modes input_layernorm post_attention_layernorm",
+    ),
+    _seam("model_executor.forward_context:get_token_to_kv_pool", ""),
+    _seam("models.qwen3:Qwen3Attention.forward_prepare_native", "self positions hidden_states"),
+    _seam("models.utils:apply_qk_norm", "q k q_norm k_norm head_dim"),
     # graphs
     _seam("model_executor.runner.base_cuda_graph_runner:get_batch_sizes_to_capture", "model_runner num_tokens_per_bs"),
     _seam(

@@ -23,31 +23,14 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "int4.cuh"
+
 namespace er_sglang {
 
-constexpr int kTileN = 64;    // rows of W_hat that a warp multiplies: one tile of the layout
-constexpr int kTileK = 16;    // of a tile, and of one tensor-core product
-constexpr int kUnitK = 128;   // a warp's piece of K; holds one or more groups
+constexpr int kUnitK = 128;  // a warp's piece of K, by one tile of W_hat's rows; holds one or more groups
 constexpr int kUnitTiles = kUnitK / kTileK;
-constexpr int kPadX = 8;      // elements between rows of x in shared memory: ldmatrix without bank conflicts
-constexpr int kPadY = 4;      // floats between rows of the parts: stores without bank conflicts
-
-template <typename T>
-struct Magic;  // bits of a power of two whose last mantissa bit is worth 1: or a code into them to get their sum
-template <>
-struct Magic<bf16_t> {
-  static constexpr uint32_t bits = 0x43004300;  // 128
-};
-template <>
-struct Magic<fp16_t> {
-  static constexpr uint32_t bits = 0x64006400;  // 1024
-};
-
-SGL_DEVICE uint32_t and_or(uint32_t a, uint32_t mask, uint32_t bits) {  // in one instruction
-  uint32_t v;
-  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(v) : "r"(a), "r"(mask), "r"(bits));
-  return v;
-}
+constexpr int kPadX = 8;  // elements between rows of x in shared memory: ldmatrix without bank conflicts
+constexpr int kPadY = 4;  // floats between rows of the parts: stores without bank conflicts
 
 template <typename T>
 SGL_DEVICE uint32_t subtract2(uint32_t a, uint32_t b) {
@@ -189,17 +172,13 @@ __global__ void __launch_bounds__(kWarpsN * kWarpsK * 32, kTilesM == 1 ? 20 / (k
         }
 #pragma unroll
         for (int w = 0; w < 4; ++w) {
-          uint32_t zero[2] = {Magic<T>::bits | 0x00080008u, Magic<T>::bits | 0x00080008u};
-          if constexpr (!kSymmetric) {
-            const uint32_t both = group_zeros[g] >> (4 * w) & 0x000f000fu;
-            zero[0] = __byte_perm(both, 0, 0x1010) | Magic<T>::bits;
-            zero[1] = __byte_perm(both, 0, 0x3232) | Magic<T>::bits;
-          }
+          uint32_t zero[2];
+          magic_zeros<T, kSymmetric>(zero, group_zeros[g], w);
           uint32_t a[4];  // rows r and r + 8, then the same of the other half of K
-          a[0] = subtract2<T>(and_or(q[w], 0x000f000fu, Magic<T>::bits), zero[0]);
-          a[1] = subtract2<T>(and_or(q[w] >> 8, 0x000f000fu, Magic<T>::bits), zero[1]);
-          a[2] = subtract2<T>(and_or(q[w] >> 4, 0x000f000fu, Magic<T>::bits), zero[0]);
-          a[3] = subtract2<T>(and_or(q[w] >> 12, 0x000f000fu, Magic<T>::bits), zero[1]);
+          a[0] = subtract2<T>(magic_codes<T>(q[w]), zero[0]);
+          a[1] = subtract2<T>(magic_codes<T>(q[w] >> 8), zero[1]);
+          a[2] = subtract2<T>(magic_codes<T>(q[w] >> 4), zero[0]);
+          a[3] = subtract2<T>(magic_codes<T>(q[w] >> 12), zero[1]);
 #pragma unroll
           for (int j = 0; j < kTilesM; ++j) multiply_add<T>(part[w][j], a, b[j][t % 2 * 2], b[j][t % 2 * 2 + 1]);
         }

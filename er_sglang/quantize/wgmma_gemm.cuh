@@ -28,12 +28,11 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "int4.cuh"
 #include "wgmma.cuh"
 
 namespace er_sglang {
 
-constexpr int kTileN = 64;   // of the layout
-constexpr int kTileK = 16;   // of the layout, and of one wgmma
 constexpr int kStageK = 128;  // holds one or more groups
 constexpr int kStageTiles = kStageK / kTileK;
 constexpr int kBlockN = 256;
@@ -43,23 +42,6 @@ constexpr int kPadY = 4;  // floats between rows of the parts: stores without ba
 constexpr int kBarrierBytes = 1024;
 constexpr int kRingBytes = 212 * 1024;
 constexpr int kDepth = 4;  // products in flight, of a warpgroup
-
-template <typename T>
-struct Magic;  // bits of a power of two whose last mantissa bit is worth 1: or a code into them to get their sum
-template <>
-struct Magic<bf16_t> {
-  static constexpr uint32_t bits = 0x43004300;  // 128
-};
-template <>
-struct Magic<fp16_t> {
-  static constexpr uint32_t bits = 0x64006400;  // 1024
-};
-
-SGL_DEVICE uint32_t and_or(uint32_t a, uint32_t mask, uint32_t bits) {  // in one instruction
-  uint32_t v;
-  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(v) : "r"(a), "r"(mask), "r"(bits));
-  return v;
-}
 
 template <typename T>
 SGL_DEVICE uint32_t subtract_multiply2(uint32_t a, uint32_t b, uint32_t c) {  // (a - b) * c; the difference is exact
@@ -247,27 +229,23 @@ __global__ void __launch_bounds__(Stage<kSymmetric, kGroup, kRows>::kThreads, 1)
         for (int w = 0; w < 2; ++w) {
           const uint32_t pair = w ? scales.y : scales.x;
           scale[w][0] = __byte_perm(pair, 0, 0x1010), scale[w][1] = __byte_perm(pair, 0, 0x3232);
-          zero[w][0] = zero[w][1] = Magic<T>::bits | 0x00080008u;
         }
+        uint32_t packed = 0;
         if constexpr (!kSymmetric) {
-          const uint32_t packed = *reinterpret_cast<const uint32_t*>(stage + S::kZeros + (g * kBlockN + tile * kTileN + r * 8) / 2);
-#pragma unroll
-          for (int w = 0; w < 2; ++w) {
-            const uint32_t both = packed >> (4 * (slab + w)) & 0x000f000fu;
-            zero[w][0] = __byte_perm(both, 0, 0x1010) | Magic<T>::bits;
-            zero[w][1] = __byte_perm(both, 0, 0x3232) | Magic<T>::bits;
-          }
+          packed = *reinterpret_cast<const uint32_t*>(stage + S::kZeros + (g * kBlockN + tile * kTileN + r * 8) / 2);
         }
+#pragma unroll
+        for (int w = 0; w < 2; ++w) magic_zeros<T, kSymmetric>(zero[w], packed, slab + w);
         uint32_t a[kDepth][4];  // of the products in flight: rows r and r + 8, then the same of the other half of K
 #pragma unroll
         for (int j = g * (2 * kGroup / kTileK); j < (g + 1) * (2 * kGroup / kTileK); ++j) {
           const int t = j / 2, w = j % 2;
           const uint32_t q = w ? codes[t].y : codes[t].x;
           uint32_t (&now)[4] = a[j % kDepth];
-          now[0] = subtract_multiply2<T>(and_or(q, 0x000f000fu, Magic<T>::bits), zero[w][0], scale[w][0]);
-          now[1] = subtract_multiply2<T>(and_or(q >> 8, 0x000f000fu, Magic<T>::bits), zero[w][1], scale[w][1]);
-          now[2] = subtract_multiply2<T>(and_or(q >> 4, 0x000f000fu, Magic<T>::bits), zero[w][0], scale[w][0]);
-          now[3] = subtract_multiply2<T>(and_or(q >> 12, 0x000f000fu, Magic<T>::bits), zero[w][1], scale[w][1]);
+          now[0] = subtract_multiply2<T>(magic_codes<T>(q), zero[w][0], scale[w][0]);
+          now[1] = subtract_multiply2<T>(magic_codes<T>(q >> 8), zero[w][1], scale[w][1]);
+          now[2] = subtract_multiply2<T>(magic_codes<T>(q >> 4), zero[w][0], scale[w][0]);
+          now[3] = subtract_multiply2<T>(magic_codes<T>(q >> 12), zero[w][1], scale[w][1]);
           pin(now);
           constexpr int kTilesPerHalf = kSwizzleK / kTileK;
           const uint64_t b = x_descriptor + (t / kTilesPerHalf * S::kHalfXBytes + t % kTilesPerHalf * kTileK * 2) / 16;

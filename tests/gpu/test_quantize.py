@@ -114,7 +114,7 @@ def test_fp8_refresh_is_the_reference_quantizer(dtype, n, k):
 
 
 @pytest.mark.parametrize("m", [1, 7, 9, 16, 17, 24, 32, 33, 40, 65, 96, 113, 128, 130])
-@pytest.mark.parametrize("n, k", [(192, 384), (4608, 3584), (5120, 13824)])
+@pytest.mark.parametrize("n, k", [(192, 384), (4608, 3584), (5120, 13824), (152064, 5120)])
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_apply_is_the_product_with_the_dequantized_weight(fmt, m, n, k, with_bias):
     weight, x = random_weight(n, k), random_weight(m, k, seed=1) * 50

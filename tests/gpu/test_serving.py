@@ -68,6 +68,12 @@ def test_graphs_equal_eager_runs(server) -> None:
     assert len(checks) == ranks * 2 * 3 * len(batches)  # draft and verify, gamma 1 to 3
 
 
+def test_drafts_are_those_of_sglangs_own_small_kernels(server) -> None:
+    """Logits, keys and values of a drafted token; the plugin stops the server if they are not close."""
+    checks = [line for line in server.log_path.read_text().splitlines() if line.startswith("TWIN_CHECK")]
+    assert len(checks) > 0
+
+
 @pytest.mark.parametrize("temperature", [0.6, 1.0, 1.4])
 def test_distribution(server, policy, temperature) -> None:
     from tests.host.goodness import assert_exact, cells

@@ -15,12 +15,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
 from er_sglang.quantize import create_format
 from tests.host.goodness import assert_exact, cells
 from tests.host.oracle import Oracle, Sampling
-from tests.host.policies import make_policy
+from tests.host.policies import VOCAB, make_policy
 from tests.host.servers import REQUEST_TIMEOUT_S, greedy, self_quant, tokens
 from tests.host.trainer_client import AREAL, SLIME, TrainerClient, buckets_of, die_in_the_middle
 from tests.host.trainer_plugin.er_trainer import digest
@@ -29,6 +30,7 @@ PLUGIN = {"PYTHONPATH": str(Path(__file__).parent / "trainer_plugin")}
 PROMPTS = [[5, 6, 7], [12] * 9, [90, 8, 71, 15, 33], [64, 2]]
 NEW_TOKENS = 24
 SAMPLES = 300
+PADDED_VOCAB = 128  # SGLang's lm_head, in multiples of 64
 FUSED = {
     "self_attn.qkv_proj": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
     "self_attn.o_proj": ["self_attn.o_proj"],
@@ -63,13 +65,16 @@ class Policy:
     def drafter(self) -> dict[str, str]:
         """Digests of the packed weights, by layer."""
         fmt = create_format("int4", group_size=128, device=torch.device("cpu"))
-        digests = {}
+        weights = {"lm_head": F.pad(self.weights["lm_head.weight"], (0, 0, 0, PADDED_VOCAB - VOCAB))}
         for layer in range(self.model.config.num_hidden_layers):
             for fused, parts in FUSED.items():
-                weight_NK = torch.cat([self.weights[f"model.layers.{layer}.{part}.weight"] for part in parts])
-                packed = fmt.allocate(*weight_NK.shape, weight_NK.dtype, weight_NK.device)
-                fmt.refresh_(packed, weight_NK)
-                digests[f"model.layers.{layer}.{fused}"] = digest(packed)
+                parts = [self.weights[f"model.layers.{layer}.{part}.weight"] for part in parts]
+                weights[f"model.layers.{layer}.{fused}"] = torch.cat(parts)
+        digests = {}
+        for name, weight_NK in weights.items():
+            packed = fmt.allocate(*weight_NK.shape, weight_NK.dtype, weight_NK.device)
+            fmt.refresh_(packed, weight_NK)
+            digests[name] = digest(packed)
         return digests
 
 

@@ -51,14 +51,21 @@ def test_drafts_are_those_of_the_window(server, qwen3, qwen3_oracle):
 
 
 @torch.inference_mode()
-def drafts(policy, prompts: list[list[int]], outputs: list[list[int]], recent: int) -> list[int]:
-    """What a windowed drafter proposes, greedily, after each prompt and the first token of its output."""
+def drafts(
+    policy, prompts: list[list[int]], outputs: list[list[int]], recent: int = 10**6, head: str = "int4"
+) -> list[int]:
+    """What a drafter proposes, greedily, after each prompt and the first token of its output.
+
+    recent: its window, by default all. head: its lm_head, "int4" or the "policy"'s.
+    """
     model = AutoModelForCausalLM.from_pretrained(policy, dtype=torch.float32).eval()
     caches = [model(torch.tensor([prompt]), use_cache=True).past_key_values for prompt in prompts]
     for name, linear in model.named_modules():
-        if isinstance(linear, torch.nn.Linear) and "lm_head" not in name:
+        if isinstance(linear, torch.nn.Linear) and (name != "lm_head" or head == "int4"):
             packed = rtn.quantize_int4(linear.weight.data, group_size=128, symmetric=True)
-            linear.weight.data = rtn.dequantize_int4(*packed).float()
+            linear.weight = torch.nn.Parameter(
+                rtn.dequantize_int4(*packed).float()
+            )  # a tied embedding keeps the old one
     found = []
     for prompt, (first, _), cache in zip(prompts, outputs, caches):
         length = len(prompt)

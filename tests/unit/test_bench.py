@@ -424,6 +424,7 @@ def test_products_are_those_of_a_layer(model):
         "o": fused("o_proj"),
         "gate_up": fused("gate_proj", "up_proj"),
         "down": fused("down_proj"),
+        "lm_head": (SHAPES[model]["vocab_size"], config.hidden_size),
     }
 
 

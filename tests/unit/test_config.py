@@ -24,7 +24,8 @@ def test_defaults():
     config = load_config(None, None, {})
     assert (config.policy.mode, config.gamma_max) == ("auto", 7)
     assert config.policy.gammas == (1, 2, 3, 5, 7) and config.policy.fixed_gamma == 3
-    assert config.drafter.weights == "int4" and config.profile is None and config.trace is None
+    assert (config.drafter.weights, config.drafter.head) == ("int4", "int4")
+    assert config.profile is None and config.trace is None
 
 
 @pytest.mark.parametrize(
@@ -76,6 +77,7 @@ def test_draft_lengths_above_the_largest_gamma_are_refused(policy):
         ({"policy": {"cycle": [1]}}, "give both or neither"),
         ({"policy": {"mode": "cycle", "cycle": [1, -1]}}, "0 or more"),
         ({"drafter": {"weights": "int3"}}, "drafter.weights is 'int3'"),
+        ({"drafter": {"head": "fp8"}}, "drafter.head is 'fp8'"),
         ({"drafter": {"group_size": 100}}, "drafter.group_size is 100"),
         ({"drafter": {"attention_window": -1}}, "drafter.attention_window is -1"),
         ({"drafter": {"attention_window": "wide"}}, "drafter.attention_window is 'wide'; choose \"auto\""),

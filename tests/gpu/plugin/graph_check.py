@@ -1,6 +1,8 @@
-"""SGLang plugin for tests: when SELF_QUANT's graphs are captured, run each against the same code run eagerly.
+"""SGLang plugin for tests: when SELF_QUANT's graphs are captured, run each against the same code run eagerly, and the
+drafter against one with the policy's own norms, activations and rotation.
 
-Prints one line per comparison; raises, and so stops the server, unless every result is equal bit for bit. Contexts are
+Prints one line per comparison; raises, and so stops the server, unless every result is equal bit for bit, or close to
+that of other kernels. Contexts are
 short, so that attention takes one split in both (the number of splits is fixed at capture), and longer than an
 attention window of a few tokens sees.
 """
@@ -15,10 +17,12 @@ from sglang.srt.managers.schedule_batch import ScheduleBatch
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
 from er_sglang.cycle.step import Step
+from er_sglang.drafting.shadow import shadow
 from er_sglang.policy.profile import Rung
 from er_sglang.sampling import SamplingParams
 
 CONTEXT_TOKENS = 75
+CLOSE = 0.02  # of the norm; two bf16 computations of the toy model differ by some 0.005
 
 
 def activate() -> None:
@@ -28,6 +32,8 @@ def activate() -> None:
 def _compare_all(result, worker) -> None:
     chain = worker._chain
     _fill_kv(worker.runner.token_to_kv_pool, worker.device)
+    other = shadow(worker.runner.model, worker._drafter._linear_twin)
+    other.lm_head = worker._drafter.model.lm_head
     for size in chain._graph_batches or (1, 2):  # without graphs, on CPU: eager against eager, to try this plugin
         for gamma in worker.config.policy.gammas:
             step = _make_step(worker, size)
@@ -41,6 +47,16 @@ def _compare_all(result, worker) -> None:
                 _verify(worker, step, gamma, True),
                 _verify(worker, step, gamma, False),
             )
+
+        _close(f"draft at batch {size}", _first_draft(worker, step, chain._drafter), _first_draft(worker, step, other))
+
+
+def _close(what: str, ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> None:
+    for a, b in zip(ours, theirs, strict=True):
+        error = ((a.double() - b.double()).norm() / b.double().norm()).item()
+        if not error < CLOSE:
+            raise AssertionError(f"{what}: {error:.3e} from that of SGLang's own small kernels")
+        print(f"TWIN_CHECK {what}: {error:.3e}", flush=True)
 
 
 def _same(what: str, graph: list[torch.Tensor], eager: list[torch.Tensor]) -> None:
@@ -89,6 +105,20 @@ def _draft(worker, step: Step, gamma: int, graph: bool) -> list[torch.Tensor]:
     draft = chain.draft(chain.prepare(step, rung), step.batch_size)
     chain._graph_batches = batches
     return [t.clone() for t in (draft.tokens_NB, draft.logits_GBV, draft.lse_GB)]
+
+
+def _first_draft(worker, step: Step, drafter: torch.nn.Module) -> list[torch.Tensor]:
+    """Logits of the first drafted token, and what it left in the KV cache."""
+    chain, pool = worker._chain, worker.runner.token_to_kv_pool
+    for layer in range(pool.layer_num):
+        for buffer in (pool.get_key_buffer(layer), pool.get_value_buffer(layer)):
+            buffer[step.slots_NB[0]] = torch.nan
+    ours, chain._drafter = chain._drafter, drafter
+    _, logits, _ = _draft(worker, step, 1, False)
+    chain._drafter = ours
+    keys = [pool.get_key_buffer(layer)[step.slots_NB[0]] for layer in range(pool.layer_num)]
+    values = [pool.get_value_buffer(layer)[step.slots_NB[0]] for layer in range(pool.layer_num)]
+    return [logits, torch.stack(keys), torch.stack(values)]
 
 
 def _verify(worker, step: Step, gamma: int, graph: bool) -> list[torch.Tensor]:

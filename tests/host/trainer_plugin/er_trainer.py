@@ -55,9 +55,9 @@ def _lose(result, updater, recv_req) -> None:
     if "weights" in (recv_req.tags or ["weights"]):
         for parameter in runner.model.parameters():
             parameter.data.fill_(float("nan"))
-        for packed in worker._drafter._packed.values():
-            packed.codes.random_()
-            packed.scales.normal_()
+        for method in worker._drafter._methods.values():
+            method.packed.codes.random_()
+            method.packed.scales.normal_()
     if "kv_cache" in (recv_req.tags or ["kv_cache"]):
         for buffer in (*runner.token_to_kv_pool.k_buffer, *runner.token_to_kv_pool.v_buffer):
             buffer.fill_(float("nan"))
@@ -70,9 +70,9 @@ def digest(packed) -> str:
 def _show(result, scheduler, recv_req):
     worker = scheduler.draft_worker
     layers = {
-        name: packed
+        name: method.packed
         for name, layer in worker.target_worker.model_runner.model.named_modules()
-        if (packed := worker._drafter._packed.get(layer)) is not None
+        if (method := worker._drafter._methods.get(layer)) is not None
     }
     result.internal_state["drafter"] = {name: digest(packed) for name, packed in layers.items()}
     result.internal_state["addresses"] = [

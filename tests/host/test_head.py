@@ -1,0 +1,53 @@
+"""The drafter's lm_head: quantized for drafting alone, tied to the embedding or not, and as fresh as the policy's."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from tests.host.oracle import Oracle
+from tests.host.policies import VOCAB, make_policy
+from tests.host.servers import greedy, self_quant, tokens
+from tests.host.test_window import drafts
+from tests.host.trainer_client import TrainerClient
+
+HEADS = ("int4", "policy")
+
+
+@pytest.fixture(
+    scope="module", params=[("int4", True), ("int4", False), ("policy", True)], ids=["tied", "untied", "policy"]
+)
+def served(request, folder):
+    """A server, its lm_head setting, and two policies: the one it starts with and the one it is given."""
+    head, tied = request.param
+    name = f"head-{head}-{'tied' if tied else 'untied'}"
+    policies = [make_policy(folder / name, "qwen3", seed=seed, tied=tied, spread=0.7) for seed in (31, 32)]
+    config = {"policy": {"mode": "always"}, "drafter": {"head": head}}
+    with self_quant(policies[0], folder / f"{name}.log", config, 1) as server:
+        yield server, head, policies
+
+
+def test_drafts_are_those_of_the_quantized_head(served):
+    """The first draft of many greedy requests is accepted or not as a reference in transformers says; then again after
+    an update, which the head follows."""
+    server, head, policies = served
+    assert server.self_quant()["head"] == head
+    assert "unquantized layers" not in server.log_path.read_text()
+    for policy in policies:
+        if policy is not policies[0]:
+            trainer = TrainerClient(server)
+            with trainer.paused():
+                trainer.send_disk(policy)
+        rng, oracle = random.Random(6), Oracle(policy)
+        prompts = [[rng.randrange(2, VOCAB) for _ in range(rng.randint(1, 30))] for _ in range(200)]
+        outputs = [oracle.greedy(prompt, 2) for prompt in prompts]
+        accepted = {
+            h: [draft == second for draft, (_, second) in zip(drafts(policy, prompts, outputs, head=h), outputs)]
+            for h in HEADS
+        }
+        assert accepted["int4"] != accepted["policy"], "either head would do"
+        answers = server.generate({"input_ids": prompts, "sampling_params": greedy(2)})
+        assert tokens(answers) == outputs
+        assert [answer["meta_info"]["spec_num_correct_drafts"] for answer in answers] == accepted[head]
+        assert any(accepted[head])

@@ -1,0 +1,60 @@
+"""SGLang plugin for tests: on a CPU too a drafter has its small twins, with plain torch for their kernels."""
+
+from __future__ import annotations
+
+import torch
+from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+from er_sglang.drafting import early, twins
+
+CALLS = dict.fromkeys(("rms_norm", "add_rms_norm_", "silu_and_mul", "rope_store_"), 0)
+
+
+def activate() -> None:
+    early.runs_on = lambda device: True
+    early.load = lambda dtype: None
+    early.DTYPES = (torch.float32,)
+    early.HEAD_DIMS = range(1024)
+    twins._computes = lambda module, cls: isinstance(module, cls)
+    for name in CALLS:
+        setattr(early, name, _counted(name, globals()[f"_{name}"]))
+    HookRegistry.register(
+        "er_sglang.worker.SelfQuantWorker.init_cuda_graphs",
+        lambda result, worker: print("TWIN_CALLS", *CALLS.values(), flush=True),
+        HookType.AFTER,
+    )
+
+
+def _counted(name: str, function):
+    def call(*args):
+        CALLS[name] += 1
+        return function(*args)
+
+    return call
+
+
+def _rms_norm(x, weight, eps):
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
+
+
+def _add_rms_norm_(x, residual, weight, eps):
+    residual += x
+    x.copy_(_rms_norm(residual, weight, eps))
+
+
+def _silu_and_mul(x):
+    gate, up = x.chunk(2, dim=1)
+    return torch.nn.functional.silu(gate) * up
+
+
+def _rope_store_(q, k, v, k_cache, v_cache, cos_sin, positions, slots, norms):
+    if norms:
+        q, k = _rms_norm(q, norms.q_weight_D, norms.eps), _rms_norm(k, norms.k_weight_D, norms.eps)
+    cos, sin = cos_sin[positions].unsqueeze(1).chunk(2, dim=2)
+
+    def rotated(part):
+        x, y = part.chunk(2, dim=2)
+        return torch.cat([x * cos - y * sin, x * sin + y * cos], dim=2)
+
+    k_cache[slots], v_cache[slots] = rotated(k), v
+    return rotated(q)
