@@ -65,7 +65,10 @@ def _pool_adjacent_violators(values: Sequence[float]) -> list[float]:
 
 
 def complete(cells: Mapping[tuple[int, int], float], batches: Sequence[int], contexts: Sequence[int]) -> Table:
-    """Fill unavailable cells: a straight line in batch through the two nearest measured batches of that context."""
+    """Fill unavailable cells: a straight line in batch through two measured batches of that context.
+
+    They are the nearest, and the one nearest to half of it: time is a staircase, and neighbours may be on two stairs.
+    """
     columns = []
     for context in contexts:
         known = [batch for batch in batches if (batch, context) in cells]
@@ -78,8 +81,9 @@ def complete(cells: Mapping[tuple[int, int], float], batches: Sequence[int], con
             if (batch, context) in cells:
                 column.append(cells[batch, context])
                 continue
-            a, b = sorted(sorted(known, key=lambda other: abs(other - batch))[:2])
-            slope = (cells[b, context] - cells[a, context]) / (b - a)
-            column.append(cells[a, context] + slope * (batch - a))
+            near = min(known, key=lambda other: abs(other - batch))
+            far = min((other for other in known if other != near), key=lambda other: abs(other - near / 2))
+            slope = (cells[near, context] - cells[far, context]) / (near - far)
+            column.append(cells[near, context] + slope * (batch - near))
         columns.append(column)
     return tuple(zip(*columns))

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from er_sglang.policy.profile import PLAIN, Profile, ProfileError, Rung, Sample
-from er_sglang.policy.tables import isotonic
+from er_sglang.policy.tables import complete, isotonic
 
 BATCHES, CONTEXTS = (1, 4, 16), (512, 1024, 4096)
 
@@ -101,6 +101,14 @@ def test_a_cell_that_memory_forbids_is_marked_and_extrapolated():
     assert profile.costs(16, 4096).outside and profile.costs(8, 2048).outside
     assert not profile.costs(4, 4096).outside and not profile.costs(16, 1024).outside
     assert profile.verify_s(16, 4096, 3) == pytest.approx(plane(16, 4096, 3))
+
+
+def test_a_stair_is_not_taken_for_a_slope():
+    """Graphs at 48, 96 and 128, and just above: at 97 a step takes as long as at 128."""
+    stairs = {48: 10.0, 49: 20.0, 96: 20.0, 97: 27.0}
+    cells = {(batch, 512): seconds for batch, seconds in stairs.items()}
+    (*_, (extrapolated,)) = complete(cells, [*stairs, 128], [512])
+    assert 27.0 < extrapolated < 40.0
 
 
 def test_what_was_measured_in_an_unavailable_cell_is_used():
