@@ -7,7 +7,7 @@ from sglang.srt.speculative.spec_registry import CustomSpecAlgo, get_spec
 
 from er_sglang.config import load_config
 from er_sglang.host.refusals import check_model, check_server_args
-from er_sglang.host.seams import ALGORITHM
+from er_sglang.host.seams import ALGORITHM, check_host
 
 
 class SelfQuantAlgorithm(CustomSpecAlgo):
@@ -43,7 +43,15 @@ class SelfQuantAlgorithm(CustomSpecAlgo):
         return SelfQuantFutureMap(device, self, req_to_token_pool, needs_cpu_seq_lens)
 
 
+def _validate(server_args) -> None:
+    """Called where ServerArgs are built, before anything is loaded."""
+    check_host()
+    check_server_args(server_args)
+
+
 def _create_worker_class(server_args) -> type:
+    """Called by each scheduler that serves SELF_QUANT, before it has memory pools or answers requests."""
+    check_host()
     from er_sglang.worker import SelfQuantWorker
 
     return SelfQuantWorker
@@ -55,6 +63,6 @@ def register() -> None:
         SpeculativeAlgorithm.register(
             ALGORITHM,
             supports_overlap=True,
-            validate_server_args=check_server_args,
+            validate_server_args=_validate,
             spec_class=SelfQuantAlgorithm,
         )(_create_worker_class)
