@@ -14,5 +14,5 @@ def activate() -> None:
     check_version()
     from er_sglang.host import algorithm, hooks
 
-    hooks.install()
+    hooks.bind(hooks.GATE)
     algorithm.register()

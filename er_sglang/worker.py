@@ -27,7 +27,6 @@ from er_sglang.cycle.verifier import Verifier, check_attention_backend
 from er_sglang.cycle.window import with_window_rows
 from er_sglang.drafting.drafter import Drafter
 from er_sglang.drafting.updates import Freshness
-from er_sglang.host import hooks
 from er_sglang.host.relay import SelfQuantDraftInput
 from er_sglang.host.served import ServedWorker
 from er_sglang.policy.profile import Rung
@@ -60,7 +59,6 @@ class SelfQuantWorker(ServedWorker):
     """
 
     def __init__(self, server_args, gpu_id, tp_rank, target_worker, dp_rank, **_ranks) -> None:
-        hooks.check_bound()
         self.config = load_config(server_args.speculative_adaptive_config, server_args.speculative_num_steps)
         tp_group = get_tp_group()
         check_settings(self.config, tp_group.cpu_group if tp_group.world_size > 1 else None)

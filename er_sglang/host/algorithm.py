@@ -6,6 +6,8 @@ from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 from sglang.srt.speculative.spec_registry import CustomSpecAlgo, get_spec
 
 from er_sglang.config import load_config
+from er_sglang.host import hooks
+from er_sglang.host.cpu import CPU_HOOKS
 from er_sglang.host.refusals import check_model, check_server_args
 from er_sglang.host.seams import ALGORITHM, check_host
 
@@ -52,6 +54,9 @@ def _validate(server_args) -> None:
 def _create_worker_class(server_args) -> type:
     """Called by each scheduler that serves SELF_QUANT, before it has memory pools or answers requests."""
     check_host()
+    hooks.bind(hooks.SCHEDULER_HOOKS)
+    if server_args.device == "cpu":
+        hooks.bind(CPU_HOOKS)
     from er_sglang.worker import SelfQuantWorker
 
     return SelfQuantWorker
