@@ -167,8 +167,8 @@ def cache_folder(env: Mapping[str, str] = os.environ) -> Path:
 
 
 def simulated_acceptance(windows: Sequence[int], env: Mapping[str, str] = os.environ) -> dict[int, float] | None:
-    """Acceptance rate forced on every drafted token, by attention window, for benchmarks on random weights only; None
-    for the real rule."""
+    """Acceptance rate forced on every drafted token, by attention window; None for the real rule. A server of real
+    weights refuses it."""
     text = env.get(SIMULATE_ACCEPTANCE_ENV)
     if text is None:
         return None

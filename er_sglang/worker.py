@@ -19,7 +19,7 @@ from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
 from er_sglang.calibration.base import Subject
 from er_sglang.calibration.measure import obtain_profile
-from er_sglang.config import load_config, simulated_acceptance
+from er_sglang.config import CONFIG_ENV, SIMULATE_ACCEPTANCE_ENV, load_config, simulated_acceptance
 from er_sglang.cycle.chain import DraftChain
 from er_sglang.cycle.logprobs import attach_logprobs
 from er_sglang.cycle.step import Step
@@ -27,6 +27,7 @@ from er_sglang.cycle.verifier import Verifier, check_attention_backend
 from er_sglang.cycle.window import with_window_rows
 from er_sglang.drafting.drafter import Drafter
 from er_sglang.drafting.updates import Freshness
+from er_sglang.host.refusals import check_model_class, check_simulated_acceptance
 from er_sglang.host.relay import SelfQuantDraftInput
 from er_sglang.host.served import ServedWorker
 from er_sglang.policy.profile import Rung
@@ -60,8 +61,14 @@ class SelfQuantWorker(ServedWorker):
 
     def __init__(self, server_args, gpu_id, tp_rank, target_worker, dp_rank, **_ranks) -> None:
         self.config = load_config(server_args.speculative_adaptive_config, server_args.speculative_num_steps)
+        simulated = simulated_acceptance(self.config.drafter.windows)
         tp_group = get_tp_group()
-        check_settings(self.config, tp_group.cpu_group if tp_group.world_size > 1 else None)
+        check_settings(
+            {CONFIG_ENV: self.config, SIMULATE_ACCEPTANCE_ENV: simulated},
+            tp_group.cpu_group if tp_group.world_size > 1 else None,
+        )
+        check_simulated_acceptance(simulated, server_args.load_format)
+        check_model_class(type(target_worker.model_runner.model))
         self.server_args = server_args
         self._dp_rank = dp_rank
         self._target_worker = target_worker
@@ -91,7 +98,7 @@ class SelfQuantWorker(ServedWorker):
             on_update=lambda: self.steering.policy_updated(),
             acceptance=lambda: self.steering.first_acceptance,
         )
-        self._simulated_acceptance = simulated_acceptance(self.config.drafter.windows)
+        self._simulated_acceptance = simulated
         if self._simulated_acceptance is not None:
             logger.warning(
                 "SIMULATED acceptance %s (by attention window): the output is NOT the policy's. For benchmarks only.",

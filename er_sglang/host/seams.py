@@ -23,8 +23,14 @@ from types import CodeType
 ALGORITHM = "SELF_QUANT"
 SUPPORTED_VERSIONS = ("0.5.15.post1",)
 
-# The drafter's shadow copy and the plain-decode sequence of the chain were checked with these model classes.
-SUPPORTED_ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+# The drafter's shadow copy and the plain-decode sequence of the chain were checked with these model classes, each of
+# the module of SGLang given.
+SUPPORTED_ARCHITECTURES = {
+    "LlamaForCausalLM": "sglang.srt.models.llama",
+    "MistralForCausalLM": "sglang.srt.models.mistral",
+    "Qwen2ForCausalLM": "sglang.srt.models.qwen2",
+    "Qwen3ForCausalLM": "sglang.srt.models.qwen3",
+}
 
 
 class UnsupportedHost(RuntimeError):
