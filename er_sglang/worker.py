@@ -350,7 +350,7 @@ class SelfQuantWorker(ServedWorker):
         """
         controller = self.steering.controller
         return {
-            **self.steering.metrics.snapshot(),
+            **self.steering.snapshot(),
             "mode": controller.config.mode,
             "policy": dataclasses.asdict(controller.config),
             "simulated_acceptance": self._simulated_acceptance and _named(self._simulated_acceptance),
