@@ -65,6 +65,11 @@ class DrafterConfig:
         """Attention windows that a step can draft with."""
         return AUTO_WINDOWS if self.attention_window == "auto" else (self.attention_window,)
 
+    @property
+    def formats(self) -> set[str]:
+        """The formats of all that is quantized."""
+        return {self.weights, self.head} - {"policy"}
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class UpdatesConfig:

@@ -27,6 +27,7 @@ from er_sglang.cycle.verifier import Verifier, check_attention_backend
 from er_sglang.cycle.window import with_window_rows
 from er_sglang.drafting.drafter import Drafter
 from er_sglang.drafting.updates import Freshness
+from er_sglang.host.machine import needs_memory
 from er_sglang.host.refusals import check_model_class, check_simulated_acceptance
 from er_sglang.host.relay import SelfQuantDraftInput
 from er_sglang.host.served import ServedWorker
@@ -82,16 +83,16 @@ class SelfQuantWorker(ServedWorker):
 
         drafter = self.config.drafter
         formats = {
-            name: create_format(name, group_size=drafter.group_size, device=self.device)
-            for name in {drafter.weights, drafter.head} - {"policy"}
+            name: create_format(name, group_size=drafter.group_size, device=self.device) for name in drafter.formats
         }
-        self._drafter = Drafter(
-            runner.model,
-            formats[drafter.weights],
-            formats.get(drafter.head),
-            runner.memory_saver_adapter.region(GPU_MEMORY_TYPE_WEIGHTS, enable_cpu_backup=False),
-            progress=tp_rank == 0,
-        )
+        with needs_memory("the policy's quantized copy", "serve on more GPUs (--tp)"):
+            self._drafter = Drafter(
+                runner.model,
+                formats[drafter.weights],
+                formats.get(drafter.head),
+                runner.memory_saver_adapter.region(GPU_MEMORY_TYPE_WEIGHTS, enable_cpu_backup=False),
+                progress=tp_rank == 0,
+            )
         self.freshness = Freshness(
             self.config.updates,
             refresh=self._refresh_drafter,
@@ -155,6 +156,9 @@ class SelfQuantWorker(ServedWorker):
             # which Step gives it an upper bound.
             backend.needs_cpu_seq_lens = False
 
+    @needs_memory(
+        "the graphs and logits of drafting", "lower --mem-fraction-static, --speculative-num-steps or max_draft_batch"
+    )
     def init_cuda_graphs(self) -> None:
         """The last of the start: SGLang has allocated its KV cache and captured the policy's own graphs."""
         self.graph_batches, target_graph_batches = self._graph_batches()

@@ -8,6 +8,7 @@ from sglang.srt.speculative.spec_registry import CustomSpecAlgo, get_spec
 from er_sglang.config import load_config, simulated_acceptance
 from er_sglang.host import hooks
 from er_sglang.host.cpu import CPU_HOOKS
+from er_sglang.host.machine import check_machine
 from er_sglang.host.refusals import check_model, check_server_args, check_simulated_acceptance
 from er_sglang.host.seams import ALGORITHM, check_host
 
@@ -30,6 +31,8 @@ class SelfQuantAlgorithm(CustomSpecAlgo):
         check_model(server_args.get_model_config().hf_config)
         config = load_config(server_args.speculative_adaptive_config, server_args.speculative_num_steps)
         check_simulated_acceptance(simulated_acceptance(config.drafter.windows), server_args.load_format)
+        if server_args.device == "cuda":
+            check_machine(config)
         server_args.speculative_num_steps = config.gamma_max
         server_args.speculative_num_draft_tokens = config.gamma_max + 1
         server_args.speculative_eagle_topk = 1
