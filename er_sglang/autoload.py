@@ -45,7 +45,7 @@ def _extend(spec_info) -> None:
     try:
         from sglang.srt.speculative.spec_registry import get_spec
 
-        from er_sglang.host.seams import ALGORITHM, check_host
+        from er_sglang.host.seams import ALGORITHM, check_version
 
         algorithms = spec_info.SpeculativeAlgorithm
         known = algorithms.from_string
@@ -60,7 +60,7 @@ def _extend(spec_info) -> None:
             from sglang.srt.plugins import load_plugins
 
             load_plugins()
-            check_host()  # load_plugins only logs why a plugin refused; this raises it
+            check_version()  # load_plugins only logs why a plugin refused; this raises it
         return known(name)
 
     algorithms.from_string = staticmethod(from_string)

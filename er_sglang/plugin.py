@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from er_sglang.host.seams import check_host
+from er_sglang.host.seams import check_version
 
 
 def activate() -> None:
-    """Check the host, hook it, then register SELF_QUANT; called by SGLang in each of its processes.
+    """Make SELF_QUANT known; called by SGLang in each of its processes, whatever they serve.
 
-    Raises UnsupportedHost. SGLang logs it with its reason and goes on without us; SELF_QUANT is then unknown.
+    Raises UnsupportedHost for another release. SGLang logs it with its reason and goes on without us; SELF_QUANT is
+    then unknown. Whether this copy of the release is unchanged is checked where SELF_QUANT is asked for.
     """
-    check_host()
+    check_version()
     from er_sglang.host import algorithm, hooks
 
-    hooks.install()
+    hooks.bind(hooks.GATE)
     algorithm.register()

@@ -19,7 +19,7 @@ from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
 from er_sglang.calibration.base import Subject
 from er_sglang.calibration.measure import obtain_profile
-from er_sglang.config import load_config, simulated_acceptance
+from er_sglang.config import CONFIG_ENV, SIMULATE_ACCEPTANCE_ENV, load_config, simulated_acceptance
 from er_sglang.cycle.chain import DraftChain
 from er_sglang.cycle.logprobs import attach_logprobs
 from er_sglang.cycle.step import Step
@@ -27,7 +27,8 @@ from er_sglang.cycle.verifier import Verifier, check_attention_backend
 from er_sglang.cycle.window import with_window_rows
 from er_sglang.drafting.drafter import Drafter
 from er_sglang.drafting.updates import Freshness
-from er_sglang.host import hooks
+from er_sglang.host.machine import needs_memory
+from er_sglang.host.refusals import check_model_class, check_simulated_acceptance
 from er_sglang.host.relay import SelfQuantDraftInput
 from er_sglang.host.served import ServedWorker
 from er_sglang.policy.profile import Rung
@@ -60,10 +61,15 @@ class SelfQuantWorker(ServedWorker):
     """
 
     def __init__(self, server_args, gpu_id, tp_rank, target_worker, dp_rank, **_ranks) -> None:
-        hooks.check_bound()
         self.config = load_config(server_args.speculative_adaptive_config, server_args.speculative_num_steps)
+        simulated = simulated_acceptance(self.config.drafter.windows)
         tp_group = get_tp_group()
-        check_settings(self.config, tp_group.cpu_group if tp_group.world_size > 1 else None)
+        check_settings(
+            {CONFIG_ENV: self.config, SIMULATE_ACCEPTANCE_ENV: simulated},
+            tp_group.cpu_group if tp_group.world_size > 1 else None,
+        )
+        check_simulated_acceptance(simulated, server_args.load_format)
+        check_model_class(type(target_worker.model_runner.model))
         self.server_args = server_args
         self._dp_rank = dp_rank
         self._target_worker = target_worker
@@ -77,23 +83,23 @@ class SelfQuantWorker(ServedWorker):
 
         drafter = self.config.drafter
         formats = {
-            name: create_format(name, group_size=drafter.group_size, device=self.device)
-            for name in {drafter.weights, drafter.head} - {"policy"}
+            name: create_format(name, group_size=drafter.group_size, device=self.device) for name in drafter.formats
         }
-        self._drafter = Drafter(
-            runner.model,
-            formats[drafter.weights],
-            formats.get(drafter.head),
-            runner.memory_saver_adapter.region(GPU_MEMORY_TYPE_WEIGHTS, enable_cpu_backup=False),
-            progress=tp_rank == 0,
-        )
+        with needs_memory("the policy's quantized copy", "serve on more GPUs (--tp)"):
+            self._drafter = Drafter(
+                runner.model,
+                formats[drafter.weights],
+                formats.get(drafter.head),
+                runner.memory_saver_adapter.region(GPU_MEMORY_TYPE_WEIGHTS, enable_cpu_backup=False),
+                progress=tp_rank == 0,
+            )
         self.freshness = Freshness(
             self.config.updates,
             refresh=self._refresh_drafter,
             on_update=lambda: self.steering.policy_updated(),
             acceptance=lambda: self.steering.first_acceptance,
         )
-        self._simulated_acceptance = simulated_acceptance(self.config.drafter.windows)
+        self._simulated_acceptance = simulated
         if self._simulated_acceptance is not None:
             logger.warning(
                 "SIMULATED acceptance %s (by attention window): the output is NOT the policy's. For benchmarks only.",
@@ -150,6 +156,9 @@ class SelfQuantWorker(ServedWorker):
             # which Step gives it an upper bound.
             backend.needs_cpu_seq_lens = False
 
+    @needs_memory(
+        "the graphs and logits of drafting", "lower --mem-fraction-static, --speculative-num-steps or max_draft_batch"
+    )
     def init_cuda_graphs(self) -> None:
         """The last of the start: SGLang has allocated its KV cache and captured the policy's own graphs."""
         self.graph_batches, target_graph_batches = self._graph_batches()
@@ -345,7 +354,7 @@ class SelfQuantWorker(ServedWorker):
         """
         controller = self.steering.controller
         return {
-            **self.steering.metrics.snapshot(),
+            **self.steering.snapshot(),
             "mode": controller.config.mode,
             "policy": dataclasses.asdict(controller.config),
             "simulated_acceptance": self._simulated_acceptance and _named(self._simulated_acceptance),

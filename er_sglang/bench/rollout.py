@@ -18,6 +18,7 @@ from er_sglang.bench.shapes import SHAPES, write_model
 from er_sglang.policy.config import PolicyConfig
 from er_sglang.policy.decide import Controller
 from er_sglang.policy.profile import Profile
+from er_sglang.steering.trace import read_steps
 from er_sglang.tools import plots
 from er_sglang.tools.serving import ON_CPU, Server, exit_on_sigterm
 from er_sglang.tools.simulate import simulate
@@ -251,8 +252,8 @@ def split_trace(trace: Path, runs: Sequence[dict]) -> list[Path]:
         if run["self_quant_after"]
     }
     lines: dict[int, list[str]] = {change: [] for change in names}
-    for line in trace.read_text().splitlines(keepends=True):
-        lines.get(json.loads(line)["settings_version"], []).append(line)  # those of the warm-up belong to no arm
+    for step in read_steps(trace.read_text().splitlines()):
+        lines.get(step["settings_version"], []).append(json.dumps(step) + "\n")  # the warm-up's belong to no arm
     paths = []
     for change, name in names.items():
         paths.append(trace.with_name(f"{name}{trace.suffix}"))

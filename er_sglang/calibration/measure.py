@@ -50,11 +50,11 @@ MIN_PASSES = {"cuda": 3, "cpu": 1}
 MAX_PASSES = 5
 
 
-def obtain_profile(subject: Subject) -> tuple[Profile, Path]:
+def obtain_profile(subject: Subject) -> tuple[Profile, Path | None]:
     """The profile that the config names, else the cached one, else one measured now; the same on every rank.
 
-    Returns it and the path of rank 0's file. Raises ConfigError for a profile that is unreadable or was measured
-    elsewhere.
+    Returns it and the path of rank 0's file, None if none could be kept. Raises ConfigError for a profile that is
+    unreadable or was measured elsewhere.
     """
     group = get_tp_group()
     expected = fingerprint(subject)
@@ -72,8 +72,12 @@ def obtain_profile(subject: Subject) -> tuple[Profile, Path]:
     if profile is None:
         profile = group.broadcast_object(_measure(subject, expected), src=0)
         if group.rank_in_group == 0:
-            profile.save(path)
-            logger.info("Step times were measured and saved as %s.", path)
+            try:
+                profile.save(path)
+                logger.info("Step times were measured and saved as %s.", path)
+            except OSError as error:
+                logger.warning("Step times cannot be kept in %s (%s): every start measures.", path, error.strerror)
+                path = None
             for outlier in profile.outliers:
                 logger.warning("Step times: %s.", outlier)
     return profile, path

@@ -5,9 +5,12 @@ from __future__ import annotations
 from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 from sglang.srt.speculative.spec_registry import CustomSpecAlgo, get_spec
 
-from er_sglang.config import load_config
-from er_sglang.host.refusals import check_model, check_server_args
-from er_sglang.host.seams import ALGORITHM
+from er_sglang.config import load_config, simulated_acceptance
+from er_sglang.host import hooks
+from er_sglang.host.cpu import CPU_HOOKS
+from er_sglang.host.machine import check_machine
+from er_sglang.host.refusals import check_model, check_server_args, check_simulated_acceptance
+from er_sglang.host.seams import ALGORITHM, check_host
 
 
 class SelfQuantAlgorithm(CustomSpecAlgo):
@@ -27,6 +30,9 @@ class SelfQuantAlgorithm(CustomSpecAlgo):
     def handle_server_args(self, server_args) -> None:
         check_model(server_args.get_model_config().hf_config)
         config = load_config(server_args.speculative_adaptive_config, server_args.speculative_num_steps)
+        check_simulated_acceptance(simulated_acceptance(config.drafter.windows), server_args.load_format)
+        if server_args.device == "cuda":
+            check_machine(config)
         server_args.speculative_num_steps = config.gamma_max
         server_args.speculative_num_draft_tokens = config.gamma_max + 1
         server_args.speculative_eagle_topk = 1
@@ -43,7 +49,18 @@ class SelfQuantAlgorithm(CustomSpecAlgo):
         return SelfQuantFutureMap(device, self, req_to_token_pool, needs_cpu_seq_lens)
 
 
+def _validate(server_args) -> None:
+    """Called where ServerArgs are built, before anything is loaded."""
+    check_host()
+    check_server_args(server_args)
+
+
 def _create_worker_class(server_args) -> type:
+    """Called by each scheduler that serves SELF_QUANT, before it has memory pools or answers requests."""
+    check_host()
+    hooks.bind(hooks.SCHEDULER_HOOKS)
+    if server_args.device == "cpu":
+        hooks.bind(CPU_HOOKS)
     from er_sglang.worker import SelfQuantWorker
 
     return SelfQuantWorker
@@ -55,6 +72,6 @@ def register() -> None:
         SpeculativeAlgorithm.register(
             ALGORITHM,
             supports_overlap=True,
-            validate_server_args=check_server_args,
+            validate_server_args=_validate,
             spec_class=SelfQuantAlgorithm,
         )(_create_worker_class)

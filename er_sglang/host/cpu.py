@@ -1,35 +1,26 @@
-"""Stand-ins for Triton kernels of SGLang that its CPU engine would launch, so that SELF_QUANT serves on a CPU too."""
+"""Stand-ins for Triton kernels of SGLang that its CPU engine would launch, so that SELF_QUANT serves on a CPU too.
+
+Bound where SELF_QUANT is served on a CPU, and nowhere else.
+"""
 
 from __future__ import annotations
 
 import torch
 from sglang.srt.plugins.hook_registry import HookType
-from sglang.srt.server_args import get_global_server_args
-
-from er_sglang.host.served import is_served
 
 
-def _on_cpu() -> bool:
-    return is_served() and get_global_server_args().device == "cpu"
+def _skip_kv_copy(pool) -> None:
+    """A Triton kernel that compacts rejected branches of a draft tree; a chain has none."""
 
 
-def _skip_kv_copy_on_cpu(original, pool):
-    # A Triton kernel that compacts rejected branches of a draft tree; a chain has none.
-    if not _on_cpu():
-        original(pool)
-
-
-def _assign_slots_on_cpu(original, req_pool_indices, req_to_token, start_offset, end_offset, out_cache_loc, batch_size):
+def _assign_slots(req_pool_indices, req_to_token, start_offset, end_offset, out_cache_loc, batch_size):
     """``assign_req_to_token_pool`` is a Triton kernel; this is what it does."""
-    if not _on_cpu():
-        return original(req_pool_indices, req_to_token, start_offset, end_offset, out_cache_loc, batch_size)
     lengths = (end_offset - start_offset).tolist()
     for row, start, slots in zip(req_pool_indices, start_offset.tolist(), out_cache_loc.split(lengths)):
         req_to_token[row, start : start + len(slots)] = slots.to(req_to_token.dtype)
 
 
-def _alloc_extend_on_cpu(
-    original,
+def _alloc_extend(
     allocator,
     prefix_lens,
     prefix_lens_cpu,
@@ -42,10 +33,6 @@ def _alloc_extend_on_cpu(
     """``alloc_extend`` launches a Triton kernel; SGLang has the same in torch, but not wired to the CPU."""
     from sglang.srt.mem_cache.allocator.paged import alloc_extend_naive, get_num_new_pages
 
-    if not _on_cpu():
-        return original(
-            allocator, prefix_lens, prefix_lens_cpu, seq_lens, seq_lens_cpu, last_loc, extend_num_tokens, num_new_pages
-        )
     if num_new_pages is None:
         num_new_pages = get_num_new_pages(
             seq_lens=seq_lens_cpu, page_size=allocator.page_size, prefix_lens=prefix_lens_cpu
@@ -63,16 +50,7 @@ def _alloc_extend_on_cpu(
 
 
 CPU_HOOKS = {
-    "sglang.srt.mem_cache.memory_pool.MHATokenToKVPool._init_kv_copy_and_warmup": (
-        HookType.AROUND,
-        _skip_kv_copy_on_cpu,
-    ),
-    "sglang.srt.speculative.triton_ops.cache_locs.assign_req_to_token_pool_func": (
-        HookType.AROUND,
-        _assign_slots_on_cpu,
-    ),
-    "sglang.srt.mem_cache.allocator.paged.PagedTokenToKVPoolAllocator.alloc_extend": (
-        HookType.AROUND,
-        _alloc_extend_on_cpu,
-    ),
+    "sglang.srt.mem_cache.memory_pool.MHATokenToKVPool._init_kv_copy_and_warmup": (HookType.REPLACE, _skip_kv_copy),
+    "sglang.srt.speculative.triton_ops.cache_locs.assign_req_to_token_pool_func": (HookType.REPLACE, _assign_slots),
+    "sglang.srt.mem_cache.allocator.paged.PagedTokenToKVPoolAllocator.alloc_extend": (HookType.REPLACE, _alloc_extend),
 }

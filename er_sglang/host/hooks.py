@@ -1,19 +1,22 @@
-"""Hooks into SGLang's functions, by its own hook registry.
+"""Hooks into SGLang's functions, bound only where SELF_QUANT is served: a plain server runs SGLang's own.
 
-They wrap functions of plain servers too, where each only asks whether SELF_QUANT is served and passes the call on.
+A scheduler binds its hooks when it makes our worker, a front end when it makes its tokenizer manager. SGLang's registry
+applies hooks once, after plugins have loaded and before anybody knows what will be served, and only logs a hook that
+it cannot apply. So ours are applied by themselves, each with what the registry applies hooks with, and a failure ends
+the start.
 """
 
 from __future__ import annotations
 
 import pkgutil
+from collections.abc import Callable, Mapping
 from math import ceil
 
 import torch
-from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+from sglang.srt.plugins.hook_registry import HookRegistry, HookSource, HookType
 
-from er_sglang.host.cpu import CPU_HOOKS
 from er_sglang.host.seams import ALGORITHM, UnsupportedHost
-from er_sglang.host.served import is_served, served
+from er_sglang.host.served import ServedWorker
 from er_sglang.steering.control import KEY
 
 _UPDATER = "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager."
@@ -31,8 +34,7 @@ def _all_agree(success: bool, group) -> bool:
 
 def _receive_update(transport: str):
     def hook(original, updater, recv_req):
-        if (worker := served(updater.draft_worker)) is None:
-            return original(updater, recv_req)
+        worker: ServedWorker = updater.draft_worker
         worker.synchronize()  # A cycle in flight ends on the weights it began with.
         with worker.freshness.receiving(transport) as report:
             result = original(updater, recv_req)
@@ -44,32 +46,30 @@ def _receive_update(transport: str):
 
 def _release_memory(original, updater, recv_req):
     result = original(updater, recv_req)
-    if (worker := served(updater.draft_worker)) and "weights" in updater.offload_tags:
-        worker.freshness.released()
+    if "weights" in updater.offload_tags:
+        updater.draft_worker.freshness.released()
     return result
 
 
 def _resume_memory(original, updater, recv_req):
     result = original(updater, recv_req)
-    if (worker := served(updater.draft_worker)) and "weights" not in updater.offload_tags:
-        worker.freshness.resumed()
+    if "weights" not in updater.offload_tags:
+        updater.draft_worker.freshness.resumed()
     return result
 
 
 def _continue_generation(result, scheduler, recv_req) -> None:
-    if worker := served(scheduler.draft_worker):
-        worker.freshness.continued()
+    scheduler.draft_worker.freshness.continued()
 
 
 def _on_idle(result, scheduler) -> None:
-    worker = served(scheduler.draft_worker)
-    if worker and worker.busy and scheduler.is_fully_idle():
+    worker: ServedWorker = scheduler.draft_worker
+    if worker.busy and scheduler.is_fully_idle():
         worker.idle()
 
 
 def _internal_state(result, scheduler, recv_req):
-    if worker := served(scheduler.draft_worker):
-        result.internal_state[KEY] = worker.snapshot()
+    result.internal_state[KEY] = scheduler.draft_worker.snapshot()
     return result
 
 
@@ -78,17 +78,17 @@ def _set_internal_state(original, scheduler, recv_req):
     replica."""
     from sglang.srt.managers.io_struct import SetInternalStateReqOutput
 
-    worker = served(scheduler.draft_worker)
-    if worker is None or KEY not in recv_req.server_args:
+    if KEY not in recv_req.server_args:
         return original(scheduler, recv_req)
-    return SetInternalStateReqOutput(updated=worker.set_policy(recv_req.server_args), server_args={})
+    updated = scheduler.draft_worker.set_policy(recv_req.server_args)
+    return SetInternalStateReqOutput(updated=updated, server_args={})
 
 
 def _count_drafts(result, processor, step, batch) -> None:
     """SGLang has no count of a request's drafted tokens: it assumes one gamma for all steps. They travel to the front
     end as ``spec_num_correct_drafts``, which can spare the field: the histogram of accepted drafts says the same."""
     gamma = step.speculative_num_draft_tokens - 1
-    if gamma == 0 or served(processor.model_worker) is None:
+    if gamma == 0:
         return
     for req, accepted in zip(batch.reqs, step.num_correct_drafts_per_req_cpu):
         if not (req.is_retracted or req.finished()):
@@ -101,7 +101,7 @@ def _report_drafts(result, manager, meta_info, recv_obj, i) -> None:
     ``spec_verify_ct`` stays the number of decode steps, plain ones included, and ``spec_accept_length`` the tokens per
     such step. ``spec_accept_rate``, accepted over drafted tokens, is left out if nothing was drafted.
     """
-    if not is_served() or "spec_verify_ct" not in meta_info:
+    if not _serves(manager) or "spec_verify_ct" not in meta_info:
         return
     drafted = recv_obj.spec_num_correct_drafts[i]
     accepted = sum(count * steps for count, steps in enumerate(recv_obj.spec_correct_drafts_histogram[i]))
@@ -119,7 +119,7 @@ def _finish_token_by_token(original, req, new_accepted_len=1):
     """SGLang looks at the length limit before it looks for stop tokens, which is right for one token at a time only: of
     several, those after a stop token would be returned if the last of them reaches the limit."""
     at_limit = len(req.output_ids) >= req.sampling_params.max_new_tokens
-    if new_accepted_len == 1 or not at_limit or not is_served():
+    if new_accepted_len == 1 or not at_limit:
         return original(req, new_accepted_len)
     emitted = req.output_ids[-new_accepted_len:]
     del req.output_ids[-new_accepted_len:]
@@ -133,15 +133,14 @@ def _finish_token_by_token(original, req, new_accepted_len=1):
 
 def _request_row_headroom(result, server_args):
     """Columns of the request table beyond the context length. SGLang reserves KV slots for two cycles at every step but
-    counts
-    one: from gamma 8 on, a request that nears the limit would write into the row of another. Rounded up: page tables
-    are made as wide as a row, and kernels fill them faster if they are aligned, as they are without us."""
-    if server_args.speculative_algorithm != ALGORITHM:
-        return result
+    counts one: from gamma 8 on, a request that nears the limit would write into the row of another. Rounded up: page
+    tables are made as wide as a row, and kernels fill them faster if they are aligned, as they are without us."""
     return ceil((result + server_args.speculative_num_draft_tokens) / 16) * 16
 
 
-HOOKS = {
+Hooks = Mapping[str, tuple[HookType, Callable]]
+
+SCHEDULER_HOOKS: Hooks = {
     **{
         f"{_UPDATER}update_weights_from_{transport}": (HookType.AROUND, _receive_update(transport))
         for transport in ("disk", "distributed", "tensor", "ipc")
@@ -153,27 +152,48 @@ HOOKS = {
     f"{_SCHEDULER}get_internal_state": (HookType.AFTER, _internal_state),
     f"{_SCHEDULER}set_internal_state": (HookType.AROUND, _set_internal_state),
     f"{_RESULTS}_resolve_spec_v2_tokens": (HookType.AFTER, _count_drafts),
-    f"{_FRONT_END}_calculate_spec_decoding_metrics": (HookType.AFTER, _report_drafts),
     "sglang.srt.managers.schedule_batch.Req.update_finish_state": (HookType.AROUND, _finish_token_by_token),
     "sglang.srt.model_executor.model_runner_kv_cache_mixin.get_req_to_token_extra_context_len": (
         HookType.AFTER,
         _request_row_headroom,
     ),
-    **CPU_HOOKS,
+}
+# A process may hold front ends of several servers, not all of them ours: these hooks ask whose they are.
+FRONT_END_HOOKS: Hooks = {
+    f"{_FRONT_END}_calculate_spec_decoding_metrics": (HookType.AFTER, _report_drafts),
 }
 
 
-def install() -> None:
-    """Register every hook; SGLang applies them after all plugins have loaded."""
-    for target, (kind, hook) in HOOKS.items():
-        HookRegistry.register(target, hook, kind)
+def _serves(manager) -> bool:
+    return manager.server_args.speculative_algorithm == ALGORITHM
 
 
-def check_bound() -> None:
-    """Raise UnsupportedHost unless every hook is in place; SGLang only logs one that it could not apply."""
-    unbound = [target for target in HOOKS if not hasattr(pkgutil.resolve_name(target), "__wrapped__")]
-    if unbound:
-        raise UnsupportedHost(
-            f"SGLang did not apply the hooks on {', '.join(unbound)}; its log says why. "
-            "Call sglang.srt.plugins.load_plugins() before the scheduler starts."
-        )
+def _bind_front_end(manager) -> None:
+    if _serves(manager):
+        bind(FRONT_END_HOOKS)
+
+
+# The one hook of plain servers, on a line of their start.
+GATE: Hooks = {f"{_FRONT_END}init_request_dispatcher": (HookType.BEFORE, _bind_front_end)}
+
+
+def bind(hooks: Hooks) -> None:
+    """Put every hook in its place, unless it is there; UnsupportedHost if one does not fit."""
+    for target, (kind, hook) in hooks.items():
+        try:
+            if not _reaches(pkgutil.resolve_name(target), hook):
+                HookRegistry._apply_target(target, [(kind, hook, HookSource("self_quant", "er_sglang"))])
+        except (ImportError, AttributeError, TypeError, ValueError) as error:
+            raise UnsupportedHost(
+                f"{ALGORITHM} cannot hook {target} ({error}): another plugin or a patch of SGLang has changed it. "
+                "Serve without that, or without --speculative-algorithm."
+            ) from error
+
+
+def _reaches(function: Callable, hook: Callable) -> bool:
+    """Whether a call of ``function`` comes by ``hook``, which the registry's wrapper keeps in a cell."""
+    while function is not None:
+        if any(cell.cell_contents is hook for cell in getattr(function, "__closure__", None) or ()):
+            return True
+        function = getattr(function, "__wrapped__", None)
+    return False

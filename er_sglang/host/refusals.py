@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from er_sglang.config import SIMULATE_ACCEPTANCE_ENV
 from er_sglang.errors import ConfigError
 from er_sglang.host.seams import ALGORITHM, SUPPORTED_ARCHITECTURES, UnsupportedHost
 
@@ -73,7 +74,7 @@ def check_server_args(args: Any) -> None:
 
 
 def check_model(hf_config: Any) -> None:
-    """Raise ConfigError for a model class, or a quantized checkpoint, that SELF_QUANT does not support."""
+    """Raise ConfigError for a model by name, or a quantized checkpoint, that SELF_QUANT does not support."""
     architectures = list(hf_config.architectures or [])
     if not set(architectures) & set(SUPPORTED_ARCHITECTURES):
         raise ConfigError(
@@ -85,4 +86,23 @@ def check_model(hf_config: Any) -> None:
         raise ConfigError(
             f"The checkpoint is already quantized ({method}). {ALGORITHM} drafts with a quantized copy of a bf16 or "
             "fp16 policy: serve the unquantized checkpoint."
+        )
+
+
+def check_model_class(model: type) -> None:
+    """Raise ConfigError unless the policy was loaded as the class that its name stands for in SGLang."""
+    if SUPPORTED_ARCHITECTURES.get(model.__name__) != model.__module__:
+        raise ConfigError(
+            f"The policy was loaded as {model.__module__}.{model.__name__}, which {ALGORITHM} does not support; it "
+            f"supports SGLang's own {', '.join(SUPPORTED_ARCHITECTURES)}. Unset SGLANG_EXTERNAL_MODEL_PACKAGE, or "
+            "serve without --speculative-algorithm."
+        )
+
+
+def check_simulated_acceptance(simulated: object, load_format: str) -> None:
+    """Raise ConfigError for a simulated acceptance where responses could be taken for a policy's."""
+    if simulated is not None and load_format != "dummy":
+        raise ConfigError(
+            f"{SIMULATE_ACCEPTANCE_ENV} is set, and responses would not be the policy's: unset it. For benchmarks of "
+            f"random weights, add --load-format dummy (it is {str(load_format)!r})."
         )

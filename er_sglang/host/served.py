@@ -5,11 +5,9 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping
 
-from sglang.srt.server_args import get_global_server_args
 from sglang.srt.speculative.base_spec_worker import BaseSpecWorker
 
 from er_sglang.drafting.updates import Freshness
-from er_sglang.host.seams import ALGORITHM
 
 
 class ServedWorker(BaseSpecWorker):
@@ -41,13 +39,3 @@ class ServedWorker(BaseSpecWorker):
     @abstractmethod
     def snapshot(self) -> dict:
         """State for /server_info."""
-
-
-def served(worker: object) -> ServedWorker | None:
-    """The worker if it is SELF_QUANT's; None if another algorithm or none is served."""
-    return worker if isinstance(worker, ServedWorker) else None
-
-
-def is_served() -> bool:
-    """Whether this process belongs to a SELF_QUANT server."""
-    return get_global_server_args().speculative_algorithm == ALGORITHM

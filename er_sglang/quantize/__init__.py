@@ -40,13 +40,7 @@ def create_format(name: str, *, group_size: int, device: torch.device) -> Format
     if device.type != "cuda":
         raise ValueError(f"weight formats exist for cpu and cuda devices, not for {device.type!r}")
 
-    capability = torch.cuda.get_device_capability(device)
-    if capability < _MIN_CAPABILITY[name]:
-        instead = "use int4 instead" if capability >= _MIN_CAPABILITY["int4"] else "serve without SELF_QUANT on it"
-        raise ValueError(
-            f"weight format {name} needs compute capability {_dotted(_MIN_CAPABILITY[name])} or newer, "
-            f"{torch.cuda.get_device_name(device)} has {_dotted(capability)}: {instead}"
-        )
+    check_card(name, device)
     if name == "fp8":
         from er_sglang.quantize.scaled_mm import ScaledMmFp8
 
@@ -54,6 +48,17 @@ def create_format(name: str, *, group_size: int, device: torch.device) -> Format
     from er_sglang.quantize.marlin import MarlinInt4
 
     return MarlinInt4(group_size=group_size, symmetric=name == "int4", device=device)
+
+
+def check_card(name: str, device: torch.device) -> None:
+    """Raise ValueError, saying what to choose instead, unless the GPU has kernels for the format `name`."""
+    capability = torch.cuda.get_device_capability(device)
+    if capability < _MIN_CAPABILITY[name]:
+        instead = "use int4 instead" if capability >= _MIN_CAPABILITY["int4"] else "serve without SELF_QUANT on it"
+        raise ValueError(
+            f"weight format {name} needs compute capability {_dotted(_MIN_CAPABILITY[name])} or newer, "
+            f"{torch.cuda.get_device_name(device)} has {_dotted(capability)}: {instead}"
+        )
 
 
 def _dotted(capability: tuple[int, int]) -> str:

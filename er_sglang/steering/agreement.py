@@ -14,7 +14,7 @@ from zlib import crc32
 import torch
 import torch.distributed as dist
 
-from er_sglang.config import CONFIG_ENV
+from er_sglang.config import CONFIG_ENV, SIMULATE_ACCEPTANCE_ENV
 from er_sglang.errors import ConfigError
 
 CHECK_EVERY_STEPS = 64
@@ -36,7 +36,7 @@ def check_settings(settings: object, group: dist.ProcessGroup | None) -> None:
     if group is not None and not _all_equal(crc32(repr(settings).encode()), group):
         raise ConfigError(
             f"the nodes of this engine read different settings; this one's are {settings}. "
-            f"Set {CONFIG_ENV}, or the file, alike on all of them."
+            f"Set {CONFIG_ENV}, or the file, and {SIMULATE_ACCEPTANCE_ENV} alike on all of them."
         )
 
 

@@ -113,6 +113,12 @@ class Steering:
         self.settings_version += 1
         self._agreement.add(config)
 
+    def snapshot(self) -> dict:
+        """Counters for /server_info; the trace holds the same steps by then."""
+        if self._trace:
+            self._trace.flush()
+        return self.metrics.snapshot()
+
     def policy_updated(self) -> None:
         """The drafter follows new weights of the policy."""
         self.controller.policy_updated()
@@ -122,6 +128,8 @@ class Steering:
         if self._busy:
             self._busy = False
             self.interrupted()
+            if self._trace:
+                self._trace.flush()
             self.controller.idle()
 
 
@@ -137,7 +145,7 @@ def create_steering(config: SelfQuantConfig, profile: Profile | None, server_arg
                 {"model_name": server_args.served_model_name, "tp_rank": "0", **replica, **more}
             )
         if config.trace:
-            trace = Trace(config.trace)
+            trace = Trace(config.trace, config.trace_max_mb)
     return Steering(
         Controller(config.policy, profile, config.drafter.windows),
         Metrics(config.gamma_max, exporter),

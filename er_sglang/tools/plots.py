@@ -12,6 +12,7 @@ from pathlib import Path
 from er_sglang.errors import ConfigError
 from er_sglang.policy.decide import predicted_speedups
 from er_sglang.policy.profile import Profile
+from er_sglang.steering.trace import read_steps
 
 POINTS = 160  # of the crossover map, along each axis
 BINS = 300  # of the timeline, at most
@@ -42,7 +43,7 @@ class Bin:
 def read_trace(path: Path) -> list[dict]:
     """The steps of a trace. Raises ConfigError for another file, or for too few of them to plot."""
     try:
-        steps = [json.loads(line) for line in path.read_text().splitlines()]
+        steps = list(read_steps(path.read_text().splitlines()))
     except json.JSONDecodeError as error:
         raise ConfigError(f"{path} is not a trace, a JSON object in each line: {error}") from error
     if len(steps) < 2:

@@ -14,8 +14,6 @@ import pytest
 from tests.host.oracle import Oracle
 from tests.host.servers import ENV, START_TIMEOUT_S
 
-SCHEDULER = "srt/managers/scheduler.py"
-
 # What a trainer's actor does: nobody has loaded SGLang's plugins in this process.
 BARE = """
 import multiprocessing, sys
@@ -97,15 +95,30 @@ def test_bare_server_args_with_autoload(tmp_path, qwen3):
     assert done.stdout == BOTH_KNOW, done.stderr[-3000:]
 
 
-def test_changed_sglang(tmp_path, tree, qwen3):
-    """A seam with another signature: SELF_QUANT stays unknown, and the log says which one."""
-    file = tree / "sglang" / SCHEDULER
-    text = file.read_text()
-    changed = text.replace("self, future_indices: torch.Tensor, batch", "self, indices: torch.Tensor, batch")
-    assert changed != text
-    file.write_text(changed)
+@pytest.mark.parametrize(
+    ("file", "text", "changed", "message"),
+    [
+        (
+            "srt/managers/scheduler.py",
+            "self, future_indices: torch.Tensor, batch",
+            "self, indices: torch.Tensor, batch",
+            "Scheduler._relay_forward_payload takes (self, indices",
+        ),
+        (
+            "srt/speculative/dflash_info.py",
+            "class DFlashVerifyInput",
+            "class RenamedVerifyInput",
+            "sglang.srt.speculative.dflash_info.DFlashVerifyInput is missing",
+        ),
+    ],
+    ids=["signature", "name"],
+)
+def test_changed_sglang(tmp_path, tree, qwen3, file, text, changed, message):
+    """A seam with another signature, a name that we import gone: whoever asks for SELF_QUANT is told which one."""
+    source = (tree / "sglang" / file).read_text()
+    assert text in source
+    (tree / "sglang" / file).write_text(source.replace(text, changed))
     script = "from sglang.srt.plugins import load_plugins\nload_plugins()\n" + BARE
     done = run(script, tmp_path, qwen3, path=tree)
-    assert "Unknown speculative algorithm name: SELF_QUANT" in done.stderr
-    assert "was changed where SELF_QUANT attaches" in done.stderr
-    assert "Scheduler._relay_forward_payload takes (self, indices" in done.stderr
+    assert "UnsupportedHost: SGLang 0.5.15.post1 was changed where SELF_QUANT attaches" in done.stderr
+    assert message in done.stderr

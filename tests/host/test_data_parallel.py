@@ -5,6 +5,7 @@ import random
 from tests.host.oracle import Oracle
 from tests.host.policies import VOCAB, make_policy
 from tests.host.servers import greedy, self_quant, tokens
+from tests.host.trainer_client import TrainerClient
 
 
 def test_replicas(qwen3, qwen3_oracle, folder):
@@ -19,6 +20,7 @@ def test_replicas(qwen3, qwen3_oracle, folder):
         "context-length": 300,
     }  # the last page goes beyond the context
     with self_quant(qwen3, folder / "data-parallel.log", config, 3, args) as server:
+        trainer = TrainerClient(server)
 
         def replicas() -> list[dict]:
             return [state["self_quant"] for state in server.get_server_info()["internal_states"]]
@@ -31,9 +33,9 @@ def test_replicas(qwen3, qwen3_oracle, folder):
             answers = server.generate({"input_ids": prompts, "sampling_params": greedy(16)})
             assert tokens(answers) == [oracle.greedy(prompt, 16) for prompt in prompts]
             if policy is qwen3:
-                server.post("/pause_generation", {"mode": "abort"})
-                server.post("/update_weights_from_disk", {"model_path": str(other)})
-                server.post("/continue_generation", {})
+                trainer.pause()
+                trainer.send_disk(other)
+                trainer.resume()
         assert [replica["cycles"] > 0 and replica["refreshes"] for replica in replicas()] == [1, 1]
         metrics = server.metrics()
         assert all(f'sglang:self_quant_gamma{{dp_rank="{rank}"' in metrics for rank in (0, 1))

@@ -279,7 +279,8 @@ def test_the_simulated_acceptance_changes_while_serving(qwen3, folder):
     """On a benchmark's server; and such a server without step times cannot be switched to a mode that needs them."""
     arms = [Arm.parse("self_quant:2"), Arm.parse("self_quant:0"), Arm.parse("self_quant:3")]
     config = {"policy": start_policy(arms)}
-    with self_quant(qwen3, folder / "simulated.log", config, GAMMA_MAX, env={SIMULATE_ACCEPTANCE_ENV: "0.5"}) as server:
+    args, env = {"load-format": "dummy"}, {SIMULATE_ACCEPTANCE_ENV: "0.5"}
+    with self_quant(qwen3, folder / "simulated.log", config, GAMMA_MAX, args, env) as server:
         for arm, alpha in [(arms[0], 1.0), (arms[0], 0.0), (arms[1], 0.5), (arms[2], 0.5)]:
             server.change_self_quant(arm.settings(alpha))
             before = server.self_quant()

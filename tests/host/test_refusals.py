@@ -10,10 +10,10 @@ import sys
 
 import pytest
 
-from er_sglang.config import CONFIG_ENV
+from er_sglang.config import CONFIG_ENV, SIMULATE_ACCEPTANCE_ENV
 from er_sglang.host import refusals
 from er_sglang.tools.serving import CPU_ENV
-from tests.host.servers import START_TIMEOUT_S
+from tests.host.servers import START_TIMEOUT_S, self_quant
 
 SCRIPT = """
 import json, os, sys
@@ -21,13 +21,15 @@ from sglang.srt.plugins import load_plugins
 load_plugins()
 from sglang.srt.server_args import ServerArgs
 messages = {}
-for name, (values, config) in json.load(sys.stdin).items():
-    os.environ["ER_SGLANG_CONFIG"] = config
+for name, (values, env) in json.load(sys.stdin).items():
+    os.environ.update({"ER_SGLANG_CONFIG": "{}", **env})
     try:
         args = ServerArgs(**values)
         messages[name] = f"accepted with gamma {args.speculative_num_steps}"
     except Exception as error:
         messages[name] = f"{type(error).__name__}: {error}"
+    for variable in env:
+        del os.environ[variable]
 print("RESULT" + json.dumps(messages))
 """
 
@@ -69,19 +71,12 @@ SETTINGS = {
 }
 # SGLang itself refuses it where SELF_QUANT is supported.
 REFUSED_BEFORE = {"dcp_size"}
-CONFIGS = {
-    '{"modus": "always"}': "unknown setting modus; known: calibration_s, drafter,",
-    '{"drafter": {"bits": 4}}': "unknown setting bits; known: attention_window, group_size, weights",
-    '{"policy": {"mode": "sometimes"}}': "choose one of auto, always, off",
-    '{"policy": {"mode": 3}}': "mode must be of type str",
-    '{"drafter": {"weights": "int3"}}': "choose one of int4, int4_asym, fp8",
-    '{"drafter": {"group_size": 100}}': "choose 32, 64 or 128",
-    '{"policy": {"mode": "cycle", "cycle": [1, 9]}}': "more than --speculative-num-steps (3)",
-    '{"policy": {"mode": "cycle"}}': "give both or neither",
-    '{"gamma_max": 5}': "give one of them",
-    '{"max_draft_batch": 0}': "it must be at least 1",
-    "{not json}": "is not JSON",
-    "/no/such/file.json": "cannot read the SELF_QUANT config /no/such/file.json",
+# Environments that are refused whatever the arguments; tests/unit/test_config.py has all that a config can get wrong.
+ENVIRONMENTS = {
+    "key": ({CONFIG_ENV: '{"modus": "always"}'}, "unknown setting modus; known: calibration_s, drafter,"),
+    "file": ({CONFIG_ENV: "/no/such/file.json"}, "cannot read the SELF_QUANT config /no/such/file.json"),
+    "simulated": ({SIMULATE_ACCEPTANCE_ENV: "0.9"}, "add --load-format dummy (it is 'auto')"),
+    "simulated badly": ({SIMULATE_ACCEPTANCE_ENV: "9"}, "must be a number from 0 to 1"),
 }
 # Model classes that are refused, and what in config.json makes the policy one of them.
 MODELS = {
@@ -103,23 +98,27 @@ def messages(qwen3, tmp_path_factory):
         "speculative_algorithm": "SELF_QUANT",
         "speculative_num_steps": 3,
     }
-    cases = {"accepted": (base, "{}"), "too long": ({**base, "speculative_num_steps": 16}, "{}")}
+    cases = {
+        "accepted": (base, {}),
+        "too long": ({**base, "speculative_num_steps": 16}, {}),
+        "simulated on random weights": ({**base, "load_format": "dummy"}, {SIMULATE_ACCEPTANCE_ENV: "0.9"}),
+    }
     for name, (value, _) in SETTINGS.items():
-        cases[name] = ({**base, name: str(qwen3) if value == POLICY else value}, "{}")
+        cases[name] = ({**base, name: str(qwen3) if value == POLICY else value}, {})
     for name in ("enable_deterministic_inference", "rl_on_policy_target"):
         cases[name][0]["attention_backend"] = "triton"  # SGLang's own condition
-    cases |= {config: (base, config) for config in CONFIGS}
+    cases |= {name: (base, env) for name, (env, _) in ENVIRONMENTS.items()}
     policy = json.loads((qwen3 / "config.json").read_text())
     variants = {name: {**policy, **changes, "architectures": [name]} for name, changes in MODELS.items()}
     variants["quantized"] = {**policy, "quantization_config": AWQ}
     for name, values in variants.items():
         folder = tmp_path_factory.mktemp(name)
         (folder / "config.json").write_text(json.dumps(values))
-        cases[name] = ({**base, "model_path": str(folder)}, "{}")
+        cases[name] = ({**base, "model_path": str(folder)}, {})
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT],
         input=json.dumps(cases),
-        env={**os.environ, **CPU_ENV, CONFIG_ENV: "{}"},
+        env={**os.environ, **CPU_ENV},
         capture_output=True,
         text=True,
         timeout=START_TIMEOUT_S,
@@ -129,7 +128,7 @@ def messages(qwen3, tmp_path_factory):
 
 
 def test_good_settings_are_accepted(messages):
-    assert messages["accepted"] == "accepted with gamma 3"
+    assert messages["accepted"] == messages["simulated on random weights"] == "accepted with gamma 3"
 
 
 def test_every_refused_setting_has_a_case():
@@ -144,10 +143,10 @@ def test_setting(messages, name):
     assert SETTINGS[name][1] in messages[name]
 
 
-@pytest.mark.parametrize("config", CONFIGS)
-def test_config(messages, config):
-    assert messages[config].startswith("ConfigError: ")
-    assert CONFIGS[config] in messages[config]
+@pytest.mark.parametrize("name", ENVIRONMENTS)
+def test_environment(messages, name):
+    assert messages[name].startswith("ConfigError: ")
+    assert ENVIRONMENTS[name][1] in messages[name]
 
 
 def test_too_long_drafts(messages):
@@ -163,3 +162,18 @@ def test_model(messages, name):
 def test_quantized_checkpoint(messages):
     assert messages["quantized"].startswith("ConfigError: ")
     assert "serve the unquantized checkpoint" in messages["quantized"]
+
+
+def test_a_class_of_the_right_name_that_is_not_sglangs(qwen3, tmp_path):
+    """Known only once the policy is loaded: the name in config.json says nothing of it."""
+    (tmp_path / "other_models").mkdir()
+    (tmp_path / "other_models/__init__.py").touch()
+    (tmp_path / "other_models/qwen3.py").write_text(
+        "from sglang.srt.models import qwen3\nclass Qwen3ForCausalLM(qwen3.Qwen3ForCausalLM): pass\n"
+        "EntryClass = Qwen3ForCausalLM\n"
+    )
+    env = {"PYTHONPATH": str(tmp_path), "SGLANG_EXTERNAL_MODEL_PACKAGE": "other_models"}
+    server = self_quant(qwen3, tmp_path / "server.log", {"policy": {"mode": "always"}}, 3, env=env)
+    with pytest.raises(RuntimeError, match="the server stopped with exit code"), server:
+        pass
+    assert "ConfigError: The policy was loaded as other_models.qwen3.Qwen3ForCausalLM" in server.log_path.read_text()

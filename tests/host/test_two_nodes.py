@@ -15,6 +15,7 @@ from tests.host.oracle import Oracle, Sampling
 from tests.host.policies import make_policy
 from tests.host.servers import TWO_RANKS, greedy, self_quant, tokens
 from tests.host.test_exactness import PROMPT, sample
+from tests.host.trainer_client import TrainerClient
 
 PROMPTS = [[5, 6, 7], [12] * 20, [90, 8, 71, 15, 33, 4]]
 
@@ -52,6 +53,6 @@ def test_updates(server, qwen3_oracle, folder):
     assert_greedy(qwen3_oracle)
     other = make_policy(folder, "qwen3", seed=31)
     server.empty()
-    server.post("/update_weights_from_disk", {"model_path": str(other)})
+    TrainerClient(server).send_disk(other)
     assert_greedy(Oracle(other))
     assert server.self_quant()["refreshes"] == 1

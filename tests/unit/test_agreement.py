@@ -33,13 +33,6 @@ def test_two_ranks(tmp_path, drifted_at, expected):
         assert len(outcomes) == 2 and all(expected in outcome for outcome in outcomes.values())
 
 
-def test_a_single_rank_agrees_with_itself():
-    agreement = Agreement(None)
-    for step in range(CHECK_EVERY_STEPS):
-        agreement.add(step)
-        agreement.check()
-
-
 def read(rank: int, file: str, windows: tuple[int, int], outcomes) -> None:
     dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
     try:

@@ -56,7 +56,7 @@ ER_SGLANG = {
     "er_sglang/host/seams.py": """
 import os
 ALGORITHM = "SELF_QUANT"
-def check_host():
+def check_version():
     if "PLUGIN_FAILS" in os.environ:
         raise RuntimeError("SGLang 9.9 is not supported")
 """,

@@ -506,6 +506,7 @@ def test_a_servers_trace_is_split_by_arm(tmp_path):
         "".join(
             json.dumps({"settings_version": change, "step": step}) + "\n" for step, change in enumerate([0, 1, 1, 2])
         )
+        + '{"ended": "trace_max_mb: 256 MB"}\n'
     )
     runs = [run_of("plain", None, 4.0), run_of("self_quant:0", None, 4.0, 1), run_of("auto:7", 0.8, 3.0, 2)]
     paths = split_trace(trace, runs)

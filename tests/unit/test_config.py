@@ -71,6 +71,7 @@ def test_draft_lengths_above_the_largest_gamma_are_refused(policy):
         ({"max_draft_batch": True}, "max_draft_batch must be of type int"),
         ({"gamma_max": "3"}, "gamma_max must be of type int"),
         ({"trace": 3}, "trace must be of type str"),
+        ({"trace_max_mb": 0}, "trace_max_mb is 0"),
         ({"policy": {"mode": "on"}}, "mode is 'on'"),
         ({"policy": {"ladder": [3, 2]}}, "ladder is"),
         ({"policy": {"mode": "cycle"}}, "give both or neither"),

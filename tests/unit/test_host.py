@@ -1,21 +1,25 @@
-"""Which versions of SGLang are taken for a release we know."""
+"""Which SGLang is taken for a release we know, and unchanged."""
 
 import importlib.metadata
+import importlib.util
+from types import SimpleNamespace
 
 import pytest
 
 from er_sglang.host import seams as host
+from tests.unit.test_imports import FOUND
+
+needs_sglang = pytest.mark.skipif(importlib.util.find_spec("sglang") is None, reason="reads SGLang's sources")
 
 
 @pytest.fixture
 def check(monkeypatch):
-    """check_host() as if SGLang were there in this version, with all its seams."""
+    """check_version() as if SGLang were there in this version."""
 
     def check(version):
         monkeypatch.setattr(importlib.metadata, "version", lambda name: version)
-        host.check_host()
+        host.check_version()
 
-    monkeypatch.setattr(host, "SEAMS", ())
     return check
 
 
@@ -33,3 +37,72 @@ def test_other_versions(check, version):
     with pytest.raises(host.UnsupportedHost, match="is not supported") as refused:
         check(version)
     assert "SETUPTOOLS_SCM_PRETEND_VERSION_FOR_SGLANG=0.5.15.post1" in str(refused.value)
+
+
+@needs_sglang
+def test_installed_release_is_unchanged():
+    host.check_host()
+
+
+def test_every_import_from_sglang_is_a_seam():
+    imports = {name for names in FOUND.values() for name in names if name.partition(".")[0] == "sglang"}
+    seams = set(host.imported_names())
+    assert len(seams) > 40
+    assert imports == {module for module, _ in seams} | {f"{module}.{name}" for module, name in seams}
+
+
+@pytest.fixture
+def changed(tmp_path, monkeypatch):
+    """A release in which only the modules given are there."""
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: SimpleNamespace(submodule_search_locations=[str(tmp_path)])
+    )
+    caches = (host.check_host, host._names, host._code)
+
+    def changed(**modules):
+        for name, text in modules.items():
+            (tmp_path / f"{name}.py").write_text(text)
+
+    for cached in caches:
+        cached.cache_clear()
+    yield changed
+    for cached in caches:
+        cached.cache_clear()
+
+
+@needs_sglang
+def test_a_release_without_what_we_take_is_refused(changed):
+    changed()
+    with pytest.raises(host.UnsupportedHost, match="was changed where SELF_QUANT attaches") as refused:
+        host.check_host()
+    for missing in ("distributed.get_tp_group is missing", "module sglang.srt.managers.schedule_batch is missing"):
+        assert missing in str(refused.value)
+
+
+def test_names_that_a_module_defines(changed):
+    changed(
+        first="import os\nif os:\n    def function(): unseen = 1\nclass Class: attribute = 1\nCONSTANT: int = 1\n",
+        second="from sglang.first import *\nfrom sglang.first import Class as Renamed",
+    )
+    names = ("function", "Class", "CONSTANT", "Renamed", "attribute", "unseen", "first", "missing")
+    assert [host._defines("sglang.first", name) for name in names] == [True, True, True, *[False] * 5]
+    assert [host._defines("sglang.second", name) for name in names] == [True, True, True, True, *[False] * 4]
+    assert host._defines("sglang", "first") and not host._defines("sglang.third", "function")
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "problem"),
+    [
+        ("function", "first second", None),
+        ("function", "first keyword", "takes (first, second, keyword), expected (first, keyword, ...)"),
+        ("Class.method", "self", None),
+        ("Class.method", "self first", "takes (self), expected (self, first, ...)"),
+        ("Class.other", "self", "sglang.module.Class.other is missing"),
+    ],
+)
+def test_signatures(changed, name, parameters, problem):
+    changed(
+        module="def function(first, /, second=1, *rest, keyword): third = 1\nclass Class:\n    def method(self): 1\n"
+    )
+    found = host._compare(host.Seam("sglang.module", name, tuple(parameters.split())))
+    assert found is None if problem is None else problem in found

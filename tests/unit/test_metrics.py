@@ -6,10 +6,11 @@ from dataclasses import replace
 
 import pytest
 
+from er_sglang.errors import ConfigError
 from er_sglang.policy.profile import Rung
 from er_sglang.steering import metrics as metrics_module
 from er_sglang.steering.metrics import Launched, Metrics
-from er_sglang.steering.trace import Trace
+from er_sglang.steering.trace import FLUSH_LINES, Trace, read_steps
 
 
 class Clock:
@@ -90,10 +91,17 @@ def test_without_a_profile_nothing_is_compared(clock):
     assert metrics.snapshot()["measured_speedup"] is None
 
 
+def trace(path, step, accepted):
+    """One step of a server, which then runs idle and stops."""
+    server = Trace(str(path), max_mb=1.0)
+    server.write(step, accepted)
+    server.flush()
+
+
 def test_trace_lines(tmp_path):
     path = tmp_path / "deep" / "trace.jsonl"
-    Trace(str(path)).write(step(3, expected_speedup=1.25, mode="auto", settings_version=2), 4)
-    Trace(str(path)).write(step(0), 0)
+    trace(path, step(3, expected_speedup=1.25, mode="auto", settings_version=2), 4)
+    trace(path, step(0), 0)
     first, second = map(json.loads, path.read_text().splitlines())
     assert first.pop("time_s") > 0
     assert first == {
@@ -104,6 +112,49 @@ def test_trace_lines(tmp_path):
 
 
 def test_a_trace_folder_holds_a_file_of_each_server(tmp_path):
-    Trace(f"{tmp_path}/traces/").write(step(0), 0)
+    trace(f"{tmp_path}/traces/", step(0), 0)
     (file,) = (tmp_path / "traces").iterdir()
     assert str(os.getpid()) in file.name and len(file.read_text().splitlines()) == 1
+
+
+def test_a_trace_waits_for_several_steps_or_for_idleness(tmp_path):
+    path = tmp_path / "trace.jsonl"
+    server = Trace(str(path), max_mb=1.0)
+    for _ in range(FLUSH_LINES - 1):
+        server.write(step(0), 0)
+    assert path.read_text() == ""
+    server.write(step(0), 0)
+    assert len(path.read_text().splitlines()) == FLUSH_LINES
+
+
+def test_a_trace_ends_at_its_largest_size(tmp_path, caplog):
+    """Of all servers that wrote to it, the present one and those before."""
+    path = tmp_path / "trace.jsonl"
+    for _ in range(2):
+        server = Trace(str(path), max_mb=10e-3)
+        for _ in range(30):
+            server.write(step(3), 4)
+        server.flush()
+    for _ in range(100):
+        server.write(step(3), 4)
+    lines = path.read_text().splitlines()
+    assert json.loads(lines[-1]) == {"ended": "trace_max_mb: 0.01 MB"}
+    assert 10_000 <= path.stat().st_size < 10_000 + len(lines[0]) + len(lines[-1]) + 2
+    assert [each["gamma"] for each in read_steps(lines)] == [3] * (len(lines) - 1)
+    Trace(str(path), max_mb=10e-3).write(step(3), 4)
+    assert path.read_text().splitlines() == lines
+    ended, full = (record.message for record in caplog.records)
+    assert "ends: it has the 0.01 MB of trace_max_mb" in ended and "has the 0.01 MB of trace_max_mb already" in full
+
+
+def test_a_trace_that_cannot_be_written(tmp_path, caplog):
+    """At the start the server stops; later the trace does."""
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="trace: cannot write .*file/trace.jsonl: File exists"):
+        Trace(f"{tmp_path}/file/trace.jsonl", max_mb=1.0)
+    server = Trace(f"{tmp_path}/folder/trace.jsonl", max_mb=1.0)
+    (tmp_path / "folder/trace.jsonl").unlink()
+    (tmp_path / "folder").rmdir()
+    server.write(step(3), 4)
+    server.flush()
+    assert "ends: it cannot be written (No such file or directory)" in caplog.text

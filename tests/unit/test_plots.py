@@ -53,8 +53,9 @@ def test_bins():
         assert sum(each.tokens_per_s for each in binned(STEPS, count)) * width_s == pytest.approx(8 + 10 + 4)
 
 
-def test_an_empty_trace_is_refused(tmp_path):
-    (tmp_path / "trace.jsonl").write_text("")
+@pytest.mark.parametrize("text", ["", '{"time_s": 1}\n{"ended": "trace_max_mb: 256 MB"}\n'])
+def test_a_trace_without_steps_is_refused(tmp_path, text):
+    (tmp_path / "trace.jsonl").write_text(text)
     with pytest.raises(ConfigError, match="nothing to plot"):
         read_trace(tmp_path / "trace.jsonl")
 

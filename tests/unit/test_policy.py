@@ -248,19 +248,6 @@ def test_a_policy_update_allows_one_burst_at_once():
     assert first > 0 == second and probes() > 0
 
 
-def test_ranks_with_the_same_inputs_take_the_same_decisions():
-    ranks, rngs = [Controller(PolicyConfig(), PROFILE) for _ in range(2)], [random.Random(5), random.Random(5)]
-    traces = [[], []]
-    for rank, controller in enumerate(ranks):
-        for step in range(2000):
-            batch = 1 + (step * 7919) % 60
-            decision = controller.decide(State(batch=batch, mean_context_tokens=500.0 + step))
-            traces[rank].append(decision)
-            if decision.gamma:
-                cycle(controller, rngs[rank], 0.8, batch, decision.gamma)
-    assert traces[0] == traces[1] and len({decision.gamma for decision in traces[0]}) > 2
-
-
 def test_deciding_takes_less_than_50_microseconds():
     controllers = [Controller(PolicyConfig(), PROFILE) for _ in range(2)]
     for controller, state in zip(controllers, (SMALL, State(batch=20, mean_context_tokens=2000.0))):

@@ -12,7 +12,7 @@ import pytest
 
 from er_sglang.errors import ConfigError
 from er_sglang.host import refusals
-from er_sglang.host.seams import UnsupportedHost
+from er_sglang.host.seams import SUPPORTED_ARCHITECTURES, UnsupportedHost
 
 
 @pytest.fixture
@@ -63,3 +63,14 @@ def test_a_field_that_is_gone_is_an_unsupported_host(args, field):
     delattr(args, field)
     with pytest.raises(UnsupportedHost, match=f"has no {field},"):
         refusals.check_server_args(args)
+
+
+def test_only_sglangs_own_classes_are_accepted():
+    for name, module in SUPPORTED_ARCHITECTURES.items():
+        refusals.check_model_class(type(name, (), {"__module__": module}))
+    with pytest.raises(ConfigError, match="loaded as external.qwen3.Qwen3ForCausalLM"):
+        refusals.check_model_class(type("Qwen3ForCausalLM", (), {"__module__": "external.qwen3"}))
+    with pytest.raises(ConfigError, match="loaded as sglang.srt.models.transformers.TransformersForCausalLM"):
+        refusals.check_model_class(
+            type("TransformersForCausalLM", (), {"__module__": "sglang.srt.models.transformers"})
+        )

@@ -1,6 +1,7 @@
 """Test-only SGLang plugin: breaks SELF_QUANT on purpose in a running server, to show that the tests would see it.
 
 The file named by ER_SABOTAGE_FILE holds the name of the rule in force ("none" for none) and is read at every step.
+ER_SABOTAGE_UNHOOKABLE names a method of SGLang's weight updater which is then no function that could be hooked.
 """
 
 import os
@@ -11,7 +12,14 @@ from pathlib import Path
 def activate() -> None:
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    HookRegistry.register("sglang.srt.managers.scheduler.Scheduler.maybe_init_draft_worker", _install, HookType.AFTER)
+    if "ER_SABOTAGE_FILE" in os.environ:
+        HookRegistry.register(
+            "sglang.srt.managers.scheduler.Scheduler.maybe_init_draft_worker", _install, HookType.AFTER
+        )
+    if "ER_SABOTAGE_UNHOOKABLE" in os.environ:
+        from sglang.srt.managers.scheduler_components.weight_updater import SchedulerWeightUpdaterManager
+
+        setattr(SchedulerWeightUpdaterManager, os.environ["ER_SABOTAGE_UNHOOKABLE"], int)
 
 
 def _rule() -> str:

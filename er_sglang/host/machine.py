@@ -1,0 +1,60 @@
+"""What a machine lacks, in a sentence that says what to do: before the policy is loaded, or when memory runs out."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from er_sglang.config import SelfQuantConfig
+from er_sglang.errors import ConfigError
+from er_sglang.quantize import check_card
+
+COMPILED_BYTES = 100_000_000  # room for a kernel's library and what its compiler leaves beside it
+
+
+def check_machine(config: SelfQuantConfig) -> None:
+    """Raise if the GPU, the compiler or the disk of this machine cannot serve the drafter's weight format.
+
+    ServerArgs may be built on a machine without GPUs that serves nothing itself: it is not judged.
+    """
+    if torch.cuda.is_available():
+        for name in config.drafter.formats:
+            check_card(name, torch.device("cuda"))
+        if any(name.startswith("int4") for name in config.drafter.formats):
+            _check_compiler()
+
+
+def _check_compiler(env: Mapping[str, str] = os.environ) -> None:
+    """SGLang's ``load_jit`` compiles the int4 kernels at the first start, by tvm_ffi, and keeps them."""
+    folder = Path(env.get("TVM_FFI_CACHE_DIR") or "~/.cache/tvm-ffi").expanduser()
+    if any(folder.glob("*gptq_marlin*/*.so")):
+        return
+    # Where tvm_ffi looks.
+    on_path = shutil.which("nvcc", path=env.get("PATH"))
+    home = env.get("CUDA_HOME") or env.get("CUDA_PATH") or (on_path and Path(on_path).parents[1]) or "/usr/local/cuda"
+    if not Path(home, "bin", "nvcc").is_file():
+        raise ConfigError(
+            f"There is no nvcc in {home}/bin, and int4 kernels are compiled at the first start: install the CUDA "
+            f'toolkit and set CUDA_HOME, copy {folder} from a machine that has them, or set "drafter": {{"weights": '
+            '"fp8", "head": "policy"}}, which needs no compiler (SM89 or newer).'
+        )
+    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    if (free := shutil.disk_usage(existing).free) < COMPILED_BYTES:
+        raise ConfigError(
+            f"The disk of {folder} has {free / 1e6:.0f} MB left, and compiled int4 kernels need "
+            f"{COMPILED_BYTES / 1e6:.0f}: free some, or set TVM_FFI_CACHE_DIR to another disk."
+        )
+
+
+@contextmanager
+def needs_memory(what: str, remedy: str) -> Iterator[None]:
+    """Say what there was no GPU memory for; raises ConfigError."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise ConfigError(f"Too little GPU memory for {what}: {remedy}.") from error
