@@ -25,6 +25,5 @@ def test_twins_draft_what_the_policys_own_modules_draft(folder, family):
         answer = server.generate({"input_ids": [5, 6, 7], "sampling_params": greedy(12)})
     assert answer["meta_info"]["spec_accept_length"] > 1
     text = log.read_text()
-    assert len(re.findall(r"^TWIN_CHECK", text, re.MULTILINE)) == 2 * 3 * 3  # sizes, gammas, tensors
-    calls = [int(count) for count in re.search(r"^TWIN_CALLS (.*)", text, re.MULTILINE).group(1).split()]
-    assert all(calls), f"a twin was never called: {calls}"
+    assert len(re.findall(r"^TWIN_CHECK", text, re.MULTILINE)) == 2 * 3  # sizes, tensors
+    assert len(re.findall(r"^TWIN_CALL ", text, re.MULTILINE)) == 4, "a twin was never called"

@@ -1,13 +1,15 @@
-"""SGLang plugin for tests: on a CPU too a drafter has its small twins, with plain torch for their kernels."""
+"""SGLang plugin for tests: on a CPU too a drafter has its small twins, with plain torch for their kernels.
+
+Prints the name of each kernel when it is called first.
+"""
 
 from __future__ import annotations
 
 import torch
-from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
 from er_sglang.drafting import early, twins
 
-CALLS = dict.fromkeys(("rms_norm", "add_rms_norm_", "silu_and_mul", "rope_store_"), 0)
+KERNELS = ("rms_norm", "add_rms_norm_", "silu_and_mul", "rope_store_")
 
 
 def activate() -> None:
@@ -16,18 +18,18 @@ def activate() -> None:
     early.DTYPES = (torch.float32,)
     early.HEAD_DIMS = range(1024)
     twins._computes = lambda module, cls: isinstance(module, cls)
-    for name in CALLS:
-        setattr(early, name, _counted(name, globals()[f"_{name}"]))
-    HookRegistry.register(
-        "er_sglang.worker.SelfQuantWorker.init_cuda_graphs",
-        lambda result, worker: print("TWIN_CALLS", *CALLS.values(), flush=True),
-        HookType.AFTER,
-    )
+    for name in KERNELS:
+        setattr(early, name, _announced(name, globals()[f"_{name}"]))
 
 
-def _counted(name: str, function):
+def _announced(name: str, function):
+    announced = False
+
     def call(*args):
-        CALLS[name] += 1
+        nonlocal announced
+        if not announced:
+            print(f"TWIN_CALL {name}", flush=True)
+        announced = True
         return function(*args)
 
     return call
