@@ -56,5 +56,8 @@ def needs_memory(what: str, remedy: str) -> Iterator[None]:
     """Say what there was no GPU memory for; raises ConfigError."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except Exception as error:
+        # SGLang's graph runner raises a bare Exception of its own over what a capture raised.
+        if not any(isinstance(each, torch.OutOfMemoryError) for each in (error, error.__context__)):
+            raise
         raise ConfigError(f"Too little GPU memory for {what}: {remedy}.") from error

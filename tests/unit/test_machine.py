@@ -82,12 +82,19 @@ def test_a_full_disk(gpu, monkeypatch):
 
 def test_too_little_memory():
     @machine.needs_memory("graphs", "lower this")
-    def captured(error):
-        if error:
-            raise error
+    def capture(error, by_sglang=False):
+        try:
+            if error:
+                raise error
+        except RuntimeError as failed:
+            if not by_sglang:
+                raise
+            raise Exception(f"Capture cuda graph failed: {failed}")
 
-    captured(None)
-    with pytest.raises(ConfigError, match="Too little GPU memory for graphs: lower this."):
-        captured(torch.OutOfMemoryError("CUDA out of memory."))
-    with pytest.raises(RuntimeError, match="another"):
-        captured(RuntimeError("another"))
+    capture(None)
+    for by_sglang in (False, True):
+        with pytest.raises(ConfigError, match="Too little GPU memory for graphs: lower this."):
+            capture(torch.OutOfMemoryError("CUDA out of memory."), by_sglang)
+        with pytest.raises(Exception, match="another") as raised:
+            capture(RuntimeError("another"), by_sglang)
+        assert raised.type is not ConfigError
