@@ -31,6 +31,9 @@ tables = {"gate": hooks.GATE, "front end": hooks.FRONT_END_HOOKS, "scheduler": h
           "cpu": cpu.CPU_HOOKS}
 depths = lambda: {name: [depth(target) for target in table] for name, table in tables.items()}
 plain = depths()
+functions = [pkgutil.resolve_name(target) for table in tables.values() for target in table]
+signed = {f"{seam.module}.{seam.name}" for seam in seams.SEAMS}
+unsigned = sorted({f"{function.__module__}.{function.__qualname__}" for function in functions} - signed)
 sources_checked = seams._code.cache_info().currsize > 0
 
 class Manager:
@@ -53,7 +56,7 @@ try:
 except seams.UnsupportedHost as raised:
     error = str(raised)
 print("RESULT" + json.dumps(dict(cost_s=cost_s, plain=plain, sources_checked=sources_checked, front_end=front_end,
-                                 bound=bound, reached=reached, error=error)))
+                                 bound=bound, reached=reached, error=error, unsigned=unsigned)))
 """
 
 
@@ -92,6 +95,11 @@ def test_every_hook_is_bound_once(found):
     _, result = found
     assert {depth for depths in result["bound"].values() for depth in depths} == {1}
     assert result["reached"]
+
+
+def test_the_signature_of_every_hooked_function_is_checked(found):
+    _, result = found
+    assert result["unsigned"] == []
 
 
 def test_a_hook_that_does_not_fit_is_an_error(found):
