@@ -20,6 +20,7 @@ class PolicyConfig:
     fixed_gamma: draft length of always and threshold.
     threshold_batch: mode threshold drafts at this many running requests or fewer.
     margin: auto drafts only if predicted at least this much faster than plain decoding.
+    live_times: auto corrects the profile by the step times that it sees live.
     patience: steps' worth of tokens that auto lets a worse gamma cost before it leaves it.
     prior_alpha, prior_weight: acceptance assumed before any is seen, and how many tries that assumption is worth.
     half_life_cycles, stale_half_life_cycles: how fast evidence fades while drafting, and while not.
@@ -36,6 +37,7 @@ class PolicyConfig:
     fixed_gamma: int = 3
     threshold_batch: int = 16
     margin: float = 0.01
+    live_times: bool = True
     patience: float = 0.25
     prior_alpha: float = 0.8
     prior_weight: float = 4.0

@@ -107,11 +107,13 @@ def decide(
     acceptance: Mapping[int, AcceptanceEstimator],
     config: PolicyConfig,
     memory: Memory,
+    cycle_factor: float = 1.0,
 ) -> tuple[Decision, Memory]:
-    """Mode auto, one step. acceptance: by the windows that a draft may have."""
+    """Mode auto, one step. acceptance: by the windows that a draft may have. cycle_factor: see live.py."""
     if state.forbid_reason is not None:
         return Decision(PLAIN, Reason.FORBIDDEN), memory
     step_s, outside = profile.costs(state.batch, state.mean_context_tokens)
+    step_s = {rung: seconds * cycle_factor if rung.gamma else seconds for rung, seconds in step_s.items()}
 
     windows = _distinct_windows(acceptance, state.mean_context_tokens)
     alphas = {window: acceptance[window].alphas() for window in windows}
@@ -206,6 +208,7 @@ class Controller:
 
     profile: required by auto and paper; must cover config.gammas, else ConfigError.
     windows: attention windows that auto chooses from; the other modes draft with the first.
+    cycle_factor: how much longer cycles take, against plain steps, than the profile says; may be set at any time.
     """
 
     def __init__(self, config: PolicyConfig, profile: Profile | None = None, windows: Sequence[int] = (0,)) -> None:
@@ -226,6 +229,7 @@ class Controller:
         self.acceptance = {window: config.estimator() for window in self.windows}
         self._memory = Memory()
         self._last_window = self.windows[0]
+        self.cycle_factor = 1.0
         ladder = config.paper_ladder
         roofline = fit_roofline(profile, ladder, windows[0]) if config.mode == "paper" else None
         self._paper = PaperRule(roofline, ladder) if roofline else None
@@ -239,7 +243,9 @@ class Controller:
     def decide(self, state: State) -> Decision:
         """How to take this step."""
         if self.config.mode == "auto":
-            decision, self._memory = decide(state, self.profile, self.acceptance, self.config, self._memory)
+            decision, self._memory = decide(
+                state, self.profile, self.acceptance, self.config, self._memory, self.cycle_factor
+            )
             for window, estimator in self.acceptance.items():
                 if not decision.gamma or window != decision.rung.window:
                     estimator.age()

@@ -53,16 +53,23 @@ class Agreement:
         if self._group is not None:
             self._digest = crc32(repr(fact).encode(), self._digest)
 
-    def check(self) -> None:
-        """Called once a step by every rank; raises RanksDisagree on all of them."""
+    def check(self) -> bool:
+        """Called once a step by every rank; raises RanksDisagree on all of them. Returns whether it compared."""
         self._steps += 1
-        if self._group is None or self._steps % CHECK_EVERY_STEPS:
-            return
-        if not _all_equal(self._digest, self._group):
+        if self._steps % CHECK_EVERY_STEPS:
+            return False
+        if self._group is not None and not _all_equal(self._digest, self._group):
             raise RanksDisagree(
                 f"Tensor-parallel ranks disagree on the decode steps up to step {self._steps}: their batches or "
-                f"accepted "
-                "counts differ. This is a bug: please report it, with the server's arguments. To go on without "
-                "drafting, "
-                'set "policy": {"mode": "off"}.'
+                "accepted counts differ. This is a bug: please report it, with the server's arguments. To go on "
+                'without drafting, set "policy": {"mode": "off"}.'
             )
+        return True
+
+    def of_first(self, number: float) -> float:
+        """The first rank's, on every rank; all of them call it."""
+        if self._group is None:
+            return number
+        shared = torch.tensor([number], dtype=torch.float64)
+        dist.broadcast(shared, dist.get_global_rank(self._group, 0), self._group)
+        return shared.item()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ class Launched:
     """A decode step on its way.
 
     rung: gamma and attention window. reason: why these. outside: decided by extrapolated step times.
-    plain_s: measured seconds of a plain decode step of this batch, None without a profile.
+    plain_s, step_s: the profile's seconds of a plain decode step of this batch, and of this step; None without one.
     probe: drafts to learn, not to gain.
     mode, settings_version: the policy's mode, and how often its settings were replaced at run time before it.
     continuous: it follows another decode step at once, so that the time between their results is its duration.
@@ -31,6 +30,7 @@ class Launched:
     outside: bool = False
     probe: bool = False
     plain_s: float | None = None
+    step_s: float | None = None
     mode: str = ""
     settings_version: int = 0
     continuous: bool = False
@@ -74,7 +74,6 @@ class Metrics:
         self._rung = PLAIN  # of the latest step that was no probe
         self._tried_at = [0] * gamma_max
         self._accepted_at = [0] * gamma_max
-        self._finished_at_s = 0.0
         self._exporter = exporter
 
     def launched(self, step: Launched) -> None:
@@ -89,13 +88,11 @@ class Metrics:
         if self._exporter:
             self._exporter.launched(step, switched)
 
-    def finished(self, step: Launched, accepted: Sequence[int]) -> None:
-        """The result of a launched step is here: accepted drafts per request."""
+    def finished(self, step: Launched, accepted: Sequence[int], took_s: float) -> None:
+        """The result of a launched step is here: accepted drafts per request; took_s: since the one before."""
         gamma, batch = step.rung.gamma, step.batch
         if len(accepted) != batch:
             raise RuntimeError(f"a step of {batch} requests came back with {len(accepted)}: results out of order")
-        now_s = time.perf_counter()
-        took_s, self._finished_at_s = now_s - self._finished_at_s, now_s
         self.emitted_tokens += sum(accepted) + batch
         if step.continuous and step.plain_s is not None:
             self._compare(step, took_s, emitted=1 + sum(accepted) / batch)

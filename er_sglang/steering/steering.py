@@ -6,6 +6,7 @@ steering.finished(accepted)                            # the oldest step's resul
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Sequence
 
@@ -14,7 +15,8 @@ from sglang.srt.distributed import get_tp_group
 from er_sglang.config import SelfQuantConfig
 from er_sglang.policy.config import PolicyConfig
 from er_sglang.policy.decide import Controller, Reason, State
-from er_sglang.policy.profile import Profile
+from er_sglang.policy.live import LiveFactor
+from er_sglang.policy.profile import PLAIN, Profile
 from er_sglang.steering.agreement import Agreement
 from er_sglang.steering.metrics import Launched, Metrics, PrometheusExporter
 from er_sglang.steering.trace import Trace
@@ -42,6 +44,8 @@ class Steering:
         self._trace = trace
         self._busy = False
         self._continuous = False
+        self._live = LiveFactor()
+        self._finished_at_s = 0.0
         # Steps whose results are not on the host yet, each with its decider, who learns from it.
         self._in_flight: deque[tuple[Launched, Controller]] = deque()
         self.settings_version = 0
@@ -77,8 +81,10 @@ class Steering:
         state = State(batch=batch, mean_context_tokens=sum(committed_tokens) / batch, forbid_reason=blocker)
         decision = self.controller.decide(state)
         self._agreement.add((state, decision.rung))
-        self._agreement.check()
+        if self._agreement.check() and self.controller.config.live_times:
+            self.controller.cycle_factor = self._agreement.of_first(self._live.value)
         profile = self.controller.profile
+        step_s = profile.costs(batch, state.mean_context_tokens).step_s if profile else {}
         step = Launched(
             rung=decision.rung,
             reason=blocker if decision.reason is Reason.FORBIDDEN else decision.reason.value,
@@ -87,7 +93,8 @@ class Steering:
             expected_speedup=decision.expected_speedup,
             outside=decision.outside,
             probe=decision.probe,
-            plain_s=profile.target_s(batch, state.mean_context_tokens) if profile else None,
+            plain_s=step_s.get(PLAIN),
+            step_s=step_s.get(decision.rung),
             mode=self.controller.config.mode,
             settings_version=self.settings_version,
             continuous=self._continuous,
@@ -100,7 +107,11 @@ class Steering:
     def finished(self, accepted: Sequence[int]) -> None:
         """accepted: drafts accepted of each request of the oldest step not yet reported."""
         step, decider = self._in_flight.popleft()
-        self.metrics.finished(step, accepted)
+        now_s = time.perf_counter()
+        took_s, self._finished_at_s = now_s - self._finished_at_s, now_s
+        if step.continuous and step.step_s is not None:
+            self._live.observe(step.rung.gamma > 0, step.step_s, took_s)
+        self.metrics.finished(step, accepted, took_s)
         self._agreement.add(accepted)
         if step.rung.gamma:
             decider.observe(accepted, step.rung)
@@ -109,15 +120,17 @@ class Steering:
 
     def set_policy(self, config: PolicyConfig) -> None:
         """Decide by other settings from the next step on, as a server started with them would; counters run on."""
+        cycle_factor = self.controller.cycle_factor if config.live_times else 1.0
         self.controller = Controller(config, self.controller.profile, self._windows)
+        self.controller.cycle_factor = cycle_factor
         self.settings_version += 1
         self._agreement.add(config)
 
     def snapshot(self) -> dict:
-        """Counters for /server_info; the trace holds the same steps by then."""
+        """Counters for /server_info, and by what cycles are thought slower than the profile says; the trace holds the same steps by then."""
         if self._trace:
             self._trace.flush()
-        return self.metrics.snapshot()
+        return {**self.metrics.snapshot(), "cycle_factor": self.controller.cycle_factor}
 
     def policy_updated(self) -> None:
         """The drafter follows new weights of the policy."""

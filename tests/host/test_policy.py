@@ -24,7 +24,7 @@ from er_sglang.steering.steering import Steering
 from tests.host.servers import ARGS, ENV, TWO_RANKS, self_quant
 
 GAMMA_MAX = 3
-AUTO = {"mode": "auto"}
+AUTO = {"mode": "auto", "live_times": False}  # times are crafted
 CROSSOVER = 8
 PROMPT = [7, 30, 30, 2, 51]
 MANY, FEW = 24, 3

@@ -8,23 +8,8 @@ import pytest
 
 from er_sglang.errors import ConfigError
 from er_sglang.policy.profile import Rung
-from er_sglang.steering import metrics as metrics_module
 from er_sglang.steering.metrics import Launched, Metrics
 from er_sglang.steering.trace import FLUSH_LINES, Trace, read_steps
-
-
-class Clock:
-    now_s = 0.0
-
-    def perf_counter(self) -> float:
-        return self.now_s
-
-
-@pytest.fixture
-def clock(monkeypatch):
-    clock = Clock()
-    monkeypatch.setattr(metrics_module, "time", clock)
-    return clock
 
 
 def step(gamma: int, batch: int = 2, **kwargs) -> Launched:
@@ -36,8 +21,8 @@ def test_overlapped_steps_are_counted_in_order():
     cycle, decode = step(3), step(0, batch=1)
     metrics.launched(cycle)
     metrics.launched(decode)
-    metrics.finished(cycle, [3, 1])
-    metrics.finished(decode, [0])
+    metrics.finished(cycle, [3, 1], 0.01)
+    metrics.finished(decode, [0], 0.01)
     snapshot = metrics.snapshot()
     assert (snapshot["cycles"], snapshot["decode_steps"], snapshot["emitted_tokens"]) == (1, 1, 7)
     assert (snapshot["drafted_tokens"], snapshot["accepted_tokens"], snapshot["accept_length"]) == (6, 4, 3.0)
@@ -50,7 +35,7 @@ def test_a_change_of_window_is_a_switch():
     for rung in (Rung(3), Rung(3, window=256), Rung(3, window=256), Rung(2)):
         cycle = replace(step(rung.gamma), rung=rung)
         metrics.launched(cycle)
-        metrics.finished(cycle, [1, 1])
+        metrics.finished(cycle, [1, 1], 0.01)
     assert metrics.switches == 3
     assert metrics.snapshot()["cycles_by_window"] == {"0": 2, "256": 2} and metrics.snapshot()["window"] == 0
 
@@ -58,7 +43,7 @@ def test_a_change_of_window_is_a_switch():
 def test_results_out_of_order_are_an_error():
     metrics = Metrics(gamma_max=3)
     with pytest.raises(RuntimeError, match="out of order"):
-        metrics.finished(step(3), [1])
+        metrics.finished(step(3), [1], 0.01)
 
 
 def test_probes_are_no_switches():
@@ -68,26 +53,24 @@ def test_probes_are_no_switches():
     assert (metrics.probes, metrics.switches) == (1, 2)
 
 
-def test_measured_speedup(clock):
+def test_measured_speedup():
     """Two cycles of 20 ms emit 3 tokens per request each, where plain decoding takes 10 ms a token: 1.5."""
     metrics = Metrics(gamma_max=3)
     for index in range(3):
-        clock.now_s += 0.020 if index else 5.0  # nobody knows since when the first one ran
-        metrics.finished(step(3, plain_s=0.010, expected_speedup=1.4, continuous=index > 0), [2, 2])
+        took_s = 0.020 if index else 5.0  # nobody knows since when the first one ran
+        metrics.finished(step(3, plain_s=0.010, expected_speedup=1.4, continuous=index > 0), [2, 2], took_s)
     assert metrics.measured_speedup.value == pytest.approx(1.5)
     assert metrics.predicted_speedup.value == pytest.approx(1.4)
-    clock.now_s += 5.0  # a prefill
-    metrics.finished(step(0, plain_s=0.010), [0, 0])
+    metrics.finished(step(0, plain_s=0.010), [0, 0], 5.0)  # behind a prefill
     assert metrics.plain_step_ratio.value is None
-    clock.now_s += 0.011
-    metrics.finished(step(0, plain_s=0.010, continuous=True), [0, 0])
+    metrics.finished(step(0, plain_s=0.010, continuous=True), [0, 0], 0.011)
     assert metrics.plain_step_ratio.value == pytest.approx(1.1)
 
 
-def test_without_a_profile_nothing_is_compared(clock):
+def test_without_a_profile_nothing_is_compared():
     metrics = Metrics(gamma_max=3)
     for _ in range(2):
-        metrics.finished(step(3, continuous=True), [2, 2])
+        metrics.finished(step(3, continuous=True), [2, 2], 0.01)
     assert metrics.snapshot()["measured_speedup"] is None
 
 
