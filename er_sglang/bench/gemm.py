@@ -32,11 +32,12 @@ DTYPE = torch.bfloat16
 def products(shape: dict) -> dict[str, tuple[int, int]]:
     """(n, k) of a layer's fused Linears, and of lm_head, which a drafted token multiplies by once."""
     hidden, intermediate = shape["hidden_size"], shape["intermediate_size"]
-    head_dim = hidden // shape["num_attention_heads"]
-    qkv = hidden + 2 * shape["num_key_value_heads"] * head_dim
+    head_dim = shape.get("head_dim", hidden // shape["num_attention_heads"])
+    heads = shape["num_attention_heads"] * head_dim
+    qkv = heads + 2 * shape["num_key_value_heads"] * head_dim
     return {
         "qkv": (qkv, hidden),
-        "o": (hidden, hidden),
+        "o": (hidden, heads),
         "gate_up": (2 * intermediate, hidden),
         "down": (hidden, intermediate),
         "lm_head": (shape["vocab_size"], hidden),

@@ -3,12 +3,31 @@
 import json
 from pathlib import Path
 
-# Qwen2.5 dimensions; `tiny` is for CPU.
+_QWEN2 = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "vocab_size": 152064}
+_QWEN3 = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "vocab_size": 151936, "head_dim": 128}
+
+
+def _shape(family: dict, hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int, **more) -> dict:
+    return {
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        **family,
+        **more,
+    }
+
+
+# Of Qwen2.5 and, where the name says so, Qwen3; `tiny` is for CPU.
 SHAPES = {
-    "tiny": dict(hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=1024),
-    "7b": dict(hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4, vocab_size=152064),
-    "14b": dict(hidden_size=5120, intermediate_size=13824, num_hidden_layers=48, num_attention_heads=40, num_key_value_heads=8, vocab_size=152064),
-}  # fmt: skip
+    "tiny": _shape(_QWEN2, 256, 512, 2, 4, 2, vocab_size=1024),
+    "7b": _shape(_QWEN2, 3584, 18944, 28, 28, 4),
+    "14b": _shape(_QWEN2, 5120, 13824, 48, 40, 8),
+    "32b": _shape(_QWEN2, 5120, 27648, 64, 40, 8),
+    "qwen3-4b": _shape(_QWEN3, 2560, 9728, 36, 32, 8, tie_word_embeddings=True),
+    "qwen3-8b": _shape(_QWEN3, 4096, 12288, 36, 32, 8),
+}
 
 # What a user of STANDALONE would draft with today: 4 bits, group 128; SGLang runs it through its Marlin kernels.
 W4_DRAFT = {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True, "version": "gemm"}
@@ -17,8 +36,6 @@ W4_DRAFT = {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": T
 def model_config(shape: str, *, quantized: bool = False) -> dict:
     """The Hugging Face config of `shape`; `quantized` adds the 4-bit weights of W4_DRAFT."""
     config = {
-        "architectures": ["Qwen2ForCausalLM"],
-        "model_type": "qwen2",
         "hidden_act": "silu",
         "rms_norm_eps": 1e-6,
         "rope_theta": 1000000.0,

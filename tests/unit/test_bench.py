@@ -226,16 +226,22 @@ def test_shapes_fit_group_128_and_tensor_cores(shape, tmp_path):
     assert config == model_config(shape) and "quantization_config" not in config
     assert config["hidden_size"] % 128 == config["intermediate_size"] % 128 == 0
     assert config["num_attention_heads"] % config["num_key_value_heads"] == 0
-    assert config["hidden_size"] // config["num_attention_heads"] in (64, 128)
+    assert head_dim(config) in (64, 128)
 
 
-@pytest.mark.parametrize("shape, parameters_e9", [("7b", 7.6), ("14b", 14.8)])
+def head_dim(config: dict) -> int:
+    return config.get("head_dim", config["hidden_size"] // config["num_attention_heads"])
+
+
+@pytest.mark.parametrize(
+    "shape, parameters_e9", [("7b", 7.6), ("14b", 14.8), ("32b", 32.8), ("qwen3-4b", 4.0), ("qwen3-8b", 8.2)]
+)
 def test_shapes_have_the_size_of_their_name(shape, parameters_e9):
     c = model_config(shape)
-    head_dim = c["hidden_size"] // c["num_attention_heads"]
-    attention = c["hidden_size"] * head_dim * 2 * (c["num_attention_heads"] + c["num_key_value_heads"])
+    attention = c["hidden_size"] * head_dim(c) * 2 * (c["num_attention_heads"] + c["num_key_value_heads"])
     mlp = 3 * c["hidden_size"] * c["intermediate_size"]
-    total = c["num_hidden_layers"] * (attention + mlp) + 2 * c["vocab_size"] * c["hidden_size"]
+    embeddings = (1 if c["tie_word_embeddings"] else 2) * c["vocab_size"] * c["hidden_size"]
+    total = c["num_hidden_layers"] * (attention + mlp) + embeddings
     assert total / 1e9 == pytest.approx(parameters_e9, abs=0.1)
 
 
@@ -406,9 +412,10 @@ def test_products_are_those_of_a_layer(model):
     from er_sglang.bench.gemm import products
 
     transformers = pytest.importorskip("transformers", reason="it comes with sglang")
-    config = transformers.Qwen2Config(**{**model_config(model), "num_hidden_layers": 1, "vocab_size": 8})
+    fields = {**model_config(model), "num_hidden_layers": 1, "vocab_size": 8}
+    config = transformers.AutoConfig.for_model(**fields)
     with torch.device("meta"):
-        layer = transformers.Qwen2ForCausalLM(config).model.layers[0]
+        layer = transformers.AutoModelForCausalLM.from_config(config).model.layers[0]
     linears = {
         name.rpartition(".")[2]: tuple(m.weight.shape)
         for name, m in layer.named_modules()
