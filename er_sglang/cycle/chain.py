@@ -89,18 +89,21 @@ class DraftChain:
             top_p_B=buffer(max_batch, dtype=torch.float32, fill=1),
             min_p_B=buffer(max_batch, dtype=torch.float32),
         )
+        # Rows beyond the batch decode token 0 at position 0 into slot 0, which SGLang keeps for padding.
+        self._padding = (
+            *((rows, 0) for rows in (self._tokens, self._positions, self._slots, self._req_pool_indices)),
+            *((rows, 1) for rows in (self._seq_lens, self._params.top_k_B)),
+        )
         if graph_batches:
             self._capture(gammas)
 
     def prepare(self, step: Step, rung: Rung) -> list[ForwardBatch]:
         """Load a step's inputs and plan its gamma decodes; the last read of the shared request table."""
         gamma, raw_bs = rung.gamma, step.batch_size
-        size = next((b for b in self._graph_batches if b >= raw_bs), raw_bs)
-        if size > raw_bs:  # Padding rows decode token 0 at position 0 into slot 0, which SGLang keeps for padding.
-            for rows in (self._slots, self._positions, self._tokens, self._req_pool_indices):
-                rows[..., raw_bs:size] = 0
-            self._seq_lens[:, raw_bs:size] = 1
-            self._params.top_k_B[raw_bs:size] = 1
+        bs = next((b for b in self._graph_batches if b >= raw_bs), raw_bs)
+        if bs > raw_bs:
+            for rows, value in self._padding:
+                rows[..., raw_bs:bs] = value
         self._tokens[0, :raw_bs] = step.last_B
         self._slots[:gamma, :raw_bs] = step.slots_NB[:gamma]
         torch.add(step.seq_lens_B, self._steps, out=self._positions[:, :raw_bs])
@@ -118,13 +121,13 @@ class DraftChain:
         self._params.top_p_B[:raw_bs] = step.params.top_p_B
         self._params.min_p_B[:raw_bs] = step.params.min_p_B
 
-        seq_lens_cpu = torch.ones(size, dtype=torch.int64)
-        forward_batches = self._forward_batches(size, gamma)
+        seq_lens_cpu = torch.ones(bs, dtype=torch.int64)
+        forward_batches = self._forward_batches(bs, gamma)
         for i, (backend, forward_batch) in enumerate(zip(self._backends, forward_batches)):
             seq_lens_cpu[:raw_bs] = seq_lens_cpu_B + (i + 1)
             forward_batch.seq_lens_cpu = seq_lens_cpu.clone()
             forward_batch.seq_lens_sum = int(seq_lens_cpu.sum())
-            if size in self._graph_batches:
+            if bs in self._graph_batches:
                 backend.init_forward_metadata_out_graph(forward_batch)
             else:
                 backend.init_forward_metadata(forward_batch)
@@ -133,9 +136,9 @@ class DraftChain:
 
     def draft(self, forward_batches: list[ForwardBatch], batch_size: int) -> Draft:
         """Run the prepared chain for the first ``batch_size`` rows."""
-        gamma, size = len(forward_batches), forward_batches[0].batch_size
-        if size in self._graph_batches:
-            self._graphs.replay(_key(size, gamma), forward_batches[0])
+        gamma, bs = len(forward_batches), forward_batches[0].batch_size
+        if bs in self._graph_batches:
+            self._graphs.replay(_key(bs, gamma), forward_batches[0])
         else:
             self._run(forward_batches)
         return Draft(
@@ -145,20 +148,20 @@ class DraftChain:
             lse_GB=self._lse[:gamma, :batch_size],
         )
 
-    def _forward_batches(self, size: int, gamma: int) -> list[ForwardBatch]:
+    def _forward_batches(self, bs: int, gamma: int) -> list[ForwardBatch]:
         return [
             ForwardBatch(
                 forward_mode=ForwardMode.DECODE,
-                batch_size=size,
-                input_ids=self._tokens[i, :size],
-                req_pool_indices=self._req_pool_indices[:size],
-                seq_lens=self._seq_lens[i, :size],
-                seq_lens_cpu=torch.ones(size, dtype=torch.int64),
-                orig_seq_lens=self._seq_lens[i, :size],
-                out_cache_loc=self._slots[i, :size],
-                seq_lens_sum=size,
-                positions=self._positions[i, :size],
-                next_token_logits_buffer=self._logits[i, :size],
+                batch_size=bs,
+                input_ids=self._tokens[i, :bs],
+                req_pool_indices=self._req_pool_indices[:bs],
+                seq_lens=self._seq_lens[i, :bs],
+                seq_lens_cpu=torch.ones(bs, dtype=torch.int64),
+                orig_seq_lens=self._seq_lens[i, :bs],
+                out_cache_loc=self._slots[i, :bs],
+                seq_lens_sum=bs,
+                positions=self._positions[i, :bs],
+                next_token_logits_buffer=self._logits[i, :bs],
                 spec_algorithm=self.model_runner.spec_algorithm,
                 capture_hidden_mode=CaptureHiddenMode.NULL,
             )
@@ -166,12 +169,12 @@ class DraftChain:
         ]
 
     def _run(self, forward_batches: list[ForwardBatch]) -> None:
-        size = forward_batches[0].batch_size
+        bs = forward_batches[0].batch_size
         params = SamplingParams(
-            self._params.temperature_B[:size],
-            self._params.top_k_B[:size],
-            self._params.top_p_B[:size],
-            self._params.min_p_B[:size],
+            self._params.temperature_B[:bs],
+            self._params.top_k_B[:bs],
+            self._params.top_p_B[:bs],
+            self._params.min_p_B[:bs],
         )
         self._random.advance()
         for i, (backend, forward_batch) in enumerate(zip(self._backends, forward_batches)):
@@ -179,13 +182,13 @@ class DraftChain:
                 backend.init_forward_metadata_in_graph(forward_batch)
                 self._drafter(forward_batch.input_ids, forward_batch.positions, forward_batch)
             self._sampler.draw(
-                self._logits[i, :size],
+                self._logits[i, :bs],
                 params,
                 self._random,
                 i,
-                self._tokens[i + 1, :size],
-                self._floor[i, :size],
-                self._lse[i, :size],
+                self._tokens[i + 1, :bs],
+                self._floor[i, :bs],
+                self._lse[i, :bs],
             )
 
     def _capture(self, gammas: tuple[int, ...]) -> None:
@@ -202,8 +205,8 @@ class DraftChain:
             graph_capture() as capture,
             self._graphs.capture_session(capture.stream),
         ):
-            for size in sizes:
-                decodes = self._forward_batches(size, max(gammas))
+            for bs in sizes:
+                decodes = self._forward_batches(bs, max(gammas))
                 for backend, forward_batch in zip(self._backends, decodes):
                     # Bound once per size: the graphs of all gammas read the same metadata buffers.
                     backend.init_forward_metadata_out_graph(forward_batch, in_capture=True)
@@ -215,11 +218,11 @@ class DraftChain:
                         if warm_up or torch.cuda.is_current_stream_capturing():
                             self._run(decodes[:gamma])
 
-                    self._graphs.capture_one(_key(size, gamma), run)
+                    self._graphs.capture_one(_key(bs, gamma), run)
 
 
-def _key(size: int, gamma: int) -> ShapeKey:
-    return ShapeKey(size=size, variant_label=str(gamma))
+def _key(bs: int, gamma: int) -> ShapeKey:
+    return ShapeKey(size=bs, variant_label=str(gamma))
 
 
 def _decode_view(target: ModelRunner, req_to_token: torch.Tensor) -> ModelRunner:
