@@ -55,10 +55,10 @@ def _install(result, scheduler) -> None:
             fill_kv(forward_batch.out_cache_loc, float("nan"))
         return verify(self, forward_batch, tokens_NB)
 
-    def wrong_cycle(self, batch, step, gamma, on_publish):
-        result = cycle(self, batch, step, gamma, on_publish)
-        slots_NB = step.slots_NB[: gamma + 1]
-        accepted_NB = torch.arange(gamma + 1).view(-1, 1) < result.accept_lens
+    def wrong_cycle(self, batch, step, rung, on_publish):
+        result = cycle(self, batch, step, rung, on_publish)
+        slots_NB = step.slots_NB[: rung.gamma + 1]
+        accepted_NB = torch.arange(rung.gamma + 1).view(-1, 1) < result.accept_lens
         if _rule() == "poison-rejected":
             fill_kv(slots_NB[~accepted_NB], float("nan"))
         if _rule() == "poison-accepted":
