@@ -24,6 +24,8 @@ ON_CPU = not torch.cuda.is_available()
 LOG_TAIL_LINES = 40
 HEALTH_POLL_S = 0.25
 PORTS = range(20000, 32000)
+START_ATTEMPTS = 3
+LOST_PORT = "address already in use"
 
 # A plain PC has neither the CUDA kernels nor Intel's AMX: ask for the parts of SGLang written in PyTorch.
 # The host's memory is not a KV budget; a small fixed pool starts at once. Models that one serves this way are tiny,
@@ -76,7 +78,8 @@ class Server:
     """A running `sglang.launch_server`; a context manager that ends the process group it started.
 
     On a machine without CUDA the flags of CPU_ARGS are added; `args` and `env` win over them.
-    Raises RuntimeError with the end of the log if the server dies or is not healthy in `start_timeout_s`.
+    Raises RuntimeError with the end of the log if the server dies or is not healthy in `start_timeout_s`. A server that
+    lost a port to another process, between choosing it and listening, is started again.
     """
 
     def __init__(
@@ -90,9 +93,9 @@ class Server:
         start_timeout_s: float = 600.0,
     ):
         self.log_path = Path(log_path)
-        self.port = free_port()
-        self.base_url = f"http://127.0.0.1:{self.port}"
-        self.command = server_command(model_path, self.port, {**(CPU_ARGS if ON_CPU else {}), **args}, extra_words)
+        self._model_path = model_path
+        self._args = {**(CPU_ARGS if ON_CPU else {}), **args}
+        self._extra_words = extra_words
         self.env = {**os.environ, **(CPU_ENV if ON_CPU else {}), **env}
         # SGLang imports for 20 s from source and for 8 s from cached bytecode, twice at every start.
         self.env.pop("PYTHONDONTWRITEBYTECODE", None)
@@ -101,15 +104,16 @@ class Server:
     def __enter__(self) -> "Server":
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
         started_s = time.perf_counter()
-        with open(self.log_path, "wb") as log:
-            self.process = subprocess.Popen(
-                self.command, env=self.env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-            )
-        try:
-            self._wait_until_healthy()
-        except BaseException:
-            self._stop()
-            raise
+        for attempt in range(1, START_ATTEMPTS + 1):
+            self._start()
+            try:
+                self._wait_until_healthy()
+                break
+            except BaseException as error:
+                self._stop()
+                lost_port = isinstance(error, RuntimeError) and LOST_PORT in self._log().lower()
+                if not lost_port or attempt == START_ATTEMPTS:
+                    raise
         self.start_s = time.perf_counter() - started_s
         return self
 
@@ -142,7 +146,10 @@ class Server:
         self._request("/start_profile", {"output_dir": str(folder), "num_steps": steps, "activities": activities})
 
     def log_tail(self) -> str:
-        return "\n".join(self.log_path.read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:])
+        return "\n".join(self._log().splitlines()[-LOG_TAIL_LINES:])
+
+    def _log(self) -> str:
+        return self.log_path.read_text(errors="replace")
 
     def _request(self, path: str, payload: dict | None = None, timeout_s: float = 600.0):
         request = urllib.request.Request(self.base_url + path, headers={"Content-Type": "application/json"})
@@ -154,6 +161,15 @@ class Server:
         except HTTPError as error:
             raise RuntimeError(f"{path} answered {error.code}: {error.read().decode(errors='replace')}") from error
         return json.loads(body) if body.startswith((b"{", b"[")) else body.decode()
+
+    def _start(self) -> None:
+        self.port = free_port()
+        self.base_url = f"http://127.0.0.1:{self.port}"
+        command = server_command(self._model_path, self.port, self._args, self._extra_words)
+        with open(self.log_path, "wb") as log:
+            self.process = subprocess.Popen(
+                command, env=self.env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+            )
 
     def _wait_until_healthy(self) -> None:
         deadline_s = time.perf_counter() + self.start_timeout_s

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 MIB = 2**20
 PROMPT = [17, 4, 88, 23, 61, 9]
 GREEDY = {"temperature": 0, "max_new_tokens": 48, "ignore_eos": True}
-# What no tag covers: the CUDA contexts of the server and of this process, loaded kernels, the libraries' workspaces.
+# What no tag covers: the server's CUDA context, loaded kernels, the libraries' workspaces.
 LEFT_ASLEEP_MIB = 3072
 
 
@@ -23,6 +23,13 @@ def used_mib() -> float:
     """Of the whole GPU, by all processes."""
     free, total = torch.cuda.mem_get_info()
     return (total - free) / MIB
+
+
+@pytest.fixture(scope="module")
+def others_mib() -> float:
+    """Held before the server starts, by other processes and by the CUDA context of this one."""
+    torch.cuda.init()
+    return used_mib()
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +46,7 @@ def policies(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def trainer(policies, tmp_path_factory):
+def trainer(policies, others_mib, tmp_path_factory):
     """The client of a server of A."""
     from er_sglang.config import CONFIG_ENV
     from tests.host.servers import HostServer
@@ -84,7 +91,7 @@ def test_graphs_replay_across_updates(trainer, policies) -> None:
     assert server.self_quant()["refreshes"] == refreshes + 2
 
 
-def test_sleep_and_wake(trainer, policies) -> None:
+def test_sleep_and_wake(trainer, policies, others_mib) -> None:
     """The order is slime's: everything goes; weights, update, continue; then KV cache and graphs."""
     server = trainer.server
     first, refreshes = answer(server), server.self_quant()["refreshes"]
@@ -102,6 +109,7 @@ def test_sleep_and_wake(trainer, policies) -> None:
     trainer.reclaim("kv_cache", "cuda_graph")
     assert answer(server) == first
     used["awake again"] = used_mib()
+    used = {state: mib - others_mib for state, mib in used.items()}
     print(f"\npolicy {policy_mib:.0f} MiB, drafter {drafter_mib:.0f} MiB")
     print("\n".join(f"{state:>22}: {mib:8.0f} MiB" for state, mib in used.items()))
 

@@ -4,6 +4,7 @@ import argparse
 import importlib.metadata
 import os
 import stat
+import sys
 from pathlib import Path
 
 import pytest
@@ -106,6 +107,7 @@ def test_checkout_and_its_python_folder(tmp_path):
 
 
 def test_default_root_is_the_importable_sglang(tree, monkeypatch):
+    monkeypatch.delitem(sys.modules, "sglang", raising=False)  # another test's, which would be found first
     monkeypatch.syspath_prepend(tree)
     assert er_sglang("apply") == 0
     assert b"load_plugins" in (tree / SPEC_INFO).read_bytes()
