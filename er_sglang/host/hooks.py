@@ -15,6 +15,7 @@ from math import ceil
 import torch
 from sglang.srt.plugins.hook_registry import HookRegistry, HookSource, HookType
 
+from er_sglang.host.reservation import RESERVATION_HOOKS
 from er_sglang.host.seams import ALGORITHM, UnsupportedHost
 from er_sglang.host.served import ServedWorker
 from er_sglang.steering.control import KEY
@@ -157,6 +158,7 @@ SCHEDULER_HOOKS: Hooks = {
         HookType.AFTER,
         _request_row_headroom,
     ),
+    **RESERVATION_HOOKS,
 }
 # A process may hold front ends of several servers, not all of them ours: these hooks ask whose they are.
 FRONT_END_HOOKS: Hooks = {

@@ -130,6 +130,11 @@ SEAMS = (
             "resume_memory_occupation",
         )
     ),
+    _seam("managers.schedule_batch:ScheduleBatch._new_tokens_required_next_decode_spec_v2", "self requests page_size"),
+    _seam(
+        "managers.scheduler_components.batch_result_processor:SchedulerBatchResultProcessor._normalize_decode_outputs",
+        "self batch result logits_output next_token_ids",
+    ),
     _seam("managers.scheduler:Scheduler.on_idle", "self"),
     _seam("managers.scheduler:Scheduler.is_fully_idle", "self"),
     _seam("mem_cache.memory_pool:MHATokenToKVPool._init_kv_copy_and_warmup", "self"),

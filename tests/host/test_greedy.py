@@ -18,9 +18,14 @@ from tests.host.servers import REQUEST_TIMEOUT_S, greedy, plain, self_quant, tok
 CONTEXT_TOKENS = 512
 SERVERS = {
     "llama": {"page-size": 4, "chunked-prefill-size": 16},
-    "mistral": {"max-total-tokens": 600, "schedule-conservativeness": 0.01},  # so small that requests are retracted
+    # So small that requests are retracted, and that one that fills the context fills it.
+    "mistral": {"max-total-tokens": CONTEXT_TOKENS, "schedule-conservativeness": 0.01},
     "qwen2": {"disable-overlap-schedule": False, "chunked-prefill-size": 16},
-    "qwen3": {"disable-overlap-schedule": False, "max-total-tokens": 600, "schedule-conservativeness": 0.01},
+    "qwen3": {
+        "disable-overlap-schedule": False,
+        "max-total-tokens": CONTEXT_TOKENS,
+        "schedule-conservativeness": 0.01,
+    },
 }
 LOGPROB_TOLERANCE = 1e-4
 
@@ -169,6 +174,10 @@ def test_length_limit(case):
         {"input_ids": [prompt] * len(lengths), "sampling_params": [greedy(n) for n in lengths]}
     )
     assert tokens(answers) == [case.greedy(prompt, n) for n in lengths]
+    # The cycles went further. A later prompt that goes there finds nothing wrong in the radix cache.
+    longer = [prompt + case.greedy(prompt, n + 4) for n in lengths]
+    answers = case.server.generate({"input_ids": longer, "sampling_params": greedy(4)})
+    assert tokens(answers) == [case.greedy(prompt, n + 8)[-4:] for n in lengths]
 
 
 def test_streaming(case):
@@ -196,11 +205,19 @@ def test_context_limit(case):
     assert len(prompt) + len(output) == CONTEXT_TOKENS - 2  # see test_plain_server
 
 
+@pytest.mark.parametrize("spare_tokens", [0, 3, 8])
+def test_a_lone_request_fills_the_memory(case, spare_tokens):
+    """A request is answered if it fits, although the last cycles before its limit do not."""
+    new_tokens = CONTEXT_TOKENS - 4 - spare_tokens
+    (output,) = tokens([case.server.generate({"input_ids": [7, 6], "sampling_params": greedy(new_tokens)})])
+    assert output == case.greedy([7, 6], CONTEXT_TOKENS - 4)[:new_tokens]
+
+
 def test_abort(case):
     """An aborted request gives up its slots at once; the others do not notice."""
     prompts = {"victim-0": [3, 4, 5], "victim-1": [3, 4, 5]}
     prompts |= {f"other-{i}": prompt for i, prompt in enumerate(make_prompts(3, seed=6, longest=10))}
-    lengths = {rid: 150 if "victim" in rid else 60 for rid in prompts}  # all fit into the memory of any of the servers
+    lengths = {rid: 120 if "victim" in rid else 50 for rid in prompts}  # all fit into the memory of any of the servers
     all_run = threading.Barrier(len(prompts) + 1, timeout=REQUEST_TIMEOUT_S)
 
     def ask(rid):

@@ -1,0 +1,71 @@
+"""KV slots of a request: as many as its length limit leaves room for, however many a cycle could fill.
+
+SGLang reserves slots for two cycles beyond what is committed, at every step. Near its limit a request would hold slots
+for tokens that it can never emit, and one that just fits the memory would be aborted. What a cycle writes beyond
+the limit goes to slot 0, which SGLang keeps for padding; nobody is given the tokens that could be read there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from sglang.srt.mem_cache.common import get_alloc_reserve_per_decode
+from sglang.srt.plugins.hook_registry import HookType
+from sglang.srt.utils.common import is_pin_memory_available
+
+
+def _limit(req) -> int:
+    """Tokens of a request, prompt included, when it has reached its length limit."""
+    return len(req.origin_input_ids) + req.sampling_params.max_new_tokens
+
+
+@contextmanager
+def _reserving_within_limits(reqs: Sequence) -> Iterator[bool]:
+    """SGLang reserves up to ``kv_committed_len`` plus a constant: in the block, that sum stays within the limits.
+
+    Yields whether any request is near its limit.
+    """
+    reserve = get_alloc_reserve_per_decode()
+    near = [(req, req.kv_committed_len) for req in reqs if req.kv_committed_len + reserve > _limit(req)]
+    for req, _ in near:
+        req.kv_committed_len = _limit(req) - reserve
+    try:
+        yield bool(near)
+    finally:
+        for req, committed in near:
+            req.kv_committed_len = committed
+
+
+def _count_needed(original, batch, requests, page_size):
+    with _reserving_within_limits(requests):
+        return original(batch, requests, page_size)
+
+
+def _reserve(original, batch):
+    with _reserving_within_limits(batch.reqs) as near:
+        original(batch)
+    if near:
+        reserved_B = torch.tensor(
+            [req.kv_allocated_len for req in batch.reqs], pin_memory=is_pin_memory_available(batch.device)
+        ).to(batch.device, non_blocking=True)
+        beyond_BN = reserved_B.view(-1, 1) + torch.arange(get_alloc_reserve_per_decode(), device=batch.device)
+        batch.req_to_token_pool.req_to_token[batch.req_pool_indices.view(-1, 1), beyond_BN] = 0
+
+
+def _commit_what_has_slots(outputs, processor, *, batch, **_):
+    """Tokens beyond the limit count as accepted, but the radix cache must not be given their KV."""
+    for req in batch.reqs:
+        req.kv_committed_len = min(req.kv_committed_len, req.kv_allocated_len)
+
+
+RESERVATION_HOOKS = {
+    "sglang.srt.managers.schedule_batch.ScheduleBatch._new_tokens_required_next_decode_spec_v2": (
+        HookType.AROUND,
+        _count_needed,
+    ),
+    "sglang.srt.speculative.eagle_utils.eagle_prepare_for_decode": (HookType.AROUND, _reserve),
+    "sglang.srt.managers.scheduler_components.batch_result_processor.SchedulerBatchResultProcessor."
+    "_normalize_decode_outputs": (HookType.AFTER, _commit_what_has_slots),
+}
