@@ -3,6 +3,7 @@
 seams.py       supported releases, the functions of SGLang that we rely upon, and the check of both
 hooks.py       what we change in SGLang's functions
 reservation.py KV slots of requests that near their length limit
+processes.py   what of ours the processes need that SGLang starts without plugins
 cpu.py         stand-ins for SGLang's kernels on a CPU
 served.py      the worker as the hooks see it
 algorithm.py   SELF_QUANT in SGLang's registry

@@ -15,6 +15,7 @@ from math import ceil
 import torch
 from sglang.srt.plugins.hook_registry import HookRegistry, HookSource, HookType
 
+from er_sglang.host.processes import PROCESS_HOOKS
 from er_sglang.host.reservation import RESERVATION_HOOKS
 from er_sglang.host.seams import ALGORITHM, UnsupportedHost
 from er_sglang.host.served import ServedWorker
@@ -175,8 +176,8 @@ def _bind_front_end(manager) -> None:
         bind(FRONT_END_HOOKS)
 
 
-# The one hook of plain servers, on a line of their start.
-GATE: Hooks = {f"{_FRONT_END}init_request_dispatcher": (HookType.BEFORE, _bind_front_end)}
+# The hooks of plain servers, on lines of their start.
+GATE: Hooks = {f"{_FRONT_END}init_request_dispatcher": (HookType.BEFORE, _bind_front_end), **PROCESS_HOOKS}
 
 
 def bind(hooks: Hooks) -> None:
