@@ -2,10 +2,37 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from sglang.srt.plugins import load_plugins
-from sglang.srt.plugins.hook_registry import HookType
+from sglang.srt.plugins.hook_registry import HookRegistry, HookSource, HookType
 
 from er_sglang.host.seams import ALGORITHM
+
+# -- the detokenizer -------------------------------------------------------------------------------------------
+
+
+def printable(text: str) -> str:
+    """The part of a stream's text that later tokens cannot change: all but the bytes of an incomplete character.
+
+    SGLang's ``find_printable_text`` also holds back incomplete words, so with more text it may find less to be
+    printable. The detokenizer then forgets that it has sent the rest, and sends it twice. With one token a step this
+    takes an unusual token; with several, a CJK character and a letter before an incomplete character suffice.
+    """
+    return text.rstrip("\N{REPLACEMENT CHARACTER}")
+
+
+def _run_detokenizer(main, *args) -> None:
+    target = "sglang.srt.managers.detokenizer_manager.find_printable_text"
+    HookRegistry._apply_target(target, [(HookType.REPLACE, printable, HookSource("self_quant", "er_sglang"))])
+    main(*args)
+
+
+def _launch_detokenizers(original, engine, *, server_args, run_detokenizer_process_func, **more):
+    if server_args.speculative_algorithm == ALGORITHM:
+        run_detokenizer_process_func = partial(_run_detokenizer, run_detokenizer_process_func)
+    return original(engine, server_args=server_args, run_detokenizer_process_func=run_detokenizer_process_func, **more)
+
 
 # -- more tokenizer workers ------------------------------------------------------------------------------------
 
@@ -33,5 +60,6 @@ def _write_worker_args(original, port_args, server_args, scheduler_info):
 
 
 PROCESS_HOOKS = {
+    "sglang.srt.entrypoints.engine.Engine._launch_detokenizer_subprocesses": (HookType.AROUND, _launch_detokenizers),
     "sglang.srt.managers.multi_tokenizer_mixin.write_data_for_multi_tokenizer": (HookType.AROUND, _write_worker_args),
 }

@@ -135,6 +135,10 @@ SEAMS = (
         "managers.scheduler_components.batch_result_processor:SchedulerBatchResultProcessor._normalize_decode_outputs",
         "self batch result logits_output next_token_ids",
     ),
+    _seam(
+        "entrypoints.engine:Engine._launch_detokenizer_subprocesses",
+        "cls server_args port_args run_detokenizer_process_func",
+    ),
     _seam("managers.multi_tokenizer_mixin:write_data_for_multi_tokenizer", "port_args server_args scheduler_info"),
     _seam("managers.scheduler:Scheduler.on_idle", "self"),
     _seam("managers.scheduler:Scheduler.is_fully_idle", "self"),
