@@ -2,6 +2,7 @@
 
 seams.py       supported releases, the functions of SGLang that we rely upon, and the check of both
 hooks.py       what we change in SGLang's functions
+emission.py    what SGLang does with the token of a step, done for each of several
 reservation.py KV slots of requests that near their length limit
 processes.py   what of ours the processes need that SGLang starts without plugins
 cpu.py         stand-ins for SGLang's kernels on a CPU

@@ -15,6 +15,7 @@ from math import ceil
 import torch
 from sglang.srt.plugins.hook_registry import HookRegistry, HookSource, HookType
 
+from er_sglang.host.emission import FRONT_END_EMISSION_HOOKS
 from er_sglang.host.processes import PROCESS_HOOKS
 from er_sglang.host.reservation import RESERVATION_HOOKS
 from er_sglang.host.seams import ALGORITHM, UnsupportedHost
@@ -164,6 +165,7 @@ SCHEDULER_HOOKS: Hooks = {
 # A process may hold front ends of several servers, not all of them ours: these hooks ask whose they are.
 FRONT_END_HOOKS: Hooks = {
     f"{_FRONT_END}_calculate_spec_decoding_metrics": (HookType.AFTER, _report_drafts),
+    **FRONT_END_EMISSION_HOOKS,
 }
 
 

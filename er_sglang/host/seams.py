@@ -136,6 +136,13 @@ SEAMS = (
         "self batch result logits_output next_token_ids",
     ),
     _seam(
+        "entrypoints.openai.serving_chat:OpenAIServingChat._process_logprobs_tokens", "self logprobs use_token_index"
+    ),
+    _seam(
+        "entrypoints.openai.serving_chat:OpenAIServingChat._generate_stream_content",
+        "self content index request stream_offsets",
+    ),
+    _seam(
         "entrypoints.engine:Engine._launch_detokenizer_subprocesses",
         "cls server_args port_args run_detokenizer_process_func",
     ),

@@ -54,10 +54,10 @@ class HostServer(Server):
     def metrics(self) -> str:
         return self._request("/metrics")
 
-    def stream(self, payload: dict) -> Iterator[dict]:
-        """POST /generate with ``stream``; its chunks, as they come."""
+    def stream(self, payload: dict, path: str = "/generate") -> Iterator[dict]:
+        """POST with ``stream``; its chunks, as they come."""
         request = urllib.request.Request(
-            f"{self.base_url}/generate",
+            f"{self.base_url}{path}",
             json.dumps({**payload, "stream": True}).encode(),
             {"Content-Type": "application/json"},
         )
