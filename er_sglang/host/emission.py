@@ -9,6 +9,18 @@ from sglang.srt.plugins.hook_registry import HookType
 from er_sglang.host.seams import ALGORITHM
 
 _CHAT = "sglang.srt.entrypoints.openai.serving_chat.OpenAIServingChat."
+_RESULTS = "sglang.srt.managers.scheduler_components."
+
+# -- the scheduler ---------------------------------------------------------------------------------------------
+
+
+def _score_prompts_only(result, processor, i, req, *_, **__):
+    """A request for no new tokens gets a token nevertheless, whose log-probability is nobody's business. Without
+    speculation SGLang does not compute it."""
+    if req.sampling_params.max_new_tokens == 0:
+        req.logprob.output_token_logprobs_val.clear()
+        req.logprob.output_token_logprobs_idx.clear()
+
 
 # -- the front end ---------------------------------------------------------------------------------------------
 
@@ -44,6 +56,12 @@ async def _log_probabilities_without_text(original, chat, *, content, index, req
         )
 
 
+SCHEDULER_EMISSION_HOOKS = {
+    f"{_RESULTS}logprob_result_processor.SchedulerLogprobResultProcessor.add_logprob_return_values": (
+        HookType.AFTER,
+        _score_prompts_only,
+    ),
+}
 FRONT_END_EMISSION_HOOKS = {
     f"{_CHAT}_process_logprobs_tokens": (HookType.AROUND, _alternatives_of_each_token),
     f"{_CHAT}_generate_stream_content": (HookType.AROUND, _log_probabilities_without_text),

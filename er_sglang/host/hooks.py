@@ -15,7 +15,7 @@ from math import ceil
 import torch
 from sglang.srt.plugins.hook_registry import HookRegistry, HookSource, HookType
 
-from er_sglang.host.emission import FRONT_END_EMISSION_HOOKS
+from er_sglang.host.emission import FRONT_END_EMISSION_HOOKS, SCHEDULER_EMISSION_HOOKS
 from er_sglang.host.processes import PROCESS_HOOKS
 from er_sglang.host.reservation import RESERVATION_HOOKS
 from er_sglang.host.seams import ALGORITHM, UnsupportedHost
@@ -160,6 +160,7 @@ SCHEDULER_HOOKS: Hooks = {
         HookType.AFTER,
         _request_row_headroom,
     ),
+    **SCHEDULER_EMISSION_HOOKS,
     **RESERVATION_HOOKS,
 }
 # A process may hold front ends of several servers, not all of them ours: these hooks ask whose they are.

@@ -130,6 +130,11 @@ SEAMS = (
             "resume_memory_occupation",
         )
     ),
+    _seam(
+        "managers.scheduler_components.logprob_result_processor:"
+        "SchedulerLogprobResultProcessor.add_logprob_return_values",
+        "self i req pt next_token_ids num_input_logprobs output",
+    ),
     _seam("managers.schedule_batch:ScheduleBatch._new_tokens_required_next_decode_spec_v2", "self requests page_size"),
     _seam(
         "managers.scheduler_components.batch_result_processor:SchedulerBatchResultProcessor._normalize_decode_outputs",

@@ -90,6 +90,28 @@ def test_log_probabilities(case):
                 close([values(row) for row in meta[f"{kind}_token_ids_logprobs"][start:]], expected_TV[:, ids])
 
 
+def test_scoring(case):
+    """A request for no new tokens gives the prompt's log-probabilities and none of a token, whatever it is batched with."""
+    ids = [3, 50, 77]
+    prompts = [[2 + i, 9, 30 + i, 44, 5] for i in range(6)]
+    answers = case.server.generate(
+        {
+            "input_ids": prompts,
+            "sampling_params": [greedy(2 * (i % 2)) for i in range(len(prompts))],
+            "return_logprob": True,
+            "logprob_start_len": 0,
+            "token_ids_logprob": [ids] * len(prompts),
+        }
+    )
+    for i, (prompt, answer) in enumerate(zip(prompts, answers)):
+        meta = answer["meta_info"]
+        assert answer["output_ids"] == case.greedy(prompt, 2)[: 2 * (i % 2)]
+        assert [entry[1] for entry in meta["output_token_logprobs"]] == answer["output_ids"]
+        expected_TV = case.oracle.logits(torch.tensor([prompt]))[0].log_softmax(-1)
+        close(values(meta["input_token_logprobs"][1:]), expected_TV[range(len(prompt) - 1), prompt[1:]])
+        close(values(meta["output_token_ids_logprobs"][0]), expected_TV[-1, ids])
+
+
 def values(entries):
     return [entry[0] for entry in entries]
 
