@@ -14,6 +14,40 @@ _RESULTS = "sglang.srt.managers.scheduler_components."
 # -- the scheduler ---------------------------------------------------------------------------------------------
 
 
+def _finish_token_by_token(original, req, new_accepted_len=1):
+    """SGLang looks at all tokens of a step at once, which is right for one token only: it looks at the length limit before
+    it looks for stop tokens, for stop strings before end-of-sequence tokens, for the first stop string of the request
+    before the first of the text, and for a stop regex at the end of the step."""
+    params = req.sampling_params
+    any_order = len(req.output_ids) < params.max_new_tokens and not (params.stop_strs or params.stop_regex_strs)
+    if new_accepted_len == 1 or any_order:
+        return original(req, new_accepted_len)
+    emitted = req.output_ids[-new_accepted_len:]
+    del req.output_ids[-new_accepted_len:]
+    for count, token in enumerate(emitted, start=1):
+        req.output_ids.append(token)
+        original(req, 1)
+        if req.finished():
+            break
+    req.output_ids.extend(emitted[count:])  # SGLang cuts them off at finished_len
+
+
+def _send_at_intervals(original, accumulator, *, req):
+    """SGLang sends a stream's next chunk when the number of its tokens is a multiple of the interval, plus one. Steps of
+    several tokens jump over most such numbers."""
+    params = req.sampling_params
+    interval = params.stream_interval or accumulator.default_stream_interval
+    if interval == 1 or not req.stream or req.finished():
+        return original(accumulator, req=req)
+    if 0 < req.send_token_offset and len(req.output_ids) < req.send_token_offset + interval:
+        return None
+    given, params.stream_interval = params.stream_interval, 1
+    try:
+        return original(accumulator, req=req)
+    finally:
+        params.stream_interval = given
+
+
 def _score_prompts_only(result, processor, i, req, *_, **__):
     """A request for no new tokens gets a token nevertheless, whose log-probability is nobody's business. Without
     speculation SGLang does not compute it."""
@@ -57,6 +91,8 @@ async def _log_probabilities_without_text(original, chat, *, content, index, req
 
 
 SCHEDULER_EMISSION_HOOKS = {
+    "sglang.srt.managers.schedule_batch.Req.update_finish_state": (HookType.AROUND, _finish_token_by_token),
+    f"{_RESULTS}output_streamer._GenerationStreamAccumulator.accept": (HookType.AROUND, _send_at_intervals),
     f"{_RESULTS}logprob_result_processor.SchedulerLogprobResultProcessor.add_logprob_return_values": (
         HookType.AFTER,
         _score_prompts_only,

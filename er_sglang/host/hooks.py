@@ -118,22 +118,6 @@ def _report_drafts(result, manager, meta_info, recv_obj, i) -> None:
         del meta_info["spec_accept_rate"]
 
 
-def _finish_token_by_token(original, req, new_accepted_len=1):
-    """SGLang looks at the length limit before it looks for stop tokens, which is right for one token at a time only: of
-    several, those after a stop token would be returned if the last of them reaches the limit."""
-    at_limit = len(req.output_ids) >= req.sampling_params.max_new_tokens
-    if new_accepted_len == 1 or not at_limit:
-        return original(req, new_accepted_len)
-    emitted = req.output_ids[-new_accepted_len:]
-    del req.output_ids[-new_accepted_len:]
-    for count, token in enumerate(emitted, start=1):
-        req.output_ids.append(token)
-        original(req, 1)
-        if req.finished():
-            break
-    req.output_ids.extend(emitted[count:])  # SGLang cuts them off at finished_len
-
-
 def _request_row_headroom(result, server_args):
     """Columns of the request table beyond the context length. SGLang reserves KV slots for two cycles at every step but
     counts one: from gamma 8 on, a request that nears the limit would write into the row of another. Rounded up: page
@@ -155,7 +139,6 @@ SCHEDULER_HOOKS: Hooks = {
     f"{_SCHEDULER}get_internal_state": (HookType.AFTER, _internal_state),
     f"{_SCHEDULER}set_internal_state": (HookType.AROUND, _set_internal_state),
     f"{_RESULTS}_resolve_spec_v2_tokens": (HookType.AFTER, _count_drafts),
-    "sglang.srt.managers.schedule_batch.Req.update_finish_state": (HookType.AROUND, _finish_token_by_token),
     "sglang.srt.model_executor.model_runner_kv_cache_mixin.get_req_to_token_extra_context_len": (
         HookType.AFTER,
         _request_row_headroom,

@@ -130,6 +130,7 @@ SEAMS = (
             "resume_memory_occupation",
         )
     ),
+    _seam("managers.scheduler_components.output_streamer:_GenerationStreamAccumulator.accept", "self req"),
     _seam(
         "managers.scheduler_components.logprob_result_processor:"
         "SchedulerLogprobResultProcessor.add_logprob_return_values",

@@ -5,13 +5,16 @@ from types import SimpleNamespace
 
 import pytest
 from sglang.srt.managers.schedule_batch import Req
+from sglang.srt.managers.scheduler_components.output_streamer import _GenerationStreamAccumulator
 from sglang.srt.sampling.sampling_params import SamplingParams
+from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
 from er_sglang.host import emission
 from tests.byte_tokenizer import make_byte_tokenizer
 
 TOKENIZER = make_byte_tokenizer()
 TOKENIZER.additional_stop_token_ids = None
+EOS = TOKENIZER.eos_token_id
 
 
 def request(stream=False, **sampling) -> Req:
@@ -20,6 +23,67 @@ def request(stream=False, **sampling) -> Req:
     req = Req("r", "", array("q", [2, 3]), params, stream=stream, vocab_size=len(TOKENIZER))
     req.tokenizer = TOKENIZER
     return req
+
+
+def finish(tokens: list[int], width: int, **sampling):
+    """Emit ``tokens``, ``width`` at each step, until the request ends: why, and with what."""
+    req = request(**sampling)
+    for start in range(0, len(tokens), width):
+        step = tokens[start : start + width]
+        req.output_ids.extend(step)
+        emission._finish_token_by_token(Req.update_finish_state, req, len(step))
+        if req.finished():
+            break
+    return req.finished_reason and req.finished_reason.to_json(), list(req.output_ids_through_stop)
+
+
+@pytest.mark.parametrize(
+    ("text", "sampling"),
+    [
+        pytest.param("ab<eos>stop", {"stop": "stop"}, id="end of sequence, then stop string"),
+        pytest.param("ab later, sooner", {"stop": ["sooner", "late"]}, id="two stop strings"),
+        pytest.param("a12b", {"stop_regex": r"\d+$"}, id="stop regex that later tokens undo"),
+        pytest.param("abc<eos>d", {"max_new_tokens": 5}, id="end of sequence, then length limit"),
+        pytest.param("abcstop", {"max_new_tokens": 4, "stop": "stop"}, id="length limit, then stop string"),
+        pytest.param("abcdefgh", {"max_new_tokens": 6}, id="length limit"),
+        pytest.param("ab<eos>c", {"ignore_eos": True}, id="no end"),
+    ],
+)
+def test_ends_where_it_would_end_token_by_token(text, sampling):
+    tokens = [EOS if piece is None else piece for piece in pieces(text)]
+    expected = finish(tokens, width=1, **sampling)
+    for width in range(2, len(tokens) + 1):
+        assert finish(tokens, width, **sampling) == expected
+
+
+def pieces(text):
+    for i, part in enumerate(text.split("<eos>")):
+        if i:
+            yield None
+        yield from TOKENIZER.encode(part)
+
+
+@pytest.mark.parametrize("width", [1, 2, 3, 4, 16])
+@pytest.mark.parametrize("interval", [1, 5, 8])
+def test_a_stream_keeps_its_interval(width, interval):
+    req = request(stream=True, max_new_tokens=200, stream_interval=interval)
+    accumulator = _GenerationStreamAccumulator(
+        return_logprob=False,
+        return_hidden_states=False,
+        return_routed_experts=False,
+        return_indexer_topk=False,
+        spec_algorithm=SpeculativeAlgorithm.NONE,
+        disaggregation_mode=None,
+        default_stream_interval=1,
+        default_force_stream_interval=50,
+        get_cached_tokens_details=lambda req: None,
+    )
+    for _ in range(1 + 96 // width):
+        req.output_ids.extend([5] * (width if req.output_ids else 1))
+        emission._send_at_intervals(_GenerationStreamAccumulator.accept, accumulator, req=req)
+    first, *others = map(len, accumulator.output_ids)
+    assert first == 1 and req.sampling_params.stream_interval == interval
+    assert len(others) > 1 and all(interval <= count < interval + width for count in others)
 
 
 @pytest.mark.parametrize("new_tokens", [0, 1])
