@@ -148,6 +148,7 @@ SEAMS = (
         "entrypoints.openai.serving_chat:OpenAIServingChat._generate_stream_content",
         "self content index request stream_offsets",
     ),
+    _seam("function_call.function_call_parser:FunctionCallParser.parse_stream_chunk", "self chunk_text"),
     _seam(
         "entrypoints.engine:Engine._launch_detokenizer_subprocesses",
         "cls server_args port_args run_detokenizer_process_func",

@@ -1,9 +1,13 @@
 """What becomes of the tokens of a step does not depend on how many there are."""
 
+import json
+import re
 from array import array
 from types import SimpleNamespace
 
 import pytest
+from sglang.srt.entrypoints.openai.protocol import Function, Tool
+from sglang.srt.function_call.function_call_parser import FunctionCallParser
 from sglang.srt.managers.schedule_batch import Req
 from sglang.srt.managers.scheduler_components.output_streamer import _GenerationStreamAccumulator
 from sglang.srt.sampling.sampling_params import SamplingParams
@@ -92,3 +96,48 @@ def test_no_log_probability_of_no_token(new_tokens):
     req.logprob = SimpleNamespace(output_token_logprobs_val=[-0.5], output_token_logprobs_idx=[7])
     emission._score_prompts_only(None, None, 0, req)
     assert len(req.logprob.output_token_logprobs_val) == len(req.logprob.output_token_logprobs_idx) == new_tokens
+
+
+CALLS = [
+    {"name": "weather", "arguments": {"city": "Paris", "days": 3}},
+    {"name": "time", "arguments": {"city": "Rome"}},
+]
+MARKED = "Let me look. " + "\n".join(f"<tool_call>\n{json.dumps(call)}\n</tool_call>" for call in CALLS)
+FUNCTIONS = "\n".join(
+    f"<tool_call>\n<function={call['name']}>\n"
+    + "".join(f"<parameter={name}>\n{value}\n</parameter>\n" for name, value in call["arguments"].items())
+    + "</function>\n</tool_call>"
+    for call in CALLS
+)
+PYTHON = "Let me look. [weather(city='Paris', days=3), time(city='Rome')]"
+TOOLS = [
+    Tool(type="function", function=Function(name=call["name"], parameters={"type": "object", "properties": {}}))
+    for call in CALLS
+]
+
+
+@pytest.mark.parametrize(
+    ("parser", "text"),
+    [("qwen25", MARKED), ("hermes", MARKED), ("qwen3_coder", FUNCTIONS), ("pythonic", PYTHON)],
+)
+def test_tool_calls_do_not_depend_on_the_chunks(parser, text):
+    """A token is a word here, or a mark of the parser."""
+    tokens = re.findall(r"</?\w+>|\s?\w+|\W", text)
+    assert "".join(tokens) == text
+
+    def read(width):
+        whole = FunctionCallParser(TOOLS, parser)
+        plain, calls = "", {}
+        for start in range(0, len(tokens), width):
+            chunk = "".join(tokens[start : start + width])
+            new_text, new_calls = emission._parse_in_pieces(FunctionCallParser.parse_stream_chunk, whole, chunk)
+            plain += new_text
+            for call in new_calls:
+                name, arguments = calls.get(call.tool_index, ("", ""))
+                calls[call.tool_index] = name + (call.name or ""), arguments + call.parameters
+        return plain.strip(), [(name, json.loads(arguments)) for name, arguments in calls.values()]
+
+    expected = read(width=1)
+    assert [name for name, _ in expected[1]] == [call["name"] for call in CALLS]
+    for width in range(2, len(tokens) + 1):
+        assert read(width) == expected
