@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from math import ceil
 
 import torch
+from sglang.srt.managers.io_struct import PauseGenerationReqInput
 from sglang.srt.plugins.hook_registry import HookRegistry, HookSource, HookType
 
 from er_sglang.host.emission import FRONT_END_EMISSION_HOOKS, SCHEDULER_EMISSION_HOOKS
@@ -35,9 +36,26 @@ def _all_agree(success: bool, group) -> bool:
     return bool(everywhere)
 
 
+def _settle(scheduler) -> None:
+    """Let a scheduler whose requests have all been answered be idle.
+
+    When it answers the last one, SGLang has launched one more step already, or has not put the batch away. Until it has,
+    it takes itself for busy, and an update that is to flush the cache ends the server; so does a release of memory. A
+    trainer that aborts all requests first is as fast as that now and then, and a cycle takes longer than a plain step.
+    """
+    batches = [batch for batch in (scheduler.running_batch, scheduler.last_batch) if batch]
+    if scheduler.chunked_req or not all(req.finished() for batch in batches for req in batch.reqs):
+        return
+    paused = scheduler._engine_paused
+    scheduler.pause_generation(PauseGenerationReqInput(mode="retract"))  # of these requests there is nothing to retract
+    scheduler._engine_paused = paused
+
+
 def _receive_update(transport: str):
     def hook(original, updater, recv_req):
         worker: ServedWorker = updater.draft_worker
+        if recv_req.flush_cache:
+            _settle(updater.scheduler)
         worker.synchronize()  # A cycle in flight ends on the weights it began with.
         with worker.freshness.receiving(transport) as report:
             result = original(updater, recv_req)
@@ -48,6 +66,7 @@ def _receive_update(transport: str):
 
 
 def _release_memory(original, updater, recv_req):
+    _settle(updater.scheduler)
     result = original(updater, recv_req)
     if "weights" in updater.offload_tags:
         updater.draft_worker.freshness.released()

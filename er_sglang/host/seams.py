@@ -112,6 +112,7 @@ SEAMS = (
     _seam("managers.scheduler:Scheduler.get_internal_state", "self recv_req"),
     _seam("managers.scheduler:Scheduler.set_internal_state", "self recv_req"),
     _seam("managers.scheduler:Scheduler.continue_generation", "self recv_req"),
+    _seam("managers.scheduler:Scheduler.pause_generation", "self recv_req"),
     _seam("managers.schedule_batch:Req.update_finish_state", "self new_accepted_len"),
     _seam(
         "managers.scheduler_components.batch_result_processor:SchedulerBatchResultProcessor._resolve_spec_v2_tokens",

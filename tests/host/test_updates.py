@@ -302,13 +302,13 @@ LONG = 320
 
 
 @contextmanager
-def in_flight(rollouts):
+def in_flight(rollouts, **more):
     """Long greedy answers to PROMPTS on their way, each of eight tokens at least; yields a future of them all."""
     running = threading.Event()
 
     def ask() -> list[list[int]]:
         outputs = {}
-        for chunk in rollouts.server.stream({"input_ids": PROMPTS, "sampling_params": greedy(LONG)}):
+        for chunk in rollouts.server.stream({"input_ids": PROMPTS, "sampling_params": greedy(LONG), **more}):
             outputs[chunk["index"]] = chunk["output_ids"]
             if len(outputs) == len(PROMPTS) and min(map(len, outputs.values())) >= 8:
                 running.set()
@@ -371,6 +371,16 @@ def test_interruptible_generation(rollouts):
         assert 0 < len(first) < LONG and first == old.oracle.greedy(prompt, len(first))
         assert more == new.oracle.greedy([*prompt, *first], NEW_TOKENS)
     rollouts.follows(new)
+
+
+def test_an_update_that_aborts(rollouts):
+    """It follows the last answer so fast that the step after that answer is still in flight."""
+    new = rollouts.next_policy()
+    names = [f"linger-{i}" for i in range(len(PROMPTS))]
+    with rollouts.changes(refreshes=1), in_flight(rollouts, rid=names) as answers:
+        rollouts.trainer.send_disk(new.path, **AREAL)
+        assert all(len(output) < LONG for output in answers.result())
+        rollouts.follows(new)
 
 
 # -- what fails ------------------------------------------------------------------------------------------------

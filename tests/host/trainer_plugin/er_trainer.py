@@ -4,10 +4,14 @@
   `{"action": "post-process"}` does what slime's patch does for its `/post_process_weights`.
 - `/update_weights_from_ipc` finds a device per rank, "cpu-0" and so on, and in `checkpoint_engine/` an engine.
 - Memory released is lost: the policy's and the drafter's weights become NaN and noise, KV becomes NaN.
+- The scheduler rests when it has answered a request named "linger...", so that the next message is there when it looks.
 - `/server_info` shows a digest of the drafter's weights, layer by layer, and where they lie.
 """
 
 import hashlib
+import time
+
+LINGER_S = 0.5
 
 
 def activate() -> None:
@@ -18,6 +22,8 @@ def activate() -> None:
     HookRegistry.register(f"{updater}.check_weights", _write_or_post_process, HookType.AROUND)
     HookRegistry.register(f"{updater}.update_weights_from_ipc", _cpu_engine, HookType.BEFORE)
     HookRegistry.register(f"{updater}.release_memory_occupation", _lose, HookType.AFTER)
+    streamer = f"{managers}scheduler_components.output_streamer.SchedulerOutputStreamer"
+    HookRegistry.register(f"{streamer}.stream_output", _linger, HookType.AFTER)
     HookRegistry.register(f"{managers}scheduler.Scheduler.get_internal_state", _show, HookType.AFTER)
 
 
@@ -61,6 +67,11 @@ def _lose(result, updater, recv_req) -> None:
     if "kv_cache" in (recv_req.tags or ["kv_cache"]):
         for buffer in (*runner.token_to_kv_pool.k_buffer, *runner.token_to_kv_pool.v_buffer):
             buffer.fill_(float("nan"))
+
+
+def _linger(result, streamer, reqs, *_) -> None:
+    if any(req.finished() and req.rid.startswith("linger") for req in reqs):
+        time.sleep(LINGER_S)
 
 
 def digest(packed) -> str:
