@@ -15,6 +15,7 @@ from math import ceil
 import torch
 from sglang.srt.plugins.hook_registry import HookRegistry, HookSource, HookType
 
+from er_sglang.host.riders import reason_to_ride
 from er_sglang.host.seams import ALGORITHM, UnsupportedHost
 from er_sglang.host.served import ServedWorker
 from er_sglang.steering.control import KEY
@@ -91,7 +92,7 @@ def _count_drafts(result, processor, step, batch) -> None:
     if gamma == 0:
         return
     for req, accepted in zip(batch.reqs, step.num_correct_drafts_per_req_cpu):
-        if not (req.is_retracted or req.finished()):
+        if not (req.is_retracted or req.finished() or reason_to_ride(req)):
             req.spec_num_correct_drafts += gamma - accepted
 
 
