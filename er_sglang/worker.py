@@ -22,6 +22,7 @@ from er_sglang.calibration.measure import obtain_profile
 from er_sglang.config import CONFIG_ENV, SIMULATE_ACCEPTANCE_ENV, load_config, simulated_acceptance
 from er_sglang.cycle.chain import DraftChain
 from er_sglang.cycle.logprobs import attach_logprobs
+from er_sglang.cycle.shaping import shape_logits
 from er_sglang.cycle.step import Step
 from er_sglang.cycle.verifier import Verifier, check_attention_backend
 from er_sglang.cycle.window import with_window_rows
@@ -30,6 +31,7 @@ from er_sglang.drafting.updates import Freshness
 from er_sglang.host.machine import needs_memory
 from er_sglang.host.refusals import check_model_class, check_simulated_acceptance
 from er_sglang.host.relay import SelfQuantDraftInput
+from er_sglang.host.riders import reason_to_refuse, riders
 from er_sglang.host.served import ServedWorker
 from er_sglang.policy.profile import Rung
 from er_sglang.quantize import create_format
@@ -231,28 +233,16 @@ class SelfQuantWorker(ServedWorker):
             return self._prefill(batch, on_publish)
         slack_tokens = self.steering.in_flight_tokens
         self.freshness.close_update()
-        blocker = self.freshness.blocker or self._blocker(batch)
-        launched = self.steering.launch([req.kv_committed_len for req in batch.reqs], blocker)
+        blocker = self.freshness.blocker or reason_to_refuse(batch, self.server_args.sampling_backend)
+        riding = riders(batch)
+        launched = self.steering.launch([req.kv_committed_len for req in batch.reqs], blocker, riding)
         rung = launched.rung
         if rung.gamma > 0:
             self.freshness.ensure()
-        step = Step.of_batch(batch, self.req_to_token, rung.gamma + 1, slack_tokens)
+        step = Step.of_batch(batch, self.req_to_token, rung.gamma + 1, slack_tokens, riding if rung.gamma else ())
         if rung.gamma == 0:
             return self.decode(batch, step, on_publish)
         return self.cycle(batch, step, rung, on_publish)
-
-    def _blocker(self, batch) -> str | None:
-        """Why this batch must not be drafted for: what a draft could not honour exactly."""
-        info = batch.sampling_info
-        if batch.has_grammar:
-            return "grammar"
-        if info.acc_additive_penalties is not None or info.acc_scaling_penalties is not None:
-            return "penalties"
-        if info.has_custom_logit_processor:
-            return "custom-logit-processor"
-        if batch.return_hidden_states:
-            return "hidden-states"
-        return None
 
     def _prefill(self, batch, on_publish) -> GenerationBatchResult:
         self.steering.interrupted()
@@ -304,9 +294,8 @@ class SelfQuantWorker(ServedWorker):
         output, graphs_ran = self._verifier.forward(verify, draft.tokens_NB)
 
         logits_BNV = output.next_token_logits.view(step.batch_size, gamma + 1, -1)
-        if (bias_BV := batch.sampling_info.logit_bias) is not None:
-            logits_BNV += bias_BV.unsqueeze(1)  # p alone: a draft without the bias is as exact
-        verdict = self._sampler.judge(logits_BNV, draft, step.params, self.random)
+        shape_logits(batch, logits_BNV, riding=step.rides_B is not None)
+        verdict = self._sampler.judge(logits_BNV, draft, step.params, self.random, step.rides_B)
         new_seq_lens = step.seq_lens_B + verdict.accept_lens_B
         on_publish(new_seq_lens)
         if batch.return_logprob:

@@ -76,7 +76,7 @@ def p_value(tokens: torch.Tensor, p_V: torch.Tensor) -> float:
     return float(chi2.sf(float(statistic), freedom)) if freedom else 1.0
 
 
-def run_cycle(sampler: Sampler, device, q_GV, p_NV, filters, seed=1, spoil=lambda draft: draft):
+def run_cycle(sampler: Sampler, device, q_GV, p_NV, filters, seed=1, spoil=lambda draft: draft, rides_B=None):
     """Draft and judge one cycle for REQUESTS equal requests; returns (draft, verdict, params)."""
     gamma = q_GV.shape[0]
     params = make_params(REQUESTS, device, **filters)
@@ -99,7 +99,7 @@ def run_cycle(sampler: Sampler, device, q_GV, p_NV, filters, seed=1, spoil=lambd
             draft.lse_GB[step],
         )
     logits_BNV = p_NV.to(device).unsqueeze(0).repeat(REQUESTS, 1, 1)
-    return draft, sampler.judge(logits_BNV, spoil(draft), params, random), params
+    return draft, sampler.judge(logits_BNV, spoil(draft), params, random, rides_B), params
 
 
 def chain_p_value(sampler, device, filters, spoil=lambda draft: draft) -> float:
@@ -155,8 +155,8 @@ class SamplerCases:
     def test_fails_when_the_residual_is_not_subtracted(self, sampler, device):
         # An independent first rejection leaves q out of the residual: accept by the rule, then draw from p.
         class PlainResidual(type(sampler)):
-            def judge(self, logits_BNV, draft, params, random):
-                verdict = super().judge(logits_BNV, draft, params, random)
+            def judge(self, logits_BNV, draft, params, random, rides_B=None):
+                verdict = super().judge(logits_BNV, draft, params, random, rides_B)
                 random.advance()
                 token, floor, lse = (
                     torch.empty(REQUESTS, dtype=t, device=device) for t in (torch.int64, torch.float32, torch.float32)
@@ -200,6 +200,22 @@ class SamplerCases:
         logits = make_logits(5, 3, VOCAB)
         _, verdict, _ = run_cycle(sampler, device, logits[:2], logits, {"top_p": 0.9})
         assert (verdict.accept_lens_B == 3).all()
+
+    @pytest.mark.parametrize("filters", [{}, {"top_k": 1}, FILTERS["all"]], ids=["plain", "greedy", "filtered"])
+    def test_riders_take_a_plain_step(self, sampler, device, filters):
+        """Their token comes from p, and not from max(p - q, 0) after a draft that p would accept."""
+        q_GV, p_NV = make_logits(1, 2, VOCAB), make_logits(1, 3, VOCAB) + 0.5 * make_logits(2, 3, VOCAB)
+        rides_B = torch.arange(REQUESTS, device=device) % 2 == 0
+        _, verdict, _ = run_cycle(sampler, device, q_GV, p_NV, filters, rides_B=rides_B)
+        assert (verdict.accept_lens_B[rides_B] == 1).all()
+        greedy = filters.get("top_k") == 1
+        p_V = torch.nn.functional.one_hot(p_NV[0].argmax(), VOCAB).double() if greedy else exact(p_NV[0], **filters)
+        assert p_value(verdict.emitted_BN[rides_B, 0], p_V) > FALSE_ALARM_RATE
+        assert (verdict.emitted_BN[rides_B, 0] == verdict.last_B[rides_B]).all()
+        _, without, _ = run_cycle(sampler, device, q_GV, p_NV, filters)
+        assert (without.accept_lens_B > 1).any()
+        for mixed, alone in ((verdict.emitted_BN, without.emitted_BN), (verdict.accept_lens_B, without.accept_lens_B)):
+            assert torch.equal(mixed[~rides_B], alone[~rides_B])
 
     def test_greedy_requests_accept_while_the_argmax_agrees(self, sampler, device):
         q_GV, p_NV = make_logits(6, 3, VOCAB), make_logits(6, 4, VOCAB)
@@ -287,7 +303,8 @@ class SamplerCases:
                     draft.floor_GB[step],
                     draft.lse_GB[step],
                 )
-            verdict = which.judge(p_BNV.to(where), draft, moved, random)
+            rides_B = torch.arange(rows, device=where) >= 6
+            verdict = which.judge(p_BNV.to(where), draft, moved, random, rides_B)
             results.append(
                 [t.cpu() for t in (draft.tokens_NB, verdict.emitted_BN, verdict.accept_lens_B, verdict.last_B)]
             )

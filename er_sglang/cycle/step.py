@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +20,7 @@ class Step:
     last_B: int64, the last emitted token; its KV entry belongs at position L and is not written yet.
     slots_NB: int64 [gamma + 1, B], KV slots of positions L, L + 1, ..., reserved by the scheduler.
     params: sampling settings.
+    rides_B: bool, requests that ride along (host/riders.py); None if none does.
     """
 
     req_pool_indices_B: torch.Tensor
@@ -27,14 +29,22 @@ class Step:
     last_B: torch.Tensor
     slots_NB: torch.Tensor
     params: SamplingParams
+    rides_B: torch.Tensor | None = None
 
     @property
     def batch_size(self) -> int:
         return self.seq_lens_B.shape[0]
 
     @classmethod
-    def of_batch(cls, batch, req_to_token: torch.Tensor, width: int, host_slack_tokens: int) -> Step:
-        """Read a ``ScheduleBatch``; ``width`` slots per request.
+    def of_batch(
+        cls,
+        batch,
+        req_to_token: torch.Tensor,
+        width: int,
+        host_slack_tokens: int,
+        riding: Collection[int] = (),
+    ) -> Step:
+        """Read a ``ScheduleBatch``; ``width`` slots per request, and the rows of those that ride along.
 
         Where the scheduler keeps no host copy of the lengths, they are bounded by what it has committed plus
         ``host_slack_tokens``, the most that the step still in flight can emit.
@@ -46,6 +56,11 @@ class Step:
             seq_lens_cpu_B = torch.tensor([req.kv_committed_len for req in batch.reqs]) + host_slack_tokens
         positions_NB = seq_lens_B + torch.arange(width, device=seq_lens_B.device).view(-1, 1)
         info = batch.sampling_info
+        rides_B = None
+        if riding:
+            rides_B = torch.tensor([row in riding for row in range(len(batch.reqs))]).to(
+                seq_lens_B.device, non_blocking=True
+            )
         return cls(
             req_pool_indices_B=batch.req_pool_indices,
             seq_lens_B=seq_lens_B,
@@ -53,4 +68,5 @@ class Step:
             last_B=batch.spec_info.bonus_tokens.to(torch.int64),
             slots_NB=req_to_token[batch.req_pool_indices, positions_NB].to(torch.int64),
             params=SamplingParams(info.temperatures.view(-1), info.top_ks, info.top_ps, info.min_ps),
+            rides_B=rides_B,
         )

@@ -9,5 +9,6 @@ cpu.py         stand-ins for SGLang's kernels on a CPU
 served.py      the worker as the hooks see it
 algorithm.py   SELF_QUANT in SGLang's registry
 relay.py       what a step hands to the next one
+riders.py      requests that take a plain step inside a cycle
 refusals.py    settings and models that SELF_QUANT cannot serve
 """

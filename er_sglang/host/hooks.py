@@ -19,6 +19,7 @@ from sglang.srt.plugins.hook_registry import HookRegistry, HookSource, HookType
 from er_sglang.host.emission import FRONT_END_EMISSION_HOOKS, SCHEDULER_EMISSION_HOOKS
 from er_sglang.host.processes import PROCESS_HOOKS
 from er_sglang.host.reservation import RESERVATION_HOOKS
+from er_sglang.host.riders import reason_to_ride
 from er_sglang.host.seams import ALGORITHM, UnsupportedHost
 from er_sglang.host.served import ServedWorker
 from er_sglang.steering.control import KEY
@@ -113,7 +114,7 @@ def _count_drafts(result, processor, step, batch) -> None:
     if gamma == 0:
         return
     for req, accepted in zip(batch.reqs, step.num_correct_drafts_per_req_cpu):
-        if not (req.is_retracted or req.finished()):
+        if not (req.is_retracted or req.finished() or reason_to_ride(req)):
             req.spec_num_correct_drafts += gamma - accepted
 
 

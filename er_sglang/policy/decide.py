@@ -61,12 +61,22 @@ class State:
 
     batch: requests that decode in this step, at least 1.
     mean_context_tokens: their mean number of tokens in the KV cache.
-    forbid_reason: why this batch must not be drafted for (a grammar, say), or None.
+    forbid_reason: why this batch must not be drafted for (hidden states to return, say), or None.
+    riding: requests of the batch that get one token a step whatever is drafted; fewer than `batch`.
     """
 
     batch: int
     mean_context_tokens: float
     forbid_reason: str | None = None
+    riding: int = 0
+
+    @property
+    def drafted_for(self) -> int:
+        return self.batch - self.riding
+
+    @property
+    def drafted_share(self) -> float:
+        return self.drafted_for / self.batch
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +127,7 @@ def decide(
 
     windows = _distinct_windows(acceptance, state.mean_context_tokens)
     alphas = {window: acceptance[window].alphas() for window in windows}
-    speedups = {PLAIN: 1.0, **predicted_speedups(alphas, config.ladder, step_s)}
+    speedups = {PLAIN: 1.0, **predicted_speedups(alphas, config.ladder, step_s, state.drafted_share)}
     values = {rung: speedup / (1.0 + config.margin) if rung.gamma else 1.0 for rung, speedup in speedups.items()}
     best = max(values, key=values.__getitem__)
     current = memory.rung if memory.rung in values else memory.rung._replace(window=windows[0])
@@ -130,7 +140,7 @@ def decide(
             current, regret = best, 0.0
     memory = replace(memory, rung=current, regret=regret)
 
-    probe, memory = _probe(state.batch, step_s, speedups, windows, acceptance, config, memory)
+    probe, memory = _probe(state, step_s, speedups, windows, acceptance, config, memory)
     if probe:
         return Decision(probe, Reason.PROBE, speedups[probe], outside), memory
     if current == best:
@@ -147,23 +157,26 @@ def _distinct_windows(windows: Collection[int], context_tokens: float) -> list[i
 
 
 def predicted_speedups(
-    alphas: Mapping[int, Sequence[float]], gammas: Collection[int], step_s: Mapping[Rung, float]
+    alphas: Mapping[int, Sequence[float]],
+    gammas: Collection[int],
+    step_s: Mapping[Rung, float],
+    drafted_share: float = 1.0,
 ) -> dict[Rung, float]:
     """Of each rung over plain decoding, in tokens per second.
 
-    alphas: by window, per draft position, for the largest gamma.
+    alphas: by window, per draft position, for the largest gamma. drafted_share: of the requests, those drafted for.
     """
     speedups = {}
     for window, at in alphas.items():
         tokens = emitted(at)
         for gamma in gammas:
             rung = Rung(gamma, window)
-            speedups[rung] = tokens[gamma] * step_s[PLAIN] / step_s[rung]
+            speedups[rung] = (1.0 + drafted_share * (tokens[gamma] - 1.0)) * step_s[PLAIN] / step_s[rung]
     return speedups
 
 
 def _probe(
-    batch: int,
+    state: State,
     step_s: Mapping[Rung, float],
     speedups: Mapping[Rung, float],
     windows: Collection[int],
@@ -180,7 +193,7 @@ def _probe(
     }
     upper = {window: alphas for window, (_, alphas) in bounds.items()}
     wanted = speedups[current] * (1.0 + config.margin)
-    optimistic = predicted_speedups(upper, config.ladder, step_s)
+    optimistic = predicted_speedups(upper, config.ladder, step_s, state.drafted_share)
     promising = [rung for rung, speedup in optimistic.items() if speedup > wanted]
     credit_s, left = memory.probe_credit_s, memory.probe_cycles_left
     if promising:
@@ -190,10 +203,11 @@ def _probe(
         if not begun:
             left = 0
         lower, _ = bounds[rung.window]
-        tokens_s = step_s[PLAIN] / speedups[current]  # a token takes as long now
-        cost_s = max(0.0, step_s[rung] - emitted(lower[: rung.gamma])[rung.gamma] * tokens_s)
+        token_s = step_s[PLAIN] / speedups[current]  # of a request, as it is taken now
+        emits = 1.0 + state.drafted_share * (emitted(lower[: rung.gamma])[rung.gamma] - 1.0)
+        cost_s = max(0.0, step_s[rung] - emits * token_s)
         if not left:
-            cycles = ceil(config.probe_tokens / (batch * rung.gamma))
+            cycles = ceil(config.probe_tokens / (state.drafted_for * rung.gamma))
             left = cycles if credit_s >= cycles * cost_s else 0
             credit_s = min(credit_s, cycles * cost_s)
         if left and credit_s >= cost_s:

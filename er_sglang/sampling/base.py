@@ -119,6 +119,17 @@ class Sampler(ABC):
         """Draw drafted token ``step`` (0-based) of every request; writes ``token_B``, ``floor_B`` and ``lse_B``."""
 
     @abstractmethod
-    def judge(self, logits_BNV: torch.Tensor, draft: Draft, params: SamplingParams, random: RandomState) -> Verdict:
+    def judge(
+        self,
+        logits_BNV: torch.Tensor,
+        draft: Draft,
+        params: SamplingParams,
+        random: RandomState,
+        rides_B: torch.Tensor | None = None,
+    ) -> Verdict:
         """Accept drafted token x with min(1, p(x) / q(x)); at the first rejection draw from max(p - q, 0), after
-        the last acceptance from p. ``logits_BNV``: float32, the policy's logits after each of the N tokens."""
+        the last acceptance from p. Requests that ride along accept nothing and draw from p.
+
+        logits_BNV: float32, the policy's logits after each of the N tokens.
+        rides_B: bool; None if no request rides along.
+        """

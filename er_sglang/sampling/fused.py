@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from er_sglang.sampling.base import STREAM_ACCEPT, STREAM_RESIDUAL, Draft, RandomState, Sampler, SamplingParams, Verdict
+from er_sglang.sampling.base import STREAM_ACCEPT, STREAM_RESIDUAL, Sampler, Verdict
 
 BLOCK = 4096
 
@@ -157,15 +157,17 @@ def _probability(x, floor, lse):
 @triton.jit
 def _accept_kernel(
     target_ptr, draft_ptr, tokens_ptr, temperature_ptr, top_k_ptr, state_ptr,
-    p_floor_ptr, p_lse_ptr, p_top_ptr, q_floor_ptr, q_lse_ptr, accepted_ptr,
+    p_floor_ptr, p_lse_ptr, p_top_ptr, q_floor_ptr, q_lse_ptr, rides_ptr, accepted_ptr,
     target_stride, draft_step_stride, draft_row_stride, tokens_stride, q_stride, stream,
-    simulated_acceptance, GAMMA: tl.constexpr, SIMULATE: tl.constexpr,
+    simulated_acceptance, GAMMA: tl.constexpr, SIMULATE: tl.constexpr, RIDES: tl.constexpr,
 ):  # fmt: skip
     """Per request: how many drafted tokens are accepted before the first rejection."""
     request = tl.program_id(0)
     temperature = tl.load(temperature_ptr + request)
     greedy = tl.load(top_k_ptr + request) <= 1
     alive = 1
+    if RIDES:
+        alive = 1 - tl.load(rides_ptr + request).to(tl.int32)
     accepted = 0
     for step in tl.static_range(GAMMA):
         row = request * (GAMMA + 1) + step
@@ -192,9 +194,9 @@ def _accept_kernel(
 @_varying
 def _residual_kernel(
     target_ptr, draft_ptr, temperature_ptr, state_ptr, accepted_ptr, p_floor_ptr, p_lse_ptr, q_floor_ptr, q_lse_ptr,
-    best_ptr, arg_ptr, fallback_ptr, fallback_arg_ptr,
+    rides_ptr, best_ptr, arg_ptr, fallback_ptr, fallback_arg_ptr,
     target_stride, draft_step_stride, draft_row_stride, q_stride, size, blocks, stream, gamma,
-    BLOCK: tl.constexpr,
+    RIDES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Per (request, block): the leader of the race over max(p - q, 0), and over p for an empty residual."""
     request, block = tl.program_id(0), tl.program_id(1)
@@ -205,7 +207,10 @@ def _residual_kernel(
     x = _scaled(target_ptr + row.to(tl.int64) * target_stride, offset, size, temperature)
     p = _probability(x, tl.load(p_floor_ptr + row), tl.load(p_lse_ptr + row))
     weight = p
-    if step < gamma:
+    subtract = step < gamma
+    if RIDES:
+        subtract = subtract & (tl.load(rides_ptr + request) == 0)
+    if subtract:
         q_row = draft_ptr + step.to(tl.int64) * draft_step_stride + request.to(tl.int64) * draft_row_stride
         q_x = _scaled(q_row, offset, size, temperature)
         q = _probability(
@@ -278,7 +283,7 @@ class FusedSampler(Sampler):
     def draw(self, logits_BV, params, random, step, token_B, floor_B, lse_B) -> None:
         self._summarize(logits_BV, params, random, step, True, floor_B, lse_B, token_B)
 
-    def judge(self, logits_BNV: torch.Tensor, draft: Draft, params: SamplingParams, random: RandomState) -> Verdict:
+    def judge(self, logits_BNV, draft, params, random, rides_B=None) -> Verdict:
         batch, width, size = logits_BNV.shape
         gamma, device = draft.gamma, logits_BNV.device
         logits_RV = logits_BNV.view(batch * width, size)
@@ -290,18 +295,19 @@ class FusedSampler(Sampler):
         draft_strides = draft.logits_GBV.stride(0), draft.logits_GBV.stride(1)
         _accept_kernel[(batch,)](
             logits_RV, draft.logits_GBV, draft.tokens_NB, params.temperature_B, params.top_k_B, random.state,
-            p_floor_R, p_lse_R, p_top_R, draft.floor_GB, draft.lse_GB, accepted_B,
+            p_floor_R, p_lse_R, p_top_R, draft.floor_GB, draft.lse_GB, rides_B, accepted_B,
             logits_RV.stride(0), *draft_strides, draft.tokens_NB.stride(0), draft.lse_GB.stride(0), STREAM_ACCEPT,
             self.simulated_acceptance or 0.0, GAMMA=gamma, SIMULATE=self.simulated_acceptance is not None,
+            RIDES=rides_B is not None,
         )  # fmt: skip
         blocks = triton.cdiv(size, BLOCK)
         best, fallback = _floats(2, batch, blocks, device=device)
         arg, fallback_arg = (torch.empty((batch, blocks), dtype=torch.int32, device=device) for _ in range(2))
         _residual_kernel[(batch, blocks)](
             logits_RV, draft.logits_GBV, params.temperature_B, random.state, accepted_B,
-            p_floor_R, p_lse_R, draft.floor_GB, draft.lse_GB, best, arg, fallback, fallback_arg,
+            p_floor_R, p_lse_R, draft.floor_GB, draft.lse_GB, rides_B, best, arg, fallback, fallback_arg,
             logits_RV.stride(0), *draft_strides, draft.lse_GB.stride(0), size, blocks, STREAM_RESIDUAL,
-            gamma, BLOCK=BLOCK,
+            gamma, RIDES=rides_B is not None, BLOCK=BLOCK,
         )  # fmt: skip
         emitted_BN = torch.empty((batch, width), dtype=torch.int64, device=device)
         accept_lens_B = torch.empty(batch, dtype=torch.int32, device=device)

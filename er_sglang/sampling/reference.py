@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from er_sglang.sampling.base import STREAM_ACCEPT, STREAM_RESIDUAL, Draft, RandomState, Sampler, SamplingParams, Verdict
+from er_sglang.sampling.base import STREAM_ACCEPT, STREAM_RESIDUAL, RandomState, Sampler, SamplingParams, Verdict
 from er_sglang.sampling.philox import exponential, philox, uniform
 
 
@@ -63,13 +63,15 @@ class ReferenceSampler(Sampler):
         lse_B.copy_(lse)
         token_B.copy_(race(distribution(x_BV, floor, lse, params.top_k_B <= 1), random, step))
 
-    def judge(self, logits_BNV: torch.Tensor, draft: Draft, params: SamplingParams, random: RandomState) -> Verdict:
+    def judge(self, logits_BNV, draft, params, random, rides_B=None) -> Verdict:
         batch, width, _ = logits_BNV.shape
         greedy_B = params.top_k_B <= 1
         rows_B = torch.arange(batch, device=logits_BNV.device)
         alive_B = torch.ones(batch, dtype=torch.bool, device=logits_BNV.device)
         accepted_B = torch.zeros(batch, dtype=torch.int64, device=logits_BNV.device)
         weight_BV = torch.zeros((), device=logits_BNV.device)
+        if rides_B is None:
+            rides_B = torch.zeros_like(alive_B)
         for position in range(width):
             x_BV = scale(logits_BNV[:, position], params)
             p_BV = distribution(x_BV, *summarize(x_BV, params), greedy_B)
@@ -85,8 +87,9 @@ class ReferenceSampler(Sampler):
                 accept_B = u_B * q_BV[rows_B, token_B] < p_BV[rows_B, token_B]
             else:
                 accept_B = u_B < self.simulated_acceptance
-            weight_BV = torch.where(alive_B.view(-1, 1), residual(p_BV, q_BV), weight_BV)
-            alive_B = alive_B & accept_B
+            ends_here_BV = torch.where(rides_B.view(-1, 1), p_BV, residual(p_BV, q_BV))
+            weight_BV = torch.where(alive_B.view(-1, 1), ends_here_BV, weight_BV)
+            alive_B = alive_B & accept_B & ~rides_B
             accepted_B += alive_B
         last_B = race(weight_BV, random, STREAM_RESIDUAL)
         return compose(draft.tokens_NB, accepted_B, last_B)

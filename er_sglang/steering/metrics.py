@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from er_sglang.policy.profile import PLAIN, Rung
+
+logger = logging.getLogger(__name__)
 
 RECENT_STEPS = 100  # what "recent" speed-ups are averaged over, exponentially weighted
 
@@ -20,6 +23,8 @@ class Launched:
     probe: drafts to learn, not to gain.
     mode, settings_version: the policy's mode, and how often its settings were replaced at run time before it.
     continuous: it follows another decode step at once, so that the time between their results is its duration.
+    refused: the whole batch is not drafted for, for this reason.
+    riding: rows that are not drafted for in a cycle of the others, and why.
     """
 
     rung: Rung
@@ -34,6 +39,8 @@ class Launched:
     mode: str = ""
     settings_version: int = 0
     continuous: bool = False
+    refused: bool = False
+    riding: Mapping[int, str] = field(default_factory=dict)
 
 
 class RecentRatio:
@@ -67,6 +74,8 @@ class Metrics:
         self.accepted_tokens = 0
         self.emitted_tokens = 0
         self.cycle_requests = 0
+        self.riding_tokens: Counter[str] = Counter()
+        self.refused_tokens: Counter[str] = Counter()
         self.predicted_speedup = RecentRatio()
         self.measured_speedup = RecentRatio()
         self.plain_step_ratio = RecentRatio()
@@ -98,21 +107,31 @@ class Metrics:
             self._compare(step, took_s, emitted=1 + sum(accepted) / batch)
         if gamma == 0:
             self.decode_steps += 1
+            if step.refused:
+                if step.reason not in self.refused_tokens:
+                    logger.info("Not every batch can be drafted for: %s.", step.reason)
+                self.refused_tokens[step.reason] += batch
+                if self._exporter:
+                    self._exporter.undrafted({step.reason: batch})
             return
+        riding = Counter(step.riding.values())
+        self.riding_tokens += riding
+        drafted_for = [count for row, count in enumerate(accepted) if row not in step.riding]
         self.cycles += 1
         self.cycles_by_window[step.rung.window] += 1
-        self.cycle_requests += batch
-        self.drafted_tokens += gamma * batch
-        self.accepted_tokens += sum(accepted)
-        for count in accepted:
+        self.cycle_requests += len(drafted_for)
+        self.drafted_tokens += gamma * len(drafted_for)
+        self.accepted_tokens += sum(drafted_for)
+        for count in drafted_for:
             for position in range(count):
                 self._tried_at[position] += 1
                 self._accepted_at[position] += 1
             if count < gamma:
                 self._tried_at[count] += 1
         if self._exporter:
+            self._exporter.undrafted(riding)
             self._exporter.finished(
-                gamma * batch, sum(accepted), self.predicted_speedup.value, self.measured_speedup.value
+                gamma * len(drafted_for), sum(drafted_for), self.predicted_speedup.value, self.measured_speedup.value
             )
 
     def snapshot(self) -> dict:
@@ -122,7 +141,9 @@ class Metrics:
         accept_length: mean emitted tokens per request and cycle. acceptance_per_position: conditional acceptance
         of the i-th drafted token, None where none was tried. predicted_speedup, measured_speedup: of recent cycles over
         plain decoding, which takes as long as the profile says. plain_step_ratio: seconds of recent plain decode steps
-        over what the profile says. outside: decisions from extrapolated cells of the profile.
+        over what the profile says. outside: decisions from extrapolated cells of the profile. riding_tokens: by reason,
+        tokens of requests that took a plain step in a cycle of others, one a request and step; they are not counted as
+        drafted. refused_tokens: by reason, tokens of batches that must not be drafted for.
         """
         return {
             "gamma": self.latest.rung.gamma,
@@ -140,6 +161,8 @@ class Metrics:
                 accepted / tried if tried else None for accepted, tried in zip(self._accepted_at, self._tried_at)
             ],
             "decisions": dict(self.decisions),
+            "riding_tokens": dict(self.riding_tokens),
+            "refused_tokens": dict(self.refused_tokens),
             "switches": self.switches,
             "probes": self.probes,
             "outside": self.outside,
@@ -186,6 +209,12 @@ class PrometheusExporter:
             "sglang:self_quant_decisions", "Decode steps by gamma and reason.", [*names, "gamma", "reason"]
         )
 
+        self._undrafted = PrometheusCounter(
+            "sglang:self_quant_undrafted_tokens",
+            "Tokens of requests that could not be drafted for, riding along or in refused batches, by reason.",
+            [*names, "reason"],
+        )
+
     def launched(self, step: Launched, switched: bool) -> None:
         self._gamma.set(step.rung.gamma)
         self._window.set(step.rung.window)
@@ -193,6 +222,10 @@ class PrometheusExporter:
         self._probes.inc(step.probe)
         self._switches.inc(switched)
         self._decisions.labels(**self._labels, gamma=step.rung.gamma, reason=step.reason).inc()
+
+    def undrafted(self, tokens: Mapping[str, int]) -> None:
+        for reason, count in tokens.items():
+            self._undrafted.labels(**self._labels, reason=reason).inc(count)
 
     def finished(self, drafted: int, accepted: int, predicted: float | None, measured: float | None) -> None:
         self._drafted.inc(drafted)

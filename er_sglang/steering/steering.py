@@ -1,6 +1,6 @@
 """Every decode step passes here twice: to be given its gamma, and to report what came of it.
 
-step = steering.launch(committed_tokens, blocker)      # Launched: gamma, and why
+step = steering.launch(committed_tokens, blocker, riding)      # Launched: gamma, and why
 steering.finished(accepted)                            # the oldest step's result is on the host
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from sglang.srt.distributed import get_tp_group
 
@@ -69,16 +69,24 @@ class Steering:
         """A prefill, or nothing at all, comes before the next decode step: its duration says nothing."""
         self._continuous = False
 
-    def launch(self, committed_tokens: Sequence[int], blocker: str | None) -> Launched:
+    def launch(self, committed_tokens: Sequence[int], blocker: str | None, riding: Mapping[int, str]) -> Launched:
         """How the next step is to be taken.
 
         committed_tokens: of each running request, tokens in the KV cache that the host knows of.
         blocker: why this batch must not be drafted for, None if it may.
+        riding: rows that must not be drafted for and can ride along, and why.
         """
         batch = len(committed_tokens)
         if batch > self._max_draft_batch:
             blocker = blocker or "max-draft-batch"
-        state = State(batch=batch, mean_context_tokens=sum(committed_tokens) / batch, forbid_reason=blocker)
+        if len(riding) == batch:
+            blocker = blocker or next(iter(riding.values()))
+        state = State(
+            batch=batch,
+            mean_context_tokens=sum(committed_tokens) / batch,
+            forbid_reason=blocker,
+            riding=len(riding),
+        )
         decision = self.controller.decide(state)
         self._agreement.add((state, decision.rung))
         if self._agreement.check() and self.controller.config.live_times:
@@ -98,6 +106,8 @@ class Steering:
             mode=self.controller.config.mode,
             settings_version=self.settings_version,
             continuous=self._continuous,
+            refused=decision.reason is Reason.FORBIDDEN,
+            riding=riding,
         )
         self._in_flight.append((step, self.controller))
         self._busy = self._continuous = True
@@ -114,7 +124,7 @@ class Steering:
         self.metrics.finished(step, accepted, took_s)
         self._agreement.add(accepted)
         if step.rung.gamma:
-            decider.observe(accepted, step.rung)
+            decider.observe([count for row, count in enumerate(accepted) if row not in step.riding], step.rung)
         if self._trace:
             self._trace.write(step, sum(accepted))
 

@@ -42,7 +42,8 @@ def qwen3_oracle(qwen3):
 def switching(qwen3, folder):
     """gamma changes at every step, between 0 and 7."""
     config = {"policy": {"mode": "cycle", "cycle": [3, 1, 7, 0, 2, 7]}}
-    with self_quant(qwen3, folder / "switching.log", config, 7) as server:
+    args = {"enable-custom-logit-processor": True}
+    with self_quant(qwen3, folder / "switching.log", config, 7, args) as server:
         yield server
 
 

@@ -4,6 +4,7 @@ Each test fails by chance once in 1 / FALSE_ALARM runs.
 """
 
 import pytest
+from sglang.srt.sampling.custom_logit_processor import DisallowedTokensLogitsProcessor
 
 from tests.host.goodness import assert_exact, cells
 from tests.host.oracle import Sampling
@@ -70,6 +71,30 @@ def test_penalties(switching, qwen3_oracle, sampling):
     after = switching.self_quant()
     assert after["drafted_tokens"] == before["drafted_tokens"]
     assert after["decisions"]["gamma=0:penalties"] > before["decisions"].get("gamma=0:penalties", 0)
+
+
+def test_riders(switching, qwen3_oracle):
+    """Requests with a custom logit processor ride along: they take plain steps while the others are drafted for."""
+    banned = [3, 5, 9, 23, 40, 61, 77, 88]
+    kinds = [Sampling(), Sampling(temperature=0.8, logit_bias=tuple((token, -1e9) for token in banned))]
+    plain = {"custom_params": {"token_ids": banned}, **Sampling(temperature=0.8).params(NEW_TOKENS)}
+    processor = DisallowedTokensLogitsProcessor().to_str()
+    before = switching.self_quant()
+    answers = switching.generate(
+        {
+            "input_ids": [PROMPT] * (2 * SAMPLES),
+            "sampling_params": [kinds[0].params(NEW_TOKENS), plain] * SAMPLES,
+            "custom_logit_processor": [None, processor] * SAMPLES,
+        }
+    )
+    after = switching.self_quant()
+    outputs = tokens(answers)
+    assert_exact(cells(qwen3_oracle, PROMPT, outputs[0::2], kinds[0]))
+    assert_exact(cells(qwen3_oracle, PROMPT, outputs[1::2], kinds[1]))
+    assert after["drafted_tokens"] > before["drafted_tokens"]
+    assert after["riding_tokens"]["custom-logit-processor"] >= SAMPLES
+    counted = [answer["meta_info"]["spec_num_proposed_drafts"] for answer in answers]
+    assert all(counted[0::2]) and not any(counted[1::2])
 
 
 def test_mixed_batch(switching, qwen3_oracle):

@@ -27,7 +27,9 @@ def server(qwen3, folder):
 
 
 def generate(server, **more):
-    sampling = {"max_new_tokens": NEW_TOKENS, "ignore_eos": True, **more.pop("sampling", {})}
+    sampling = more.pop("sampling", {})
+    if isinstance(sampling, dict):
+        sampling = {"max_new_tokens": NEW_TOKENS, "ignore_eos": True, **sampling}
     prompts = [[5, 6, 7 + i] for i in range(REQUESTS)]
     answers = server.generate({"input_ids": prompts, "sampling_params": sampling, **more})
     return answers, server.self_quant()
@@ -91,18 +93,28 @@ def fell_back(before, after, reason):
 
 
 def test_grammar(server):
-    """A JSON schema is obeyed; such batches decode plainly."""
+    """A JSON schema is obeyed; such requests decode plainly, alone or while others are drafted for."""
     properties = {"a": {"enum": ["x", "y"]}, "b": {"type": "boolean"}}
     schema = json.dumps({"type": "object", "properties": properties, "required": ["a", "b"]})
     before = server.self_quant()
     sampling = {"json_schema": schema, "ignore_eos": False, "max_new_tokens": 200}
     answers, after = generate(server, sampling=sampling)
+    assert_obeyed(answers)
+    fell_back(before, after, "grammar")
+    assert after["refused_tokens"]["grammar"] >= REQUESTS
+    free = {"max_new_tokens": 200, "ignore_eos": True}
+    answers, mixed = generate(server, sampling=[sampling, free] * (REQUESTS // 2))
+    assert_obeyed(answers[0::2])
+    assert all(answer["meta_info"]["completion_tokens"] == 200 for answer in answers[1::2])
+    assert mixed["drafted_tokens"] > after["drafted_tokens"] and mixed["riding_tokens"]["grammar"] >= REQUESTS
+
+
+def assert_obeyed(answers):
     complete = [answer["text"] for answer in answers if answer["meta_info"]["finish_reason"]["type"] == "stop"]
     assert complete
     for text in complete:
         value = json.loads(text)
         assert value["a"] in ("x", "y") and isinstance(value["b"], bool)
-    fell_back(before, after, "grammar")
 
 
 def test_hidden_states(server):

@@ -228,9 +228,9 @@ def test_steps_in_flight_are_learned_from_by_the_policy_that_decided_them():
     always = Controller(PolicyConfig(mode="always", fixed_gamma=3))
     steering = Steering(always, Metrics(3), windows=(0,), max_draft_batch=8, agreement=Agreement(None), trace=None)
     for config in (PolicyConfig(mode="off"), PolicyConfig(mode="always", fixed_gamma=2)):
-        steering.launch([10, 10], None)
+        steering.launch([10, 10], None, {})
         steering.set_policy(config)
-    steering.launch([10, 10], None)
+    steering.launch([10, 10], None, {})
     assert steering.in_flight_tokens == 4 + 1 + 3
     for accepted in ([3, 1], [0, 0], [2, 0]):
         steering.finished(accepted)
@@ -241,7 +241,7 @@ def test_steps_in_flight_are_learned_from_by_the_policy_that_decided_them():
 def test_a_batch_above_max_draft_batch_is_decoded_plainly():
     always = Controller(PolicyConfig(mode="always"))
     steering = Steering(always, Metrics(3), windows=(0,), max_draft_batch=2, agreement=Agreement(None), trace=None)
-    steps = [steering.launch([5] * batch, None) for batch in (2, 3)]
+    steps = [steering.launch([5] * batch, None, {}) for batch in (2, 3)]
     assert [(step.rung.gamma, step.reason) for step in steps] == [(3, "always"), (0, "max-draft-batch")]
 
 

@@ -1,0 +1,35 @@
+"""Requests that cannot be drafted for: they ride along in the cycles of the others, or refuse drafting for the batch.
+
+A rider takes the verify's first position alone, which is its plain step: its logits there are processed as in SGLang's
+plain step (cycle/shaping.py), its token is drawn from p itself, and its drafts are ignored.
+"""
+
+from __future__ import annotations
+
+
+def reason_to_ride(req) -> str | None:
+    """Why a request must not be drafted for, None if it may."""
+    if req.grammar is not None:
+        return "grammar"
+    return "custom-logit-processor" if req.custom_logit_processor else None
+
+
+def riders(batch) -> dict[int, str]:
+    """Rows of a ScheduleBatch that ride along, and why."""
+    if not (batch.has_grammar or batch.sampling_info.has_custom_logit_processor):
+        return {}
+    return {row: reason for row, req in enumerate(batch.reqs) if (reason := reason_to_ride(req))}
+
+
+def reason_to_refuse(batch, sampling_backend: str) -> str | None:
+    """Why no request of a ScheduleBatch may be drafted for, None if some may."""
+    info = batch.sampling_info
+    if info.acc_additive_penalties is not None or info.acc_scaling_penalties is not None:
+        return "penalties"  # of tokens that a cycle emits before
+    if batch.return_hidden_states:
+        return "hidden-states"
+    # With a min-p in the batch, SGLang's CUDA sampler filters every row of it in sequence, not jointly (sampler.py).
+    filtered = info.need_top_k_sampling or info.need_top_p_sampling
+    if sampling_backend != "pytorch" and info.need_min_p_sampling and filtered:
+        return "min-p"
+    return None
