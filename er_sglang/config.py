@@ -27,7 +27,7 @@ SIMULATE_ACCEPTANCE_ENV = "ER_SGLANG_SIMULATE_ACCEPTANCE"
 WEIGHT_FORMATS = ("int4", "int4_asym", "fp8")
 HEAD_FORMATS = ("int4", "policy")
 SINK_TOKENS = 64  # the first of a context, which a draft attends to whatever its attention window
-AUTO_WINDOWS = (0, 256, 1024)  # recent tokens; 0: all
+AUTO_WINDOWS = (0, 256, 512, 1024)  # recent tokens; 0: all
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
