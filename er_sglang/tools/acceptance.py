@@ -23,6 +23,7 @@ which drafts --gamma tokens in every step.
 
   alpha i         conditional acceptance of the i-th drafted token: tried only where the earlier ones were accepted
   accept length   tokens a cycle emits, the bonus token included: 1 + alpha 1 + alpha 1 * alpha 2 + ...
+  copy, MB        memory of the quantized weights (10^6 bytes); with the policy's head a draft reads that, too
   against first   difference of accept length to the first drafter of the table, on the same texts
   [low, high]     95 % interval, by a bootstrap over prompts: give at least ten
 
