@@ -1,46 +1,67 @@
-"""`launch/quickstart`: make a small policy, serve it plain and with SELF_QUANT, and show what happened."""
+"""`launch/quickstart`: serve a small policy, plain and with SELF_QUANT, and show what happened."""
 
 import argparse
 import dataclasses
 import hashlib
+import json
 import textwrap
+import urllib.request
+from collections.abc import Sequence
 from pathlib import Path
 
+from transformers import AutoTokenizer
+
+import er_sglang
 from er_sglang.bench import report, toy
-from er_sglang.bench.arms import Arm, server_args, server_env
+from er_sglang.bench.arms import Arm, server_args, server_env, servers
 from er_sglang.bench.client import run_load
 from er_sglang.bench.load import LoadResult, Request
+from er_sglang.bench.real import SOURCES, real_policy
 from er_sglang.config import cache_folder
+from er_sglang.offline.texts import BUILT_IN
+from er_sglang.policy.config import PolicyConfig
+from er_sglang.policy.decide import Controller
+from er_sglang.policy.profile import Profile
 from er_sglang.tools import plots
 from er_sglang.tools.serving import ON_CPU, Server, exit_on_sigterm
+from er_sglang.tools.simulate import simulate
+from er_sglang.tools.workload import draw_lengths, make_requests
 
 SEED = 7
-MAX_NEW_TOKENS = 512
 TEMPERATURE = 1.0
+TOY_TOKENS, CHAT_TOKENS = 512, 96  # the longest response
+GPU_PROFILE = Path(er_sglang.__file__).parents[1] / "launch/results/2026-11-25-h100/14b-auto/profile.json"
+GPU_LOAD = "lognormal:1000:0.9:8192"
 
 WHY_SLOWER = (
-    "It was slower here. A drafter pays when its step is much cheaper than the policy's, and it is cheaper because it "
+    "Drafting in every step was slower here. A drafter pays when its step is much cheaper than the policy's, and it is cheaper because it "
     "reads a quarter "
     "of the weight bytes. {where} What you see is that the real server drafts, verifies and keeps the policy's "
     "distribution; "
-    "for speed, run launch/bench on a GPU with a model of billions of parameters."
+    "for speed, run launch/bench on a GPU with a model of billions of parameters. "
 )
-WHERE_CPU = "On a CPU the int4 weights are unpacked by plain PyTorch, and this policy is a few megabytes: its time is all overhead."
-WHERE_GPU = "This policy is a few megabytes: its time is all overhead, kernel launches, which int4 does not make fewer."
+WHERE_CPU = "On a CPU the int4 weights are unpacked by plain PyTorch, which takes longer than to read them whole."
+WHERE_GPU = "This policy is small: its time is all overhead, kernel launches, which int4 does not make fewer."
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="launch/quickstart",
-        description="Train a small policy for a minute, serve it with SGLang, plain and then with SELF_QUANT, send the same burst "
-        "of requests with long-tailed lengths to both, and print and plot what happened. Needs no GPU and no download "
-        "of models.",
+        description="Train a small policy for a minute, or fetch a real chat model, serve it with SGLang, plain and then with "
+        "SELF_QUANT, drafting in every step and as its policy decides, send the same burst of requests to each, and print "
+        "and plot what happened. Needs no GPU.",
     )
     parser.add_argument(
-        "--requests", type=int, default=48, metavar="N", help="requests in the burst; default %(default)s"
+        "--policy",
+        choices=("toy", *SOURCES),
+        default="toy",
+        help="toy, trained now on a task of its own, or a real chat model from PyPI (0.1 to 0.5 GB); default %(default)s",
     )
     parser.add_argument(
-        "--concurrency", type=int, default=16, metavar="C", help="requests at once; default %(default)s"
+        "--requests", type=int, metavar="N", help="requests in the burst; default 48, of a real chat model 8"
+    )
+    parser.add_argument(
+        "--concurrency", type=int, metavar="C", help="requests at once; default 16, of a real chat model 4"
     )
     parser.add_argument("--gamma", type=int, default=3, metavar="G", help="drafted tokens a cycle; default %(default)s")
     parser.add_argument(
@@ -67,23 +88,36 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     exit_on_sigterm()
     args.out.mkdir(parents=True, exist_ok=True)
-    policy_path = cached_policy(args.cache, args.train_steps)
+    is_toy = args.policy == "toy"
+    args.requests = args.requests or (48 if is_toy else 8)
+    args.concurrency = args.concurrency or (16 if is_toy else 4)
+    policy_path = cached_policy(args.cache, args.train_steps) if is_toy else real_policy(args.policy, args.cache)
     print(f"policy: {policy_path}")
     requests = [
-        Request(prompt=prompt, max_new_tokens=MAX_NEW_TOKENS, temperature=TEMPERATURE)
-        for prompt in toy.prompts(args.requests, seed=SEED)
+        Request(prompt=prompt, max_new_tokens=TOY_TOKENS if is_toy else CHAT_TOKENS, temperature=TEMPERATURE)
+        for prompt in (toy.prompts(args.requests, seed=SEED) if is_toy else chat_prompts(policy_path, args.requests))
     ]
-    arms = [Arm.parse("plain"), Arm(algorithm="self_quant", gamma=args.gamma)]
-    results, bins, rows, decisions = {}, {}, [], {}
+    arms = [Arm.parse("plain"), Arm(algorithm="self_quant", gamma=args.gamma), Arm(algorithm="auto", gamma=args.gamma)]
+    results, bins, rows, decisions, alphas = {}, {}, [], {}, ()
     trace = args.out / "trace.jsonl"
     trace.unlink(missing_ok=True)
-    for arm in arms:
-        result, state = serve_and_load(policy_path, arm, requests, trace, args)
-        results[str(arm)] = result
-        rows.append(summary(arm, requests, result, state))
-        if state is not None:
-            decisions = state["decisions"]
-            bins[str(arm)] = trace_bins(trace, result)
+    for served in servers(arms):
+        with serve(policy_path, served, trace, args) as server:
+            print(f"{', '.join(map(str, served))}: server up after {server.start_s:.0f} s")
+            warm_up = [Request(prompt=request.prompt, max_new_tokens=8) for request in requests[: args.concurrency]]
+            run_load(server.base_url, warm_up, concurrency=args.concurrency, description="warm-up")
+            for arm in served:
+                result, state = load(server, arm, requests, args)
+                results[str(arm)] = result
+                rows.append(summary(arm, requests, result, state, is_toy))
+                if state is None:
+                    continue
+                decisions[str(arm)] = state["decisions"]
+                bins[str(arm)] = trace_bins(trace, result, arm.policy["mode"])
+                if arm.algorithm == "self_quant":
+                    alphas = state["alphas"]
+            if served[0].self_quant and not is_toy:
+                stream(server, requests[0])
 
     environment = report.environment()
     plot_path = args.out / "timeline.png"
@@ -91,18 +125,21 @@ def main(argv: list[str] | None = None) -> int:
         plot_path,
         results,
         bins,
-        f"{args.requests} countdowns, at most {args.concurrency} at once, temperature {TEMPERATURE:g}",
+        f"{args.requests} {'countdowns' if is_toy else 'chats'}, at most {args.concurrency} at once, temperature {TEMPERATURE:g}",
     )
     report.write_json(
         args.out / "results.json",
         {"environment": environment, "rows": rows, "decisions": decisions, "results": results},
     )
 
-    example = results[str(arms[-1])].completions[0].text
-    print(f"\nprompt {requests[0].prompt!r} -> {example[:60]!r}{'...' if len(example) > 60 else ''}\n")
-    print(report.table(rows))
-    print(f"\n{report.table([{'decision': name, 'steps': steps} for name, steps in decisions.items()])}\n")
+    if is_toy:
+        example = results[str(arms[-1])].completions[0].text
+        print(f"\nprompt {requests[0].prompt!r} -> {example[:60]!r}{'...' if len(example) > 60 else ''}")
+    print(f"\n{report.table(rows)}\n")
+    steps = [{"arm": arm, "decision": name, "steps": n} for arm, each in decisions.items() for name, n in each.items()]
+    print(f"{report.table(steps)}\n")
     print(verdict(rows))
+    print(f"\n{on_a_gpu(alphas)}")
     print(f"\nplot: {plot_path}\nraw data, trace and server logs: {args.out}/")
     return 0
 
@@ -116,35 +153,57 @@ def cached_policy(cache: Path, steps: int) -> Path:
     return path
 
 
-def serve_and_load(
-    policy_path: Path, arm: Arm, requests: list[Request], trace: Path, args: argparse.Namespace
-) -> tuple[LoadResult, dict | None]:
-    """The burst's result, and SELF_QUANT's counters over the burst (None for the plain arm)."""
+def chat_prompts(policy_path: Path, count: int) -> list[str]:
+    """The first built-in prompts of `er-sglang acceptance`, over and over, in the policy's chat template."""
+    tokenizer = AutoTokenizer.from_pretrained(policy_path)
+    messages = ([{"role": "user", "content": BUILT_IN[i % len(BUILT_IN)]}] for i in range(count))
+    return [tokenizer.apply_chat_template(each, add_generation_prompt=True, tokenize=False) for each in messages]
+
+
+def serve(policy_path: Path, arms: Sequence[Arm], trace: Path, args: argparse.Namespace) -> Server:
     flags = {
         **({} if ON_CPU else {"dtype": "bfloat16"}),
         "random-seed": SEED,
-        **server_args([arm], draft_path=None, idle_gamma=args.gamma),
+        **server_args(arms, draft_path=None, idle_gamma=args.gamma),
     }
-    log_path = args.out / f"server-{arm.algorithm}.log"
-    with Server(
-        policy_path,
-        flags,
-        env=server_env([arm], alpha=None, self_quant_config={"trace": str(trace)}),
-        log_path=log_path,
-    ) as server:
-        print(f"{arm}: server up after {server.start_s:.0f} s")
-        warm_up = [Request(prompt=request.prompt, max_new_tokens=8) for request in requests[: args.concurrency]]
-        run_load(server.base_url, warm_up, concurrency=args.concurrency, description="warm-up")
-        if arm.algorithm == "plain":
-            return run_load(server.base_url, requests, concurrency=args.concurrency, description=str(arm)), None
-        before = server.self_quant()
-        result = run_load(server.base_url, requests, concurrency=args.concurrency, description=str(arm))
-        return result, difference(before, server.self_quant())
+    config = {"trace": str(trace)}
+    if args.policy != "toy":
+        config["drafter"] = {"group_size": SOURCES[args.policy].group_size}
+    log_path = args.out / f"server-{arms[0].algorithm}.log"
+    return Server(policy_path, flags, env=server_env(arms, alpha=None, self_quant_config=config), log_path=log_path)
 
 
-def trace_bins(trace: Path, result: LoadResult) -> list[plots.Bin]:
-    """The load's part of a server's trace; times are seconds since the load began."""
-    steps = [step for step in plots.read_trace(trace) if step["time_s"] >= result.began_unix_s]
+def load(server: Server, arm: Arm, requests: list[Request], args: argparse.Namespace) -> tuple[LoadResult, dict | None]:
+    """The burst's result, and SELF_QUANT's counters over the burst (None for the plain arm)."""
+    if arm.algorithm == "plain":
+        return run_load(server.base_url, requests, concurrency=args.concurrency, description=str(arm)), None
+    server.change_self_quant(arm.settings(None))
+    before = server.self_quant()
+    result = run_load(server.base_url, requests, concurrency=args.concurrency, description=str(arm))
+    return result, difference(before, server.self_quant())
+
+
+def stream(server: Server, request: Request) -> None:
+    """Print a response as it comes, a drafted cycle at a time."""
+    question = request.prompt.rpartition("user\n")[2].partition("<|im_end|>")[0]
+    print(f"\n> {question}")
+    body = {"text": request.prompt, "sampling_params": request.sampling_params, "stream": True}
+    post = urllib.request.Request(
+        server.base_url + "/generate", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    shown = 0
+    with urllib.request.urlopen(post) as response:
+        for line in response:
+            if line.startswith(b"data: {"):
+                text = json.loads(line.removeprefix(b"data: "))["text"]
+                print(text[shown:], end="", flush=True)
+                shown = len(text)
+    print()
+
+
+def trace_bins(trace: Path, result: LoadResult, mode: str) -> list[plots.Bin]:
+    """The load's part of a server's trace, in a policy mode; times are seconds since the load began."""
+    steps = [step for step in plots.read_trace(trace) if step["time_s"] >= result.began_unix_s and step["mode"] == mode]
     first_s = steps[0]["time_s"] - result.began_unix_s
     return [
         dataclasses.replace(each, time_s=first_s + each.time_s) for each in plots.binned(steps, report.TIMELINE_BINS)
@@ -152,10 +211,11 @@ def trace_bins(trace: Path, result: LoadResult) -> list[plots.Bin]:
 
 
 def difference(before: dict, after: dict) -> dict:
-    """SELF_QUANT's counters between two snapshots."""
+    """SELF_QUANT's counters between two snapshots; alphas: conditional acceptance per draft position until the second."""
     counters = ("cycles", "decode_steps", "drafted_tokens", "accepted_tokens", "emitted_tokens")
     return {
         **{name: after[name] - before[name] for name in counters},
+        "alphas": [alpha for alpha in after["acceptance_per_position"] if alpha is not None],
         "decisions": {
             name: steps - before["decisions"].get(name, 0)
             for name, steps in after["decisions"].items()
@@ -164,8 +224,8 @@ def difference(before: dict, after: dict) -> dict:
     }
 
 
-def summary(arm: Arm, requests: list[Request], result: LoadResult, state: dict | None) -> dict:
-    valid = [toy.valid_steps(request.prompt, c.text) for request, c in zip(requests, result.completions)]
+def summary(arm: Arm, requests: list[Request], result: LoadResult, state: dict | None, is_toy: bool) -> dict:
+    valid = [toy.valid_steps(request.prompt, c.text) for request, c in zip(requests, result.completions) if is_toy]
     return {
         "arm": str(arm),
         "tokens": result.total_tokens,
@@ -174,17 +234,36 @@ def summary(arm: Arm, requests: list[Request], result: LoadResult, state: dict |
         "tokens/s": result.tokens_per_s,
         "accepted": state["accepted_tokens"] / state["drafted_tokens"] if state and state["drafted_tokens"] else None,
         "accept length": result.accept_length,
-        "legal steps": sum(valid) / len(valid),
+        **({"legal steps": sum(valid) / len(valid)} if is_toy else {}),
     }
 
 
 def verdict(rows: list[dict]) -> str:
-    plain, self_quant = rows
-    ratio = self_quant["tokens/s"] / plain["tokens/s"]
-    sentence = f"SELF_QUANT ran at {ratio:.2f} x the tokens per second of plain decoding."
-    if ratio < 1.0:
-        sentence += " " + WHY_SLOWER.format(where=WHERE_CPU if ON_CPU else WHERE_GPU)
+    plain, always, auto = (row["tokens/s"] for row in rows)
+    sentence = f"Mode auto, which servers run by default, ran at {auto / plain:.2f} x the tokens per second of plain decoding. "
+    if always < plain:
+        sentence += (
+            f"{WHY_SLOWER.format(where=WHERE_CPU if ON_CPU else WHERE_GPU)}So auto decodes plainly, but for probes."
+        )
     return textwrap.fill(sentence, 100)
+
+
+def on_a_gpu(alphas: Sequence[float]) -> str:
+    """What the shipped step times of a GPU make of the acceptance seen here."""
+    profile = Profile.read(GPU_PROFILE)
+    times_s = {}
+    for mode in ("off", "auto"):
+        controller = Controller(PolicyConfig(mode=mode, ladder=profile.gammas), profile)
+        requests = make_requests(draw_lengths(GPU_LOAD, 64, seed=SEED), alphas)
+        times_s[mode] = simulate(profile, requests, controller, seed=SEED).time_s
+    return textwrap.fill(
+        f"Predicted from the measured step times of a 14B on an {profile.fingerprint['device']}: with the acceptance seen here "
+        f"({', '.join(f'{alpha:.2f}' for alpha in alphas)} by draft position), a rollout of 64 long-tailed requests takes "
+        f"{times_s['off']:.0f} s plainly and {times_s['auto']:.0f} s with SELF_QUANT, "
+        f"{times_s['off'] / times_s['auto']:.2f} x the speed. `er-sglang acceptance` measures your policy's acceptance, and "
+        f"`er-sglang simulate` what it brings.",
+        100,
+    )
 
 
 if __name__ == "__main__":

