@@ -21,6 +21,7 @@ VOCAB = 40
 FEW_TOKENS = 4
 REAL_VOCAB = 151_936  # Qwen2 and Qwen3
 REQUESTS = 20_000
+TOP_P_SLACK_TOKENS = 8  # at most 6e-5 of a row's mass
 
 FILTERS = {
     "plain": {},
@@ -270,6 +271,20 @@ class SamplerCases:
         sampler.draw(logits_BV, params, RandomState.create(1, torch.device(device)), 0, token_B, floor_B, lse_B)
         assert ((logits_BV >= floor_B.view(-1, 1)).sum(-1) == REAL_VOCAB).all()
         torch.testing.assert_close(lse_B.double(), logits_BV.double().logsumexp(-1), rtol=1e-6, atol=1e-5)
+
+    @pytest.mark.parametrize("top_p", [0.9, 0.999])
+    def test_top_p_at_a_real_vocabulary(self, sampler, device, top_p):
+        """Kept tokens are those of a float64 sum; a float32 cumulative sum keeps 11 more of the usual row at 0.999."""
+        logits_BV = torch.stack([1e-4 * make_logits(1, REAL_VOCAB), make_logits(2, REAL_VOCAB)])  # nearly flat, usual
+        p_BV = logits_BV.double().softmax(-1).sort(dim=-1, descending=True).values
+        expected_B = (p_BV.cumsum(-1) - p_BV <= top_p).sum(-1)
+        token_B = torch.empty(2, dtype=torch.int64, device=device)
+        floor_B, lse_B = torch.empty(2, device=device), torch.empty(2, device=device)
+        params, random = make_params(2, device, top_p=top_p), RandomState.create(1, torch.device(device))
+        logits_BV = logits_BV.to(device)
+        sampler.draw(logits_BV, params, random, 0, token_B, floor_B, lse_B)
+        kept_B = (logits_BV >= floor_B.view(-1, 1)).sum(-1).cpu()
+        assert ((kept_B - expected_B).abs() <= TOP_P_SLACK_TOKENS).all(), (kept_B, expected_B)
 
     def test_wide_rows_agree_with_the_reference(self, sampler, device):
         """Several blocks per row, a row length that is no multiple of a block, mixed settings."""

@@ -16,9 +16,10 @@ def scale(logits_BV: torch.Tensor, params: SamplingParams) -> torch.Tensor:
 def summarize(x_BV: torch.Tensor, params: SamplingParams) -> tuple[torch.Tensor, torch.Tensor]:
     """(floor_B, lse_B) of scaled logits: the smallest kept value and the log of the kept mass."""
     sorted_BV, _ = x_BV.sort(dim=-1, descending=True)
-    prob_BV = sorted_BV.softmax(-1)
+    # float64: over a whole vocabulary a float32 sum drifts by more than a token's mass.
+    prob_BV = sorted_BV.double().softmax(-1)
     mass_before_BV = prob_BV.cumsum(-1) - prob_BV
-    # Rounded sums over a whole vocabulary exceed 1, and top_p = 1 keeps every token.
+    # Rounded sums exceed 1, and top_p = 1 keeps every token.
     top_p_B = params.top_p_B.masked_fill(params.top_p_B >= 1, torch.inf)
     # The first of equal values speaks for all of them: what lies strictly above it lies strictly above each.
     first_BV = torch.searchsorted(-sorted_BV, -sorted_BV, right=False)
