@@ -6,7 +6,7 @@ import hashlib
 import json
 import textwrap
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from transformers import AutoTokenizer
@@ -34,9 +34,8 @@ GPU_PROFILE = Path(er_sglang.__file__).parents[1] / "launch/results/2026-11-25-h
 GPU_LOAD = "lognormal:1000:0.9:8192"
 
 WHY_SLOWER = (
-    "Drafting in every step was slower here. A drafter pays when its step is much cheaper than the policy's, and it is cheaper because it "
-    "reads a quarter "
-    "of the weight bytes. {where} What you see is that the real server drafts, verifies and keeps the policy's "
+    "Drafting in every step was slower here. A drafter pays when its step is much cheaper than the policy's, and it is "
+    "cheaper because it reads a quarter of the weight bytes. {where} What you see is that the real server drafts, verifies and keeps the policy's "
     "distribution; "
     "for speed, run launch/bench on a GPU with a model of billions of parameters. "
 )
@@ -138,7 +137,7 @@ def main(argv: list[str] | None = None) -> int:
     print(f"\n{report.table(rows)}\n")
     steps = [{"arm": arm, "decision": name, "steps": n} for arm, each in decisions.items() for name, n in each.items()]
     print(f"{report.table(steps)}\n")
-    print(verdict(rows))
+    print(verdict(rows, decisions[str(arms[-1])]))
     print(f"\n{on_a_gpu(alphas)}")
     print(f"\nplot: {plot_path}\nraw data, trace and server logs: {args.out}/")
     return 0
@@ -238,13 +237,14 @@ def summary(arm: Arm, requests: list[Request], result: LoadResult, state: dict |
     }
 
 
-def verdict(rows: list[dict]) -> str:
+def verdict(rows: list[dict], auto_steps: Mapping[str, int]) -> str:
+    """auto_steps: of mode auto, by decision."""
     plain, always, auto = (row["tokens/s"] for row in rows)
     sentence = f"Mode auto, which servers run by default, ran at {auto / plain:.2f} x the tokens per second of plain decoding. "
     if always < plain:
-        sentence += (
-            f"{WHY_SLOWER.format(where=WHERE_CPU if ON_CPU else WHERE_GPU)}So auto decodes plainly, but for probes."
-        )
+        sentence += f"{WHY_SLOWER.format(where=WHERE_CPU if ON_CPU else WHERE_GPU)}"
+    plain_steps = sum(count for decision, count in auto_steps.items() if decision.startswith("gamma=0:"))
+    sentence += f"Mode auto took {plain_steps} of its {sum(auto_steps.values())} steps without drafting."
     return textwrap.fill(sentence, 100)
 
 

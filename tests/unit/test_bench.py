@@ -312,8 +312,10 @@ def test_the_quick_start_ends_on_what_auto_did_and_on_a_gpus_times():
     from er_sglang.bench.quickstart import on_a_gpu, verdict
 
     rows = [{"tokens/s": rate} for rate in (100.0, 40.0, 99.0)]
-    assert "ran at 0.99 x" in verdict(rows) and "slower here" in verdict(rows)
-    assert "slower here" not in verdict([{"tokens/s": rate} for rate in (100.0, 140.0, 150.0)])
+    steps = {"gamma=0:slower": 90, "gamma=1:probe": 10}
+    said = verdict(rows, steps)
+    assert "ran at 0.99 x" in said and "slower here" in said and "90 of its 100 steps" in " ".join(said.split())
+    assert "slower here" not in verdict([{"tokens/s": rate} for rate in (100.0, 140.0, 150.0)], steps)
     speed_ups = [
         float(on_a_gpu([alpha] * 3).replace("\n", " ").partition(" x the speed")[0].split()[-1])
         for alpha in (0.2, 0.95)
