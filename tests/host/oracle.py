@@ -72,6 +72,7 @@ class Oracle:
         return torch.cat([self._model(rows).logits for rows in sequences_NT.split(512)])
 
     def greedy(self, prompt: list[int], new_tokens: int) -> list[int]:
+        assert new_tokens > 0
         sequence = torch.tensor([prompt])
         with torch.inference_mode():
             cache = self._model(sequence, use_cache=True)
