@@ -29,14 +29,15 @@ def _rule() -> str:
 def _install(result, scheduler) -> None:
     import torch
 
+    from er_sglang import worker as worker_module
     from er_sglang.cycle.verifier import Verifier
     from er_sglang.sampling import reference
     from er_sglang.worker import SelfQuantWorker
 
     judge, residual, verify = reference.ReferenceSampler.judge, reference.residual, Verifier.forward
-    cycle, blocker = SelfQuantWorker.cycle, SelfQuantWorker._blocker
+    cycle, reason_to_refuse = SelfQuantWorker.cycle, worker_module.reason_to_refuse
 
-    def wrong_judge(self, logits_BNV, draft, params, random):
+    def wrong_judge(self, logits_BNV, draft, params, random, rides_B=None):
         self.simulated_acceptance = 1.0 if _rule() == "accept-always" else None
         if _rule() == "q-of-another-step":
             draft = replace(
@@ -45,7 +46,7 @@ def _install(result, scheduler) -> None:
                 floor_GB=draft.floor_GB.roll(1, 0),
                 lse_GB=draft.lse_GB.roll(1, 0),
             )
-        return judge(self, logits_BNV, draft, params, random)
+        return judge(self, logits_BNV, draft, params, random, rides_B)
 
     def wrong_residual(p_BV, q_BV):
         return p_BV if _rule() == "residual-not-subtracted" else residual(p_BV, q_BV)
@@ -65,8 +66,8 @@ def _install(result, scheduler) -> None:
             fill_kv(slots_NB[accepted_NB], 3.0)
         return result
 
-    def wrong_blocker(self, batch):
-        return None if _rule() == "penalties-ignored" else blocker(self, batch)
+    def wrong_refusal(batch, sampling_backend):
+        return None if _rule() == "penalties-ignored" else reason_to_refuse(batch, sampling_backend)
 
     def fill_kv(slots, value):
         kv = scheduler.draft_worker.target_worker.model_runner.token_to_kv_pool
@@ -77,4 +78,4 @@ def _install(result, scheduler) -> None:
     reference.residual = wrong_residual
     Verifier.forward = wrong_verify
     SelfQuantWorker.cycle = wrong_cycle
-    SelfQuantWorker._blocker = wrong_blocker
+    worker_module.reason_to_refuse = wrong_refusal
