@@ -338,8 +338,7 @@ class SelfQuantWorker(ServedWorker):
         """State for /server_info, under ``internal_states[i]["self_quant"]``; acceptance is by attention window.
 
         policy: the settings in force; settings_version: how often they were replaced; refused_change: why the last
-            request to change was
-        refused. gammas: those with graphs, of which a policy may choose.
+        request to change was refused. gammas: those with graphs, of which a policy may choose.
         """
         controller = self.steering.controller
         return {
