@@ -1,8 +1,8 @@
 """The arms of a benchmark, and what their servers are started with.
 
 plain         SGLang without speculation
-standalone:G  SGLang's own STANDALONE: a 4-bit draft of the same shape, with its own weights and KV cache, G tokens a
-cycle self_quant:G  SELF_QUANT, G tokens a cycle
+standalone:G  SGLang's own STANDALONE, G tokens a cycle: a 4-bit draft of the same shape, its own weights and KV cache
+self_quant:G  SELF_QUANT, G tokens a cycle
 self_quant:0  SELF_QUANT that is never allowed to draft: must cost nothing against `plain`
 auto:G        SELF_QUANT, up to G tokens a cycle as its measured policy decides
 paper:G       SELF_QUANT by EfficientRollout's rule, up to G tokens a cycle (11 for its own ladder)

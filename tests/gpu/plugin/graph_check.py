@@ -2,8 +2,7 @@
 drafter against one with the policy's own norms, activations and rotation.
 
 Prints one line per comparison; raises, and so stops the server, unless every result is equal bit for bit, or close to
-that of other kernels. Contexts are
-short, so that attention takes one split in both (the number of splits is fixed at capture), and longer than an
+that of other kernels. Contexts are short, so that attention takes one split in both (the number of splits is fixed at capture), and longer than an
 attention window of a few tokens sees.
 """
 
