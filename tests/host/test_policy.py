@@ -238,6 +238,15 @@ def test_steps_in_flight_are_learned_from_by_the_policy_that_decided_them():
     assert steering.controller.acceptance[0].snapshot()["tried"] == [2.0, 1.0]
 
 
+def test_acceptance_is_not_learned_from_riders():
+    """They accept nothing, since nothing was drafted for them."""
+    always = Controller(PolicyConfig(mode="always", fixed_gamma=2))
+    steering = Steering(always, Metrics(3), windows=(0,), max_draft_batch=8, agreement=Agreement(None), trace=None)
+    assert steering.launch([10, 10, 10], None, {1: "grammar"}).rung.gamma == 2
+    steering.finished([2, 0, 1])
+    assert always.acceptance[0].snapshot()["tried"] == [2.0, 2.0]
+
+
 def test_a_batch_above_max_draft_batch_is_decoded_plainly():
     always = Controller(PolicyConfig(mode="always"))
     steering = Steering(always, Metrics(3), windows=(0,), max_draft_batch=2, agreement=Agreement(None), trace=None)
