@@ -38,6 +38,7 @@ from er_sglang.quantize import create_format
 from er_sglang.sampling import Draft, RandomState, create_sampler
 from er_sglang.steering.agreement import check_settings
 from er_sglang.steering.control import Control, replaced
+from er_sglang.steering.metrics import named
 from er_sglang.steering.steering import create_steering
 
 logger = logging.getLogger(__name__)
@@ -48,11 +49,6 @@ GRAPH_BATCHES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 
 def _ignore(seq_lens) -> None:
     """Nobody waits for the new lengths."""
-
-
-def _named(by_window: Mapping[int, object]) -> dict[str, object]:
-    """For JSON, whose keys are strings."""
-    return {str(window): value for window, value in by_window.items()}
 
 
 class SelfQuantWorker(ServedWorker):
@@ -345,12 +341,12 @@ class SelfQuantWorker(ServedWorker):
             **self.steering.snapshot(),
             "mode": controller.config.mode,
             "policy": dataclasses.asdict(controller.config),
-            "simulated_acceptance": self._simulated_acceptance and _named(self._simulated_acceptance),
+            "simulated_acceptance": self._simulated_acceptance and named(self._simulated_acceptance),
             "settings_version": self.steering.settings_version,
             "refused_change": self._refused_change,
             "gammas": list(self.config.policy.gammas),
             "gamma_max": self.config.gamma_max,
-            "acceptance": _named({window: each.snapshot() for window, each in controller.acceptance.items()}),
+            "acceptance": named({window: each.snapshot() for window, each in controller.acceptance.items()}),
             "profile": str(self._profile_path) if self._profile_path else None,
             "weights": self.config.drafter.weights,
             "head": self.config.drafter.head,

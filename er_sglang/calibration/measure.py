@@ -18,7 +18,6 @@ import copy
 import hashlib
 import json
 import logging
-import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -38,7 +37,7 @@ from er_sglang.config import cache_folder
 from er_sglang.cycle.step import Step
 from er_sglang.errors import ConfigError
 from er_sglang.host.relay import SelfQuantDraftInput
-from er_sglang.policy.profile import Profile, Rung, Sample
+from er_sglang.policy.profile import Profile, Rung, Sample, widest_first
 
 logger = logging.getLogger(__name__)
 
@@ -162,7 +161,7 @@ def _measure_cell(subject: Subject, batch: int, context_tokens: int) -> list[Sam
     """One sample of each phase, gamma and window."""
     template = _synthetic_batch(subject, batch, context_tokens)
     gammas, watch = subject.config.policy.gammas, _Stopwatch(subject.device)
-    widest, *narrower = sorted(subject.config.drafter.windows, key=lambda window: -window if window else -math.inf)
+    widest, *narrower = widest_first(subject.config.drafter.windows)
     apart = [window for window in narrower if window < context_tokens]
 
     def step(gamma: int) -> tuple[ScheduleBatch, Step]:

@@ -37,7 +37,7 @@ from er_sglang.errors import ConfigError
 from er_sglang.policy.acceptance import AcceptanceEstimator, emitted
 from er_sglang.policy.config import PolicyConfig
 from er_sglang.policy.paper import PaperRule, fit_roofline
-from er_sglang.policy.profile import PLAIN, Profile, Rung
+from er_sglang.policy.profile import PLAIN, Profile, Rung, widest_first
 
 
 class Reason(str, Enum):
@@ -152,8 +152,8 @@ def decide(
 
 def _distinct_windows(windows: Collection[int], context_tokens: float) -> list[int]:
     """Those that leave something of the context out, and one that leaves out the least."""
-    widest = min(windows, key=lambda window: -window if window else -inf)
-    return [window for window in windows if window == widest or 0 < window < context_tokens]
+    widest, *_ = widest_first(windows)
+    return [window for window in windows if window == widest or window < context_tokens]
 
 
 def predicted_speedups(

@@ -20,6 +20,7 @@ import socket
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from math import inf
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
@@ -40,6 +41,11 @@ class Rung(NamedTuple):
 
 
 PLAIN = Rung(0)
+
+
+def widest_first(windows: Iterable[int]) -> list[int]:
+    """Attention windows by how much they see."""
+    return sorted(windows, key=lambda window: -window if window else -inf)
 
 
 class Sample(NamedTuple):
@@ -89,7 +95,7 @@ class Profile:
         for table in (*self.draft_s.values(), *self.forward_s.values()):
             if len(table) != len(self.batches) or any(len(row) != len(self.contexts_tokens) for row in table):
                 raise ProfileError(f"every table must have {len(self.batches)} x {len(self.contexts_tokens)} cells")
-            if not all(0.0 < cell < float("inf") for row in table for cell in row):
+            if not all(0.0 < cell < inf for row in table for cell in row):
                 raise ProfileError("every cell must be a positive, finite number of seconds")
 
     @property
@@ -122,6 +128,13 @@ class Profile:
 
     def drafted_token_s(self, batch: float, context_tokens: float, window: int = 0) -> float:
         return self._at(self.draft_s[window], batch, context_tokens)
+
+    def step_s(self, batch: float, context_tokens: float, rung: Rung) -> float:
+        """As ``costs`` has it, of one rung."""
+        verify_s = self.verify_s(batch, context_tokens, rung.gamma)
+        if not rung.gamma:
+            return verify_s
+        return rung.gamma * self.drafted_token_s(batch, context_tokens, rung.window) + verify_s
 
     def with_attention_window(self, window: int, sink_tokens: int) -> Profile:
         """With a table for ``window``, by that of full attention: a draft that sees that many tokens, and the
@@ -160,7 +173,7 @@ class Profile:
                     f"{sample}: phase must be one of {', '.join(PHASES)}; gamma is 0 for target and positive for verify"
                 )
             key = sample.window if draft else sample.gamma
-            if not 0.0 < sample.seconds < float("inf"):
+            if not 0.0 < sample.seconds < inf:
                 raise ProfileError(f"{sample}: it must be a positive, finite number of seconds")
             seconds[sample.phase, key][sample.batch, sample.context_tokens].append(sample.seconds)
         missing = [phase for phase in PHASES if not any(phase == key[0] for key in seconds)]

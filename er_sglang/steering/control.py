@@ -51,14 +51,12 @@ def replaced(
     if missing := set(policy.gammas) - set(prepared):
         raise ConfigError(
             f"mode {policy.mode} would draft {sorted(missing)} tokens, for which this server prepared no graphs; it "
-            f"did for "
-            f"{sorted(prepared)}. Choose among these, or start a server whose policy has the others."
+            f"did for {sorted(prepared)}. Choose among these, or start a server whose policy has the others."
         )
     if policy.needs_profile and (missing := set(policy.gammas) - set(measured)):
         raise ConfigError(
             f"mode {policy.mode} decides by step times, and this server has none for gamma {sorted(missing)}: start "
-            f"it in "
-            'mode "auto" or "paper", which measure them, or with a "profile".'
+            'it in mode "auto" or "paper", which measure them, or with a "profile".'
         )
     return Control(policy=policy, simulated_acceptance=alpha)
 

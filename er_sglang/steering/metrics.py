@@ -43,6 +43,11 @@ class Launched:
     riding: Mapping[int, str] = field(default_factory=dict)
 
 
+def named(by_window: Mapping[int, object]) -> dict[str, object]:
+    """For JSON, whose keys are strings."""
+    return {str(window): value for window, value in by_window.items()}
+
+
 class RecentRatio:
     """Ratio of two sums that forget: None until something was added."""
 
@@ -152,7 +157,7 @@ class Metrics:
             "running_batch": self.latest.batch,
             "decode_steps": self.decode_steps,
             "cycles": self.cycles,
-            "cycles_by_window": {str(window): count for window, count in self.cycles_by_window.items()},
+            "cycles_by_window": named(self.cycles_by_window),
             "drafted_tokens": self.drafted_tokens,
             "accepted_tokens": self.accepted_tokens,
             "emitted_tokens": self.emitted_tokens,

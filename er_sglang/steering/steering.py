@@ -16,7 +16,7 @@ from er_sglang.config import SelfQuantConfig
 from er_sglang.policy.config import PolicyConfig
 from er_sglang.policy.decide import Controller, Reason, State
 from er_sglang.policy.live import LiveFactor
-from er_sglang.policy.profile import PLAIN, Profile
+from er_sglang.policy.profile import Profile
 from er_sglang.steering.agreement import Agreement
 from er_sglang.steering.metrics import Launched, Metrics, PrometheusExporter
 from er_sglang.steering.trace import Trace
@@ -92,7 +92,6 @@ class Steering:
         if self._agreement.check() and self.controller.config.live_times:
             self.controller.cycle_factor = self._agreement.of_first(self._live.value)
         profile = self.controller.profile
-        step_s = profile.costs(batch, state.mean_context_tokens).step_s if profile else {}
         step = Launched(
             rung=decision.rung,
             reason=blocker if decision.reason is Reason.FORBIDDEN else decision.reason.value,
@@ -101,8 +100,8 @@ class Steering:
             expected_speedup=decision.expected_speedup,
             outside=decision.outside,
             probe=decision.probe,
-            plain_s=step_s.get(PLAIN),
-            step_s=step_s.get(decision.rung),
+            plain_s=profile.target_s(batch, state.mean_context_tokens) if profile else None,
+            step_s=profile.step_s(batch, state.mean_context_tokens, decision.rung) if profile else None,
             mode=self.controller.config.mode,
             settings_version=self.settings_version,
             continuous=self._continuous,

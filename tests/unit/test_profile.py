@@ -48,6 +48,9 @@ def test_single_tables_agree_with_costs():
     assert profile.gammas == (1, 3)
     assert profile.target_s(7, 2000) == costs.step_s[PLAIN]
     assert 3 * profile.drafted_token_s(7, 2000) + profile.verify_s(7, 2000, 3) == costs.step_s[Rung(3)]
+    windowed = profile.with_attention_window(256, sink_tokens=64)
+    for rung, seconds in windowed.costs(7, 2000).step_s.items():
+        assert windowed.step_s(7, 2000, rung) == seconds
 
 
 @pytest.mark.parametrize("context", [600, 800, 1024, 4096, 9000])
