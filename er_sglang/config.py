@@ -90,7 +90,7 @@ class UpdatesConfig:
         if not 0.0 < self.refresh_on_acceptance_drop <= 1.0:
             raise ConfigError(
                 f"updates.refresh_on_acceptance_drop is {self.refresh_on_acceptance_drop}; it must be above 0 and at "
-                f"most 1."
+                "most 1."
             )
         if self.refresh_interval == 1 and self.refresh_on_acceptance_drop < 1.0:
             raise ConfigError(

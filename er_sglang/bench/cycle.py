@@ -17,11 +17,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from er_sglang.bench import report
 from er_sglang.bench.arms import Arm, server_args, server_env, shared_args
 from er_sglang.bench.client import run_load
 from er_sglang.bench.load import Request, random_prompts
 from er_sglang.bench.shapes import SHAPES, write_model
+from er_sglang.tools.results import environment, table, write_json
 from er_sglang.tools.serving import ON_CPU, Server, exit_on_sigterm
 
 CYCLE_END = "_emit_kernel"  # the last kernel of a cycle
@@ -141,7 +141,7 @@ def main(argv: list[str] | None = None) -> int:
         "cuda-graph-bs": sorted(args.batch),
         **server_args(arms, draft_path=None, idle_gamma=args.gamma),
     }
-    record = {"environment": report.environment(), "settings": {**vars(args), "out": str(args.out)}, "batches": {}}
+    record = {"environment": environment(), "settings": {**vars(args), "out": str(args.out)}, "batches": {}}
     with tempfile.TemporaryDirectory() as scratch:
         model_path = write_model(Path(scratch), args.model)
         with Server(
@@ -155,8 +155,8 @@ def main(argv: list[str] | None = None) -> int:
                     f"gaps {summary['gaps_ms']:.2f} ms (largest {summary['largest_gap_us']:.1f} us), "
                     f"{summary['kernels']} kernels\n"
                 )
-                print(report.table(summary["kinds"]))
-    report.write_json(args.out / "cycle.json", record)
+                print(table(summary["kinds"]))
+    write_json(args.out / "cycle.json", record)
     print(f"\nraw data: {args.out}/cycle.json")
     return 0
 

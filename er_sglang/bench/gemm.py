@@ -17,11 +17,11 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from er_sglang.bench import report
 from er_sglang.bench.shapes import SHAPES
 from er_sglang.quantize import Packed, create_format
 from er_sglang.quantize import blocks as shapes
 from er_sglang.quantize.blocks import MAX_ROWS, SMALL_BATCH, Blocks
+from er_sglang.tools.results import environment, table, write_json
 from er_sglang.tools.serving import ON_CPU
 
 L2_BYTES = 50 * 2**20  # of an H100 or H200
@@ -160,10 +160,8 @@ def main(argv: list[str] | None = None) -> int:
     for name, (n, k) in tqdm(products(SHAPES[args.model]).items(), desc="products"):
         rows += measure(name, n, k, args.rows, args.all_shapes, bandwidth)
     args.out.mkdir(parents=True, exist_ok=True)
-    report.write_json(
-        args.out / "results.json", {"environment": report.environment(), "bandwidth": bandwidth, "rows": rows}
-    )
-    text = report.table(rows)
+    write_json(args.out / "results.json", {"environment": environment(), "bandwidth": bandwidth, "rows": rows})
+    text = table(rows)
     (args.out / "table.md").write_text(text + "\n")
     print(f"{text}\n\nRaw data: {args.out}/")
     return 0

@@ -23,6 +23,7 @@ from er_sglang.policy.config import PolicyConfig
 from er_sglang.policy.decide import Controller
 from er_sglang.policy.profile import Profile
 from er_sglang.tools import plots
+from er_sglang.tools.results import environment, table, write_json
 from er_sglang.tools.serving import ON_CPU, Server, exit_on_sigterm
 from er_sglang.tools.simulate import simulate
 from er_sglang.tools.workload import draw_lengths, make_requests
@@ -35,9 +36,8 @@ GPU_LOAD = "lognormal:1000:0.9:8192"
 
 WHY_SLOWER = (
     "Drafting in every step was slower here. A drafter pays when its step is much cheaper than the policy's, and it is "
-    "cheaper because it reads a quarter of the weight bytes. {where} What you see is that the real server drafts, verifies and keeps the policy's "
-    "distribution; "
-    "for speed, run launch/bench on a GPU with a model of billions of parameters. "
+    "cheaper because it reads a quarter of the weight bytes. {where} What you see is that the real server drafts, verifies "
+    "and keeps the policy's distribution; for speed, run launch/bench on a GPU with a model of billions of parameters. "
 )
 WHERE_CPU = "On a CPU the int4 weights are unpacked by plain PyTorch, which takes longer than to read them whole."
 WHERE_GPU = "This policy is small: its time is all overhead, kernel launches, which int4 does not make fewer."
@@ -118,7 +118,6 @@ def main(argv: list[str] | None = None) -> int:
             if served[0].self_quant and not is_toy:
                 stream(server, requests[0])
 
-    environment = report.environment()
     plot_path = args.out / "timeline.png"
     report.plot_loads(
         plot_path,
@@ -126,17 +125,17 @@ def main(argv: list[str] | None = None) -> int:
         bins,
         f"{args.requests} {'countdowns' if is_toy else 'chats'}, at most {args.concurrency} at once, temperature {TEMPERATURE:g}",
     )
-    report.write_json(
+    write_json(
         args.out / "results.json",
-        {"environment": environment, "rows": rows, "decisions": decisions, "results": results},
+        {"environment": environment(), "rows": rows, "decisions": decisions, "results": results},
     )
 
     if is_toy:
         example = results[str(arms[-1])].completions[0].text
         print(f"\nprompt {requests[0].prompt!r} -> {example[:60]!r}{'...' if len(example) > 60 else ''}")
-    print(f"\n{report.table(rows)}\n")
+    print(f"\n{table(rows)}\n")
     steps = [{"arm": arm, "decision": name, "steps": n} for arm, each in decisions.items() for name, n in each.items()]
-    print(f"{report.table(steps)}\n")
+    print(f"{table(steps)}\n")
     print(verdict(rows, decisions[str(arms[-1])]))
     print(f"\n{on_a_gpu(alphas)}")
     print(f"\nplot: {plot_path}\nraw data, trace and server logs: {args.out}/")
@@ -242,7 +241,7 @@ def verdict(rows: list[dict], auto_steps: Mapping[str, int]) -> str:
     plain, always, auto = (row["tokens/s"] for row in rows)
     sentence = f"Mode auto, which servers run by default, ran at {auto / plain:.2f} x the tokens per second of plain decoding. "
     if always < plain:
-        sentence += f"{WHY_SLOWER.format(where=WHERE_CPU if ON_CPU else WHERE_GPU)}"
+        sentence += WHY_SLOWER.format(where=WHERE_CPU if ON_CPU else WHERE_GPU)
     plain_steps = sum(count for decision, count in auto_steps.items() if decision.startswith("gamma=0:"))
     sentence += f"Mode auto took {plain_steps} of its {sum(auto_steps.values())} steps without drafting."
     return textwrap.fill(sentence, 100)

@@ -1,13 +1,10 @@
-"""What a result needs to be believed: environment, table, plot, raw data."""
+"""Plots of benchmarks."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from er_sglang.bench.load import LoadResult
 from er_sglang.tools.plots import Bin, series
-from er_sglang.tools.results import environment, table, write_json
-
-__all__ = ["TIMELINE_BINS", "environment", "plot_grid", "plot_loads", "table", "write_json"]
 
 TIMELINE_BINS = 60
 

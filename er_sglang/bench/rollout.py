@@ -10,7 +10,6 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from er_sglang.bench import report
 from er_sglang.bench.arms import SEED, Arm, arm_argument, server_args, server_env, server_name, servers, shared_args
 from er_sglang.bench.client import run_load
 from er_sglang.bench.load import STREAM_INTERVAL_TOKENS, WARM_UP_TOKENS, LoadResult, Request, random_prompts
@@ -20,6 +19,7 @@ from er_sglang.policy.decide import Controller
 from er_sglang.policy.profile import Profile
 from er_sglang.steering.trace import read_steps
 from er_sglang.tools import plots
+from er_sglang.tools.results import environment, table, write_json
 from er_sglang.tools.serving import ON_CPU, Server, exit_on_sigterm
 from er_sglang.tools.simulate import simulate
 from er_sglang.tools.workload import draw_lengths, make_requests
@@ -130,7 +130,7 @@ def main(argv: list[str] | None = None) -> int:
         "profile": args.profile and str(args.profile),
         "out": str(args.out),
     }
-    record = {"environment": report.environment(), "settings": settings, "rows": [], "runs": runs}
+    record = {"environment": environment(), "settings": settings, "rows": [], "runs": runs}
     profile = Profile.read(args.profile) if args.profile else None
     with tempfile.TemporaryDirectory() as scratch, tqdm(total=count_runs(args), desc="rollouts") as bar:
         for arms in servers(args.arms):
@@ -141,13 +141,13 @@ def main(argv: list[str] | None = None) -> int:
                     profile.save(args.out / "profile.json")
                 for run in measure_server(server, arms, args):
                     runs.append(run)
-                    report.write_json(args.out / "results.json", record)
+                    write_json(args.out / "results.json", record)
                     bar.update()
             if arms[0].self_quant:
                 traces = split_trace(args.out / "trace.jsonl", runs)
     record["rows"] = rows = table_rows(runs, profile, args)
-    report.write_json(args.out / "results.json", record)
-    text = report.table(rows)
+    write_json(args.out / "results.json", record)
+    text = table(rows)
     (args.out / "table.md").write_text(text + "\n")
     if not args.no_plot:
         for trace in tqdm(traces, desc="plots", disable=not traces):

@@ -16,6 +16,7 @@ from er_sglang.bench.arms import SEED, Arm, arm_argument, server_args, server_en
 from er_sglang.bench.client import run_load
 from er_sglang.bench.load import STREAM_INTERVAL_TOKENS, WARM_UP_TOKENS, LoadResult, Request, random_prompts
 from er_sglang.bench.shapes import SHAPES, write_model
+from er_sglang.tools.results import environment, table, write_json
 from er_sglang.tools.serving import ON_CPU, Server, exit_on_sigterm
 
 DESCRIPTION = """\
@@ -149,7 +150,7 @@ def main(argv: list[str] | None = None) -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     points = []
     record = {
-        "environment": report.environment(),
+        "environment": environment(),
         "settings": {**vars(args), "arms": [str(arm) for arm in args.arms], "out": str(args.out)},
         "acceptance": f"stated: {args.acceptance}, equal for all arms" if args.model in SHAPES else "real",
         "points": points,
@@ -163,11 +164,11 @@ def main(argv: list[str] | None = None) -> int:
                 bar.set_postfix_str(f"{server_name(arms)}, started in {server.start_s:.0f} s")
                 for point in measure_server(server, arms, args):
                     points.append(point)
-                    report.write_json(args.out / "results.json", record)
+                    write_json(args.out / "results.json", record)
                     bar.update()
     order = [str(arm) for arm in args.arms]
     rows = sorted((point["row"] for point in points), key=lambda row: order.index(row["arm"]))
-    text = report.table(rows)
+    text = table(rows)
     title = describe(args, record["environment"])
     (args.out / "table.md").write_text(f"{title}\n\n`{record['environment']['command']}`\n\n{text}\n")
     if not args.no_plot:

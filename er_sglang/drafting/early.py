@@ -18,10 +18,6 @@ class HeadNorms(NamedTuple):
     eps: float
 
 
-def runs_on(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
-
-
 @cache_once
 def load(dtype: torch.dtype):
     """The kernels for activations of ``dtype``, compiled at the first call."""

@@ -23,12 +23,13 @@ from torch import nn
 
 from er_sglang.drafting import early
 from er_sglang.drafting.shadow import shallow_copy
+from er_sglang.quantize.hopper import is_hopper
 
 
 def small_twins(policy: nn.Module) -> dict[nn.Module, nn.Module]:
     """Twins by the policy's module; none for modules that compute something else, and none on other chips."""
     weight = next(policy.parameters())
-    if not early.runs_on(weight.device):
+    if not is_hopper(weight.device):
         return {}
     twins: dict[nn.Module, nn.Module] = {}
     for module in policy.modules():

@@ -187,9 +187,8 @@ def check_version() -> str:
         raise UnsupportedHost(
             f"SGLang {version} is not supported; install one of {', '.join(SUPPORTED_VERSIONS)} "
             f"(pip install sglang=={SUPPORTED_VERSIONS[0]}). If this is a checkout of that release under another "
-            f"version, "
-            f"state it: SETUPTOOLS_SCM_PRETEND_VERSION_FOR_SGLANG={SUPPORTED_VERSIONS[0]} pip install --no-deps -e "
-            f"python"
+            f"version, state it: SETUPTOOLS_SCM_PRETEND_VERSION_FOR_SGLANG={SUPPORTED_VERSIONS[0]} "
+            "pip install --no-deps -e python"
         )
     return version
 

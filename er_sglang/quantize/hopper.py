@@ -9,6 +9,10 @@ from er_sglang.quantize.base import Packed
 from er_sglang.quantize.blocks import MAX_SPLITS, SMALL_BATCH, Blocks, choose_blocks, choose_splits
 
 
+def is_hopper(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
+
+
 @cache_once
 def _small_batch_module(dtype: torch.dtype, symmetric: bool, group_size: int):
     return _load("small_batch_gemm", "SmallBatchGemm", {"gemm": "run"}, dtype, symmetric, group_size)

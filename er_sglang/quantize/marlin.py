@@ -17,7 +17,7 @@ from sglang.jit_kernel.gptq_marlin import _jit_gptq_marlin_module
 from er_sglang.quantize import marlin_layout, rtn
 from er_sglang.quantize.base import Format, Packed
 from er_sglang.quantize.blocks import MAX_ROWS
-from er_sglang.quantize.hopper import HopperGemm
+from er_sglang.quantize.hopper import HopperGemm, is_hopper
 from er_sglang.quantize.kernels import refresh_int4_marlin_
 
 GROUP_SIZES = (32, 64, 128)
@@ -38,7 +38,7 @@ class MarlinInt4(Format):
         self._type_id = (scalar_types.uint4b8 if symmetric else scalar_types.uint4).id
         self._gemm = {}  # by activation dtype, loaded by allocate()
         self._hopper_gemm = {}  # likewise; empty on other chips
-        self._on_hopper = torch.cuda.get_device_capability(device) == (9, 0)
+        self._on_hopper = is_hopper(device)
         sm_count = torch.cuda.get_device_properties(device).multi_processor_count
         self._locks = torch.zeros(sm_count, dtype=torch.int32, device=device)
         self._partial_sums = torch.empty(sm_count * _MAX_TILE_M * _MAX_TILE_N, dtype=torch.float32, device=device)

@@ -9,8 +9,8 @@ import torch
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
-from er_sglang.bench.report import environment
 from er_sglang.config import cache_folder
+from er_sglang.tools.results import environment
 from er_sglang.tools.serving import exit_on_sigterm
 from launch.grpo import report, task
 from launch.grpo.loop import Settings, train

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from er_sglang.bench.report import table, write_json
+from er_sglang.tools.results import table, write_json
 from launch.grpo.rollouts import GAMMA
 
 Columns = dict[str, list[float | None]]

@@ -15,6 +15,7 @@ from er_sglang.config import load_config, simulated_acceptance
 from er_sglang.quantize.blocks import MAX_ROWS, SHARED_BYTES, SMALL_BATCH, Blocks, choose_blocks, shared_bytes
 from er_sglang.steering.control import Control, replaced
 from er_sglang.tools.plots import Bin
+from er_sglang.tools.results import environment, table, write_json
 from er_sglang.tools.serving import CPU_ARGS, server_command
 
 needs_transformers = pytest.mark.skipif(
@@ -259,7 +260,7 @@ def test_table():
         {"arm": "plain", "rate": 1234.56, "n": 16384, "a": None},
         {"arm": "self_quant:3", "rate": 0.98765, "n": 7, "a": 1.0},
     ]
-    assert report.table(rows).splitlines() == [
+    assert table(rows).splitlines() == [
         "|          arm |  rate |      n | a |",
         "|-------------:|------:|-------:|--:|",
         "|        plain |  1235 | 16,384 | - |",
@@ -268,10 +269,10 @@ def test_table():
 
 
 def test_environment_names_command_hardware_and_versions():
-    environment = report.environment()
-    assert "pytest" in environment["command"]
-    assert environment["hardware"]["cpu_cores"] >= 1 and environment["versions"]["torch"]
-    json.dumps(environment)
+    found = environment()
+    assert "pytest" in found["command"]
+    assert found["hardware"]["cpu_cores"] >= 1 and found["versions"]["torch"]
+    json.dumps(found)
 
 
 def test_plots_and_raw_data_are_written(tmp_path):
@@ -286,7 +287,7 @@ def test_plots_and_raw_data_are_written(tmp_path):
     rows = [{"arm": arm, "concurrency": c, "tokens/s": 10.0 * c} for arm in ("plain", "self_quant:3") for c in (1, 8)]
     report.plot_grid(tmp_path / "grid.png", rows, "title")
     assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in ("timeline.png", "grid.png"))
-    report.write_json(tmp_path / "results.json", {"results": {"self_quant:3": speculative}})
+    write_json(tmp_path / "results.json", {"results": {"self_quant:3": speculative}})
     raw = json.loads((tmp_path / "results.json").read_text())
     assert raw["results"]["self_quant:3"]["completions"][0]["tokens"] == [1, 5, 9]
 
