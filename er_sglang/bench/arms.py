@@ -12,14 +12,15 @@ The SELF_QUANT arms of one benchmark share a server, which is switched between t
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from er_sglang.config import CONFIG_ENV, SIMULATE_ACCEPTANCE_ENV, checked
+from er_sglang.config import AUTO_WINDOWS, CONFIG_ENV, SIMULATE_ACCEPTANCE_ENV, checked
 from er_sglang.policy.acceptance import emitted
 from er_sglang.policy.config import PolicyConfig
 from er_sglang.tools.serving import ON_CPU
+from er_sglang.tools.simulate import window_factors
 
 POLICY_MODES = {"self_quant": "always", "auto": "auto", "paper": "paper"}
 DRAFTERS = ("standalone", *POLICY_MODES)
@@ -75,10 +76,11 @@ class Arm:
     def policy_config(self) -> PolicyConfig:
         return PolicyConfig(**checked(PolicyConfig, self.policy, str(self)))
 
-    def settings(self, alpha: float | None) -> dict:
+    def settings(self, alpha: float | None, windows: Mapping[int, float] | None = None) -> dict:
         """What to ask a SELF_QUANT server for before this arm; `alpha`: the acceptance to simulate, None for the real
-        one."""
-        return {**self.policy, **({"simulate_acceptance": alpha} if alpha is not None and self.drafts else {})}
+        one; `windows`: factors of it, see `by_window`."""
+        stated = {"simulate_acceptance": by_window(alpha, windows)} if alpha is not None and self.drafts else {}
+        return {**self.policy, **stated}
 
     def expected_accept_length(self, alpha: float) -> float | None:
         """Tokens per request and cycle at acceptance `alpha`: (1 - alpha^(gamma+1)) / (1 - alpha); None if gamma
@@ -87,6 +89,25 @@ class Arm:
             return None
         gamma = self.gamma or 0
         return emitted([alpha] * gamma)[gamma]
+
+
+def by_window(alpha: float, windows: Mapping[int, float] | None) -> float | dict[str, float]:
+    """What a SELF_QUANT server is to simulate: `alpha` for every attention window or, where factors are given, times
+    the factor of each window that auto chooses from."""
+    if not windows:
+        return alpha
+    return {str(window): alpha * windows.get(window, 1.0) for window in AUTO_WINDOWS}
+
+
+def add_windows_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--windows",
+        type=window_factors,
+        default={},
+        metavar="TOKENS:FACTOR,...",
+        help="of drafts with an attention window, the stated acceptance over that with full attention, as for "
+        "`er-sglang simulate`: 256:0.91,512:0.99; default 1 for all",
+    )
 
 
 def arm_argument(text: str) -> Arm:

@@ -10,7 +10,17 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from er_sglang.bench.arms import SEED, Arm, arm_argument, server_args, server_env, server_name, servers, shared_args
+from er_sglang.bench.arms import (
+    SEED,
+    Arm,
+    add_windows_argument,
+    arm_argument,
+    server_args,
+    server_env,
+    server_name,
+    servers,
+    shared_args,
+)
 from er_sglang.bench.client import run_load
 from er_sglang.bench.load import STREAM_INTERVAL_TOKENS, WARM_UP_TOKENS, LoadResult, Request, random_prompts
 from er_sglang.bench.shapes import SHAPES, write_model
@@ -78,6 +88,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         metavar="A",
         help="stated acceptance per drafted token; default 0.9",
     )
+    add_windows_argument(parser)
     add(
         "--rollouts",
         type=int,
@@ -204,7 +215,7 @@ def measure_server(server: Server, arms: Sequence[Arm], args: argparse.Namespace
     for arm in arms:
         for alpha in acceptances(arm, args):
             if arm.self_quant:
-                server.change_self_quant(arm.settings(alpha))
+                server.change_self_quant(arm.settings(alpha, args.windows))
             for index in range(args.rollouts):
                 before = server.self_quant() if arm.self_quant else None
                 result = load(lengths_of(index, args), str(arm) if alpha is None else f"{arm} at {alpha}")
@@ -292,7 +303,8 @@ def predict(run: dict, profile: Profile, args: argparse.Namespace) -> float | No
         return None
     alpha = 0.0 if run["acceptance"] is None else run["acceptance"]
     requests = make_requests(lengths_of(run["rollout"], args), [alpha], prompt_tokens=args.prompt_tokens)
-    return simulate(profile, requests, Controller(config, profile, profile.windows), seed=SEED).time_s
+    controller = Controller(config, profile, profile.windows)
+    return simulate(profile, requests, controller, window_acceptance=args.windows, seed=SEED).time_s
 
 
 if __name__ == "__main__":

@@ -12,7 +12,17 @@ from statistics import median
 from tqdm import tqdm
 
 from er_sglang.bench import report
-from er_sglang.bench.arms import SEED, Arm, arm_argument, server_args, server_env, server_name, servers, shared_args
+from er_sglang.bench.arms import (
+    SEED,
+    Arm,
+    add_windows_argument,
+    arm_argument,
+    server_args,
+    server_env,
+    server_name,
+    servers,
+    shared_args,
+)
 from er_sglang.bench.client import run_load
 from er_sglang.bench.load import STREAM_INTERVAL_TOKENS, WARM_UP_TOKENS, LoadResult, Request, random_prompts
 from er_sglang.bench.shapes import SHAPES, write_model
@@ -94,6 +104,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         metavar="A",
         help="stated acceptance per drafted token, for shapes; default %(default)s",
     )
+    add_windows_argument(parser)
     parser.add_argument(
         "--context",
         type=int,
@@ -152,7 +163,7 @@ def main(argv: list[str] | None = None) -> int:
     record = {
         "environment": environment(),
         "settings": {**vars(args), "arms": [str(arm) for arm in args.arms], "out": str(args.out)},
-        "acceptance": f"stated: {args.acceptance}, equal for all arms" if args.model in SHAPES else "real",
+        "acceptance": stated_acceptance(args),
         "points": points,
     }
     with (
@@ -181,8 +192,15 @@ def describe(args: argparse.Namespace, environment: dict) -> str:
     hardware = environment["hardware"]
     return (
         f"{args.model} on {hardware.get('gpu', hardware['cpu'])}, context {args.context}, {args.output_tokens} output "
-        f"tokens, " + (f"stated acceptance {args.acceptance}" if args.model in SHAPES else "real acceptance")
+        f"tokens, {stated_acceptance(args)} acceptance"
     )
+
+
+def stated_acceptance(args: argparse.Namespace) -> str:
+    if args.model not in SHAPES:
+        return "real"
+    windows = "".join(f", x {factor} with window {window}" for window, factor in sorted(args.windows.items()))
+    return f"stated {args.acceptance}{windows}"
 
 
 def start_server(arms: Sequence[Arm], args: argparse.Namespace, scratch: Path) -> Server:
@@ -233,7 +251,7 @@ def measure_server(server: Server, arms: Sequence[Arm], args: argparse.Namespace
     load(max(args.concurrency), WARM_UP_TOKENS, "warm-up")
     for arm in arms:
         if arm.self_quant:
-            server.change_self_quant(arm.settings(args.acceptance if args.model in SHAPES else None))
+            server.change_self_quant(arm.settings(args.acceptance if args.model in SHAPES else None, args.windows))
         for concurrency in args.concurrency:
             before = server.self_quant() if arm.self_quant else None
             load(concurrency, WARM_UP_TOKENS, str(arm))

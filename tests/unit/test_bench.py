@@ -11,7 +11,7 @@ from er_sglang.bench import report
 from er_sglang.bench.arms import Arm, server_args, server_env, server_name, servers
 from er_sglang.bench.load import Completion, LoadResult, Request, interpolate, payload, random_prompts
 from er_sglang.bench.shapes import SHAPES, W4_DRAFT, model_config, write_model
-from er_sglang.config import load_config, simulated_acceptance
+from er_sglang.config import AUTO_WINDOWS, SIMULATE_ACCEPTANCE_ENV, load_config, simulated_acceptance
 from er_sglang.quantize.blocks import MAX_ROWS, SHARED_BYTES, SMALL_BATCH, Blocks, choose_blocks, shared_bytes
 from er_sglang.steering.control import Control, replaced
 from er_sglang.tools.plots import Bin
@@ -188,6 +188,18 @@ def test_an_arm_states_its_acceptance_only_if_it_has_one():
     assert Arm.parse("auto:3").settings(0.8) == {"mode": "auto", "ladder": [1, 2, 3], "simulate_acceptance": 0.8}
     assert Arm.parse("self_quant:3").settings(None) == {"mode": "always", "fixed_gamma": 3}
     assert Arm.parse("self_quant:0").settings(0.8) == {"mode": "off"}
+
+
+def test_an_arm_states_an_acceptance_for_every_window_that_auto_chooses_from():
+    arm = Arm.parse("auto:3")
+    stated = arm.settings(0.8, {256: 0.5})["simulate_acceptance"]
+    assert stated == {"0": 0.8, "256": 0.4, "512": 0.8, "1024": 0.8}
+    assert simulated_acceptance(AUTO_WINDOWS, {SIMULATE_ACCEPTANCE_ENV: json.dumps(stated)}) == {
+        0: 0.8,
+        256: 0.4,
+        512: 0.8,
+        1024: 0.8,
+    }
 
 
 def test_self_quant_that_never_drafts_reserves_what_drafting_would():
