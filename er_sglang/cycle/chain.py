@@ -1,8 +1,9 @@
 """The draft of a cycle: gamma plain decodes of the drafter in a row, each sampling the next one's input.
 
-Step i is an ordinary DECODE at length L + i + 1 through its own ordinary attention backend, so any backend that
-decodes can draft. The whole chain, sampling included, is one CUDA graph per (batch size, gamma). What it writes into
-the KV cache, positions L to L + gamma - 1, is overwritten by the verify forward before anything else reads it.
+Step i is an ordinary DECODE at length L + i + 1: through our own attention on Hopper (drafting/attention.py), elsewhere
+through its own ordinary backend, so any backend that decodes can draft. The whole chain, sampling included, is one CUDA
+graph per (batch size, gamma). What it writes into the KV cache, positions L to L + gamma - 1, is overwritten by the
+verify forward before anything else reads it.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from tqdm import tqdm
 
 from er_sglang.cycle.step import Step
 from er_sglang.cycle.window import AttentionWindow
+from er_sglang.drafting.attention import DraftAttention, can_attend
 from er_sglang.policy.profile import Rung
 from er_sglang.sampling import Draft, RandomState, Sampler, SamplingParams
 
@@ -66,7 +68,10 @@ class DraftChain:
         # SGLang's graph backend asks its owner for model_runner and device_module.
         self.model_runner = view = _decode_view(target, req_to_token)
         self.device_module = torch.get_device_module(view.device)
-        self._backends = [view._get_attention_backend() for _ in range(gamma_max)]
+        if can_attend(view, max_batch):
+            self._backends = [DraftAttention(view, max_batch)] * gamma_max
+        else:
+            self._backends = [view._get_attention_backend() for _ in range(gamma_max)]
 
         def buffer(*shape: int, dtype=torch.int64, fill: float = 0) -> torch.Tensor:
             return torch.full(shape, fill, dtype=dtype, device=view.device)

@@ -14,7 +14,6 @@ from sglang.srt.layers.activation import SiluAndMul
 from sglang.srt.layers.layernorm import RMSNorm
 from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.layers.rotary_embedding.base import RotaryEmbedding
-from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 from sglang.srt.model_executor.forward_context import get_token_to_kv_pool
 from sglang.srt.models.qwen3 import Qwen3Attention
@@ -22,6 +21,7 @@ from sglang.srt.models.utils import apply_qk_norm
 from torch import nn
 
 from er_sglang.drafting import early
+from er_sglang.drafting.attention import is_plain
 from er_sglang.drafting.shadow import shallow_copy
 from er_sglang.quantize.hopper import is_hopper
 
@@ -85,7 +85,7 @@ class RotatingAttention(nn.Module):
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, forward_batch: ForwardBatch, save_kv_cache: bool = True
     ) -> torch.Tensor:
         pool = get_token_to_kv_pool()
-        if type(pool) is not MHATokenToKVPool or pool.kv_cache_layout != "nhd" or pool.store_dtype != k.dtype:
+        if not is_plain(pool, k.dtype):
             if self._norms:
                 q, k = apply_qk_norm(q, k, *self._norms, self._attention.head_dim)
             q, k = self._rotary(forward_batch.positions, q, k)

@@ -1,5 +1,5 @@
 """SGLang plugin for tests: when SELF_QUANT's graphs are captured, run each against the same code run eagerly, and the
-drafter against one with the policy's own norms, activations and rotation.
+drafter against one with the policy's own norms, activations, rotation and attention.
 
 Prints one line per comparison; raises, and so stops the server, unless every result is equal bit for bit, or close to
 that of other kernels. Contexts are short, so that attention takes one split in both (the number of splits is fixed at capture), and longer than an
@@ -47,14 +47,18 @@ def _compare_all(result, worker) -> None:
                 _verify(worker, step, gamma, False),
             )
 
-        _close(f"draft at batch {size}", _first_draft(worker, step, chain._drafter), _first_draft(worker, step, other))
+        ours = _first_draft(worker, step)
+        drafter, backends, chain._drafter = chain._drafter, chain._backends, other
+        chain._backends = [chain.model_runner._get_attention_backend() for _ in backends]
+        _close(f"draft at batch {size}", ours, _first_draft(worker, step))
+        chain._drafter, chain._backends = drafter, backends
 
 
 def _close(what: str, ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> None:
     for a, b in zip(ours, theirs, strict=True):
         error = ((a.double() - b.double()).norm() / b.double().norm()).item()
         if not error < CLOSE:
-            raise AssertionError(f"{what}: {error:.3e} from that of SGLang's own small kernels")
+            raise AssertionError(f"{what}: {error:.3e} from that of SGLang's own kernels")
         print(f"TWIN_CHECK {what}: {error:.3e}", flush=True)
 
 
@@ -106,15 +110,13 @@ def _draft(worker, step: Step, gamma: int, graph: bool) -> list[torch.Tensor]:
     return [t.clone() for t in (draft.tokens_NB, draft.logits_GBV, draft.lse_GB)]
 
 
-def _first_draft(worker, step: Step, drafter: torch.nn.Module) -> list[torch.Tensor]:
+def _first_draft(worker, step: Step) -> list[torch.Tensor]:
     """Logits of the first drafted token, and what it left in the KV cache."""
-    chain, pool = worker._chain, worker.runner.token_to_kv_pool
+    pool = worker.runner.token_to_kv_pool
     for layer in range(pool.layer_num):
         for buffer in (pool.get_key_buffer(layer), pool.get_value_buffer(layer)):
             buffer[step.slots_NB[0]] = torch.nan
-    ours, chain._drafter = chain._drafter, drafter
     _, logits, _ = _draft(worker, step, 1, False)
-    chain._drafter = ours
     keys = [pool.get_key_buffer(layer)[step.slots_NB[0]] for layer in range(pool.layer_num)]
     values = [pool.get_value_buffer(layer)[step.slots_NB[0]] for layer in range(pool.layer_num)]
     return [logits, torch.stack(keys), torch.stack(values)]

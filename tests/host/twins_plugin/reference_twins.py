@@ -1,4 +1,4 @@
-"""SGLang plugin for tests: on a CPU too a drafter has its small twins, with plain torch for their kernels.
+"""SGLang plugin for tests: on a CPU too a drafter has its small twins and its attention, with plain torch for their kernels.
 
 Prints the name of each kernel when it is called first.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from er_sglang.drafting import early, twins
+from er_sglang.drafting import attention, early, twins
 
 KERNELS = ("rms_norm", "add_rms_norm_", "silu_and_mul", "rope_store_")
 
@@ -20,6 +20,12 @@ def activate() -> None:
     twins._computes = lambda module, cls: isinstance(module, cls)
     for name in KERNELS:
         setattr(early, name, _announced(name, globals()[f"_{name}"]))
+    attention.is_hopper = lambda device: True
+    attention.DTYPES = (torch.float32,)
+    attention.HEAD_DIMS = range(1024)
+    attention.MAX_REQUESTS = 1 << 20
+    attention.attend = _announced("attend", _attend)
+    attention.resident_blocks = lambda device: 1
 
 
 def _announced(name: str, function):
@@ -60,3 +66,14 @@ def _rope_store_(q, k, v, k_cache, v_cache, cos_sin, positions, slots, norms):
 
     k_cache[slots], v_cache[slots] = rotated(k), v
     return rotated(q)
+
+
+def _attend(q, k_cache, v_cache, req_to_token, rows, lengths, parts, arrivals, scale):
+    out = torch.empty_like(q)
+    group = q.shape[1] // k_cache.shape[1]
+    for b, (row, length) in enumerate(zip(rows.tolist(), lengths.tolist())):
+        slots = req_to_token[row, :length].long()
+        k, v = (cache[slots].repeat_interleave(group, dim=1) for cache in (k_cache, v_cache))
+        weights = torch.softmax(scale * torch.einsum("hd,thd->ht", q[b], k), dim=1)
+        out[b] = torch.einsum("ht,thd->hd", weights, v)
+    return out
