@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from er_sglang.bench.load import OPTIONS
 from er_sglang.config import AUTO_WINDOWS, CONFIG_ENV, SIMULATE_ACCEPTANCE_ENV, checked
 from er_sglang.policy.acceptance import emitted
 from er_sglang.policy.config import PolicyConfig
@@ -107,6 +108,17 @@ def add_windows_argument(parser: argparse.ArgumentParser) -> None:
         metavar="TOKENS:FACTOR,...",
         help="of drafts with an attention window, the stated acceptance over that with full attention, as for "
         "`er-sglang simulate`: 256:0.91,512:0.99; default 1 for all",
+    )
+
+
+def add_options_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--options",
+        nargs="+",
+        choices=OPTIONS,
+        default=["default"],
+        metavar="NAME",
+        help=f"what the requests ask for, each in turn: {', '.join(OPTIONS)}",
     )
 
 

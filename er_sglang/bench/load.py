@@ -10,17 +10,29 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 STREAM_INTERVAL_TOKENS = 8
+# What a request asks for besides its temperature, by name.
+OPTIONS = {
+    "default": {},
+    "logprob": {"return_logprob": True},
+    "top_p": {"top_p": 0.95},
+    "top_k": {"top_k": 50},
+    "min_p": {"min_p": 0.05},
+    "penalties": {"frequency_penalty": 0.05, "repetition_penalty": 1.05},
+    "all": {"return_logprob": True, "top_p": 0.95, "top_k": 50, "min_p": 0.05, "frequency_penalty": 0.05},
+}
 WARM_UP_TOKENS = 16
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Request:
-    """One request. `prompt` is text or token ids; `ignore_eos` makes it exactly `max_new_tokens` long."""
+    """One request. `prompt` is text or token ids; `ignore_eos` makes it exactly `max_new_tokens` long; `options` are
+    those of OPTIONS."""
 
     prompt: str | tuple[int, ...]
     max_new_tokens: int
     ignore_eos: bool = False
     temperature: float = 1.0
+    options: str = "default"
     stream_interval: int = 1
     """Tokens between streamed chunks; raise it where the server's HTTP side would become the bottleneck."""
 
@@ -31,6 +43,7 @@ class Request:
             "max_new_tokens": self.max_new_tokens,
             "ignore_eos": self.ignore_eos,
             "stream_interval": self.stream_interval,
+            **{name: value for name, value in OPTIONS[self.options].items() if name != "return_logprob"},
         }
 
 
@@ -39,6 +52,7 @@ def payload(requests: Sequence[Request]) -> dict:
     return {
         "text" if isinstance(requests[0].prompt, str) else "input_ids": [request.prompt for request in requests],
         "sampling_params": [request.sampling_params for request in requests],
+        "return_logprob": ["return_logprob" in OPTIONS[request.options] for request in requests],
         "stream": True,
     }
 

@@ -45,8 +45,11 @@ def plot_grid(path: Path, rows: Sequence[Mapping[str, object]], title: str) -> N
     """Tokens per second over concurrency, and relative to the first arm, from rows of the benchmark's table."""
     from matplotlib.figure import Figure
 
-    arms = list(dict.fromkeys(row["arm"] for row in rows))
-    rates = {arm: {row["concurrency"]: row["tokens/s"] for row in rows if row["arm"] == arm} for arm in arms}
+    rates: dict[str, dict[int, float]] = {}
+    for row in rows:
+        arm = f"{row['arm']}, {row['options']}" if "options" in row else row["arm"]
+        rates.setdefault(arm, {})[row["concurrency"]] = row["tokens/s"]
+    arms = list(rates)
     figure = Figure(figsize=(9, 8), layout="constrained")
     rate, ratio = figure.subplots(2, 1, sharex=True)
     for arm in arms:

@@ -6,6 +6,7 @@ import json
 import shlex
 import tempfile
 from collections.abc import Iterator, Sequence
+from itertools import product
 from pathlib import Path
 
 from tqdm import tqdm
@@ -13,6 +14,7 @@ from tqdm import tqdm
 from er_sglang.bench.arms import (
     SEED,
     Arm,
+    add_options_argument,
     add_windows_argument,
     arm_argument,
     server_args,
@@ -89,6 +91,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="stated acceptance per drafted token; default 0.9",
     )
     add_windows_argument(parser)
+    add_options_argument(parser)
     add(
         "--rollouts",
         type=int,
@@ -176,7 +179,7 @@ def acceptances(arm: Arm, args: argparse.Namespace) -> Sequence[float | None]:
 
 
 def count_runs(args: argparse.Namespace) -> int:
-    return args.rollouts * sum(len(acceptances(arm, args)) for arm in args.arms)
+    return args.rollouts * len(args.options) * sum(len(acceptances(arm, args)) for arm in args.arms)
 
 
 def lengths_of(index: int, args: argparse.Namespace) -> list[int]:
@@ -199,29 +202,36 @@ def start_server(arms: Sequence[Arm], args: argparse.Namespace, scratch: Path) -
 
 
 def measure_server(server: Server, arms: Sequence[Arm], args: argparse.Namespace) -> Iterator[dict]:
-    """Yield a run per arm, acceptance and rollout."""
+    """Yield a run per arm, acceptance, options and rollout."""
     prompts = random_prompts(
         args.requests, seed=SEED, tokens=args.prompt_tokens, vocab=SHAPES[args.model]["vocab_size"]
     )
 
-    def load(lengths: list[int], description: str) -> LoadResult:
+    def load(lengths: list[int], description: str, options: str = "default") -> LoadResult:
         requests = [
-            Request(prompt=prompt, max_new_tokens=length, ignore_eos=True, stream_interval=STREAM_INTERVAL_TOKENS)
+            Request(
+                prompt=prompt,
+                max_new_tokens=length,
+                ignore_eos=True,
+                options=options,
+                stream_interval=STREAM_INTERVAL_TOKENS,
+            )
             for prompt, length in zip(prompts, lengths)
         ]
         return run_load(server.base_url, requests, concurrency=len(requests), description=description)
 
     load([WARM_UP_TOKENS] * args.requests, "warm-up")
     for arm in arms:
-        for alpha in acceptances(arm, args):
+        for alpha, options in product(acceptances(arm, args), args.options):
             if arm.self_quant:
                 server.change_self_quant(arm.settings(alpha, args.windows))
             for index in range(args.rollouts):
                 before = server.self_quant() if arm.self_quant else None
-                result = load(lengths_of(index, args), str(arm) if alpha is None else f"{arm} at {alpha}")
+                result = load(lengths_of(index, args), str(arm) if alpha is None else f"{arm} at {alpha}", options)
                 yield {
                     "arm": str(arm),
                     "acceptance": alpha,
+                    "options": options,
                     "rollout": index,
                     "wall_s": result.wall_s,
                     "tokens_per_s": result.tokens_per_s,
@@ -255,10 +265,11 @@ def by_running(result: LoadResult) -> list[dict]:
 
 
 def split_trace(trace: Path, runs: Sequence[dict]) -> list[Path]:
-    """A server's trace as one file per arm and acceptance, beside it and in its place."""
+    """A server's trace as one file per arm, acceptance and options, beside it and in its place."""
     names = {
         run["self_quant_after"]["settings_version"]: f"{trace.stem}-{run['arm'].replace(':', '-')}"
         + ("" if run["acceptance"] is None else f"-{run['acceptance']}")
+        + ("" if run["options"] == "default" else f"-{run['options']}")
         for run in runs
         if run["self_quant_after"]
     }
@@ -275,15 +286,16 @@ def split_trace(trace: Path, runs: Sequence[dict]) -> list[Path]:
 
 def table_rows(runs: Sequence[dict], profile: Profile | None, args: argparse.Namespace) -> list[dict]:
     """A row per run, in the order in which the arms were asked for."""
-    plain_s = {run["rollout"]: run["wall_s"] for run in runs if run["arm"] == "plain"}
+    plain_s = {(run["options"], run["rollout"]): run["wall_s"] for run in runs if run["arm"] == "plain"}
     order = [str(arm) for arm in args.arms]
     rows = []
     for run in tqdm(sorted(runs, key=lambda run: order.index(run["arm"])), desc="predicting"):
-        baseline_s = plain_s.get(run["rollout"])
+        baseline_s = plain_s.get((run["options"], run["rollout"]))
         rows.append(
             {
                 "arm": run["arm"],
                 "acceptance": run["acceptance"],
+                "options": run["options"],
                 "rollout s": run["wall_s"],
                 "x plain": baseline_s / run["wall_s"] if baseline_s else None,
                 "predicted s": predict(run, profile, args) if profile else None,

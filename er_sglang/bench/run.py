@@ -6,6 +6,7 @@ import json
 import shlex
 import tempfile
 from collections.abc import Iterator, Sequence
+from itertools import product
 from pathlib import Path
 from statistics import median
 
@@ -15,6 +16,7 @@ from er_sglang.bench import report
 from er_sglang.bench.arms import (
     SEED,
     Arm,
+    add_options_argument,
     add_windows_argument,
     arm_argument,
     server_args,
@@ -123,6 +125,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--repeats", type=int, default=3, metavar="N", help="measurements per point; default %(default)s"
     )
     parser.add_argument("--temperature", type=float, default=1.0, help="default %(default)s")
+    add_options_argument(parser)
     parser.add_argument(
         "--self-quant-config",
         type=json.loads,
@@ -168,7 +171,7 @@ def main(argv: list[str] | None = None) -> int:
     }
     with (
         tempfile.TemporaryDirectory() as scratch,
-        tqdm(total=len(args.arms) * len(args.concurrency), desc="points") as bar,
+        tqdm(total=len(args.arms) * len(args.options) * len(args.concurrency), desc="points") as bar,
     ):
         for arms in servers(args.arms):
             with start_server(arms, args, Path(scratch)) as server:
@@ -228,18 +231,19 @@ def start_server(arms: Sequence[Arm], args: argparse.Namespace, scratch: Path) -
 
 
 def measure_server(server: Server, arms: Sequence[Arm], args: argparse.Namespace) -> Iterator[dict]:
-    """Yield one point per arm and concurrency: its table row, its repeats, and SELF_QUANT's counters over them."""
+    """Yield one point per arm, options and concurrency: its table row, its repeats, and SELF_QUANT's counters over them."""
     info = server.get_server_info()
     vocab = SHAPES[args.model]["vocab_size"] if args.model in SHAPES else vocab_size(Path(args.model))
     prompts = random_prompts(max(args.concurrency), seed=SEED, tokens=args.context, vocab=vocab)
 
-    def load(concurrency: int, tokens: int, description: str) -> LoadResult:
+    def load(concurrency: int, tokens: int, description: str, options: str = "default") -> LoadResult:
         requests = [
             Request(
                 prompt=p,
                 max_new_tokens=tokens,
                 ignore_eos=True,
                 temperature=args.temperature,
+                options=options,
                 stream_interval=STREAM_INTERVAL_TOKENS,
             )
             for p in prompts[:concurrency]
@@ -252,10 +256,10 @@ def measure_server(server: Server, arms: Sequence[Arm], args: argparse.Namespace
     for arm in arms:
         if arm.self_quant:
             server.change_self_quant(arm.settings(args.acceptance if args.model in SHAPES else None, args.windows))
-        for concurrency in args.concurrency:
+        for options, concurrency in product(args.options, args.concurrency):
             before = server.self_quant() if arm.self_quant else None
-            load(concurrency, WARM_UP_TOKENS, str(arm))
-            results = [load(concurrency, args.output_tokens, str(arm)) for _ in range(args.repeats)]
+            load(concurrency, WARM_UP_TOKENS, str(arm), options)
+            results = [load(concurrency, args.output_tokens, str(arm), options) for _ in range(args.repeats)]
             after = server.self_quant() if arm.self_quant else None
             rates = [result.steady_tokens_per_s() for result in results]
             rate = median(rates)
@@ -263,6 +267,7 @@ def measure_server(server: Server, arms: Sequence[Arm], args: argparse.Namespace
             yield {
                 "row": {
                     "arm": str(arm),
+                    **({"options": options} if args.options != ["default"] else {}),
                     "concurrency": concurrency,
                     "tokens/s": rate,
                     "spread %": 100 * (max(rates) - min(rates)) / rate,

@@ -51,6 +51,9 @@ def test_one_call_carries_all_requests_and_names_prompts_by_their_kind():
         "ignore_eos": True,
         "stream_interval": 8,
     }
+    asks = payload([*two, Request(prompt=(4, 5), max_new_tokens=3, options="all")])
+    assert asks["return_logprob"] == [False, False, True]
+    assert asks["sampling_params"][2]["top_p"] == 0.95 and "return_logprob" not in asks["sampling_params"][2]
 
 
 @pytest.mark.parametrize("x, y", [(-1, 0), (0, 0), (0.5, 5), (1, 10), (2, 15), (3, 20), (9, 20)])
@@ -528,6 +531,7 @@ def run_of(arm, acceptance, wall_s, change=None):
     return {
         "arm": arm,
         "acceptance": acceptance,
+        "options": "default",
         "rollout": 0,
         "wall_s": wall_s,
         "tokens_per_s": 1.0,
