@@ -30,6 +30,7 @@ constexpr int kWarps = 4;
 constexpr int kWarpTokens = 16;
 constexpr int kTileTokens = kWarps * kWarpTokens;
 constexpr int kStages = 2;
+constexpr int kBlocks = 2;  // of a multiprocessor
 constexpr int kHeads = 8;
 constexpr int kMostRequests = 512;
 constexpr int kLeastTiles = 2;  // of a block: fewer would cost more in adding up than they save
@@ -201,7 +202,7 @@ struct Shared {
   int first_tile[kMostRequests + 1];
   int lengths[kMostRequests];
   int rows[kMostRequests];
-  int counts[kWarps];
+  int counts[kWarps], longest_of[kWarps], longest;
   bool is_last;
 
   // Rows of a stage are swizzled, so that eight rows of a chunk lie in different banks.
@@ -213,7 +214,7 @@ template <typename S>
 SGL_DEVICE void read_requests(S& s, const Attention& p) {
   constexpr int kPerThread = kMostRequests / (32 * kWarps);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, begin = threadIdx.x * kPerThread;
-  int tiles[kPerThread] = {}, sum = 0;
+  int tiles[kPerThread] = {}, sum = 0, longest = 0;
 #pragma unroll
   for (int i = 0; i < kPerThread; ++i) {
     if (begin + i >= p.requests) break;
@@ -221,18 +222,23 @@ SGL_DEVICE void read_requests(S& s, const Attention& p) {
     s.rows[begin + i] = static_cast<int>(p.rows[begin + i]);
     tiles[i] = (s.lengths[begin + i] + kTileTokens - 1) / kTileTokens;
     sum += tiles[i];
+    longest = max(longest, tiles[i]);
   }
+  longest = __reduce_max_sync(0xffffffff, longest);
   int before = sum;
 #pragma unroll
   for (int offset = 1; offset < 32; offset *= 2) {
     const int v = __shfl_up_sync(0xffffffff, before, offset);
     if (lane >= offset) before += v;
   }
-  if (lane == 31) s.counts[warp] = before;
+  if (lane == 31) s.counts[warp] = before, s.longest_of[warp] = longest;
   before -= sum;
   __syncthreads();
   for (int w = 0; w < warp; ++w) before += s.counts[w];
-  if (threadIdx.x == 0) s.first_tile[0] = 0;
+  if (threadIdx.x == 0) {
+    s.first_tile[0] = 0, s.longest = 0;
+    for (int w = 0; w < kWarps; ++w) s.longest = max(s.longest, s.longest_of[w]);
+  }
 #pragma unroll
   for (int i = 0; i < kPerThread; ++i) {
     before += tiles[i];
@@ -241,8 +247,17 @@ SGL_DEVICE void read_requests(S& s, const Attention& p) {
   __syncthreads();
 }
 
+// An even share; where that costs no multiprocessor more, whole runs, which need not be added up. longest: tiles of a run.
+SGL_DEVICE int tiles_of_a_block(int total, int longest) {
+  const int blocks = gridDim.x, even = (total + blocks - 1) / blocks;
+  const int whole = (even + longest - 1) / longest * longest;
+  if (whole * 16 <= even * 17) return whole;
+  if (longest <= 2 * even && total <= longest * (blocks / kBlocks)) return longest;
+  return max(kLeastTiles, even);
+}
+
 template <typename T, int kHeadDim>
-__global__ void __launch_bounds__(32 * kWarps, 2) decode_attention_kernel(const __grid_constant__ Attention p) {
+__global__ void __launch_bounds__(32 * kWarps, kBlocks) decode_attention_kernel(const __grid_constant__ Attention p) {
   using S = Shared<kHeadDim>;
   using Share = State<S::kShare>;
   extern __shared__ __align__(16) char shared[];
@@ -252,7 +267,7 @@ __global__ void __launch_bounds__(32 * kWarps, 2) decode_attention_kernel(const 
 
   read_requests(s, p);
   const int total = s.first_tile[p.requests] * p.heads_k;
-  const int per_block = max(kLeastTiles, (total + int(gridDim.x) - 1) / int(gridDim.x));
+  const int per_block = tiles_of_a_block(total, s.longest);
   const int begin = min(int(blockIdx.x) * per_block, total), end = min(begin + per_block, total);
   if (begin == end) {
     device::PDLWaitPrimary<true>();
@@ -389,7 +404,7 @@ __global__ void __launch_bounds__(32 * kWarps, 2) decode_attention_kernel(const 
       __threadfence();
       if (threadIdx.x == 0) *arrivals = 0;
       share.clear();
-#pragma unroll 4
+#pragma unroll 8
       for (int block = first_block; block <= last_block; ++block) {
         const float* from = part(block);
         float numbers[Share::kNumbers];
