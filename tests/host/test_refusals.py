@@ -48,7 +48,8 @@ SETTINGS = {
     "speculative_draft_model_quantization": ("fp8", 'set "drafter": {"weights"'),
     "speculative_use_rejection_sampling": (True, "drop --speculative-use-rejection-sampling"),
     "speculative_attention_mode": ("decode", "leave --speculative-attention-mode at prefill"),
-    "quantization": ("fp8", "serve the policy in bf16 or fp16"),
+    "quantization": ("w8a8_int8", "serve the policy in bf16, fp16 or fp8"),
+    "kv_cache_dtype": ("fp4_e2m1", "leave --kv-cache-dtype at auto"),
     "torchao_config": ("int8wo", "drop --torchao-config"),
     "cpu_offload_gb": (1, "drop --cpu-offload-gb"),
     "offload_group_size": (4, "drop --offload-group-size"),
@@ -132,7 +133,9 @@ def test_good_settings_are_accepted(messages):
 
 
 def test_every_refused_setting_has_a_case():
-    refused = {field for field, _, _ in refusals._FIELDS} | {"speculative_num_draft_tokens"}
+    refused = {field for field, _, _ in refusals._FIELDS} | {
+        *("speculative_num_draft_tokens", "speculative_draft_model_quantization")
+    }
     assert refused == set(SETTINGS) | REFUSED_BEFORE
 
 
@@ -161,7 +164,7 @@ def test_model(messages, name):
 
 def test_quantized_checkpoint(messages):
     assert messages["quantized"].startswith("ConfigError: ")
-    assert "serve the unquantized checkpoint" in messages["quantized"]
+    assert "already quantized (awq)" in messages["quantized"]
 
 
 def test_a_class_of_the_right_name_that_is_not_sglangs(qwen3, tmp_path):
