@@ -194,7 +194,7 @@ def plainly(server, run):
     try:
         return run(server)
     finally:
-        server.change_self_quant({"mode": "cycle"})
+        server.change_self_quant({"mode": "cycle", "cycle": CYCLE})
 
 
 SHORT_PROMPTS = [[token, VOCAB - 1 - token, 7] for token in range(2, VOCAB - 2)]
