@@ -58,13 +58,18 @@ def rollouts(checkpoints, folder):
         yield Rollouts(server, policies)
 
 
-def by_tensors(trainer, fp8: Path) -> None:
+def by_tensors(trainer, fp8: Path, flattened: bool = False) -> None:
     """Codes in one bucket, their scales in the next, then everything else."""
     tensors = load_file(fp8 / "model.safetensors")
     scales = [name for name in tensors if name.endswith("_scale_inv")]
     codes = [name.removesuffix("_scale_inv") for name in scales]
     rest = [name for name in tensors if name not in (*scales, *codes)]
-    trainer.send_tensors([[(name, tensors[name]) for name in names] for names in (codes, scales, rest)], **SLIME)
+    buckets = [[(name, tensors[name]) for name in names] for names in (codes, scales, rest)]
+    trainer.send_tensors(buckets, flattened, **SLIME)
+
+
+def by_flattened_buckets(trainer, fp8: Path) -> None:
+    by_tensors(trainer, fp8, flattened=True)
 
 
 def by_tensors_post_processed(trainer, fp8: Path) -> None:
@@ -78,7 +83,9 @@ def by_disk(trainer, fp8: Path) -> None:
     trainer.send_disk(fp8, **SLIME)
 
 
-@pytest.mark.parametrize("deliver", [by_tensors, by_disk, by_tensors_post_processed], ids=lambda each: each.__name__)
+@pytest.mark.parametrize(
+    "deliver", [by_tensors, by_disk, by_flattened_buckets, by_tensors_post_processed], ids=lambda each: each.__name__
+)
 def test_updates(rollouts, checkpoints, deliver):
     policy = rollouts.next_policy()
     with rollouts.changes(refreshes=1, failed_updates=0, updates=1):
