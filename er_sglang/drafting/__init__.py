@@ -5,5 +5,6 @@ policy_weight.py   what the copy is made from: a layer's weight after loading, i
 shadow.py          a module tree with some modules replaced
 twins.py           what replaces norms, activations and rotation on Hopper
 early.py           the kernels of these twins
+attention.py       attention of drafts on Hopper
 updates.py         one refresh per policy update
 """
