@@ -105,7 +105,9 @@ def _quantize_int4_marlin(
     rows = tl.arange(0, BLOCK_N)
     cols = k_block * BLOCK_K + tl.arange(0, BLOCK_K)
     weight += (n_block * BLOCK_N).to(tl.int64) * k
-    w = tl.load(weight + rows[:, None] * k + cols[None, :]).to(tl.float32)
+    # Eight elements a thread, of whatever size: the layout of codes below is made for that.
+    offsets = tl.max_contiguous(tl.multiple_of(rows[:, None] * k + cols[None, :], [1, 8]), [1, 8])
+    w = tl.load(weight + offsets).to(tl.float32)
     if weight_scales is not None:
         scale_rows = (n_block * BLOCK_N + rows) // scaled_n * tl.cdiv(k, scaled_k)
         w *= tl.load(weight_scales + scale_rows + k_block * BLOCK_K // scaled_k)[:, None]
