@@ -22,6 +22,8 @@ _TIMED_SOURCES = (
 )
 _SERVER_ARGS = (
     "nnodes",
+    "quantization",
+    "fp8_gemm_runner_backend",
     "sampling_backend",
     "kv_cache_dtype",
     "page_size",

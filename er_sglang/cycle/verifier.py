@@ -41,11 +41,21 @@ class VerifyGraphRunner(DecodeCudaGraphRunner):
         return chain_input(None, None, self.speculative_num_draft_tokens)
 
 
+# These read a block's own keys and values from the KV cache, as a decode step does. Others, triton among them, take
+# them before they are rounded to the cache's dtype: with an fp8 cache, a verify would not be the policy's decode.
+_ROUNDS_FIRST = ("FlashAttentionBackend", "FlashInferAttnBackend", "TorchNativeAttnBackend")
+
+
 def check_attention_backend(runner: ModelRunner) -> None:
-    """Raise ConfigError unless the attention backend verifies a causal block without a mask."""
+    """Raise ConfigError unless the attention backend verifies a causal block without a mask, and as it decodes."""
     name, needs_mask = resolve_dflash_verify_mask_policy(runner.attn_backend)
     if runner.device != "cpu" and needs_mask:
         raise ConfigError(f"SELF_QUANT does not support the attention backend {name}: use fa3, flashinfer or triton.")
+    if runner.kv_cache_dtype != runner.dtype and name not in _ROUNDS_FIRST:
+        raise ConfigError(
+            f"The KV cache is {runner.kv_cache_dtype}, and {name} attends to the tokens of a forward before they are "
+            "rounded to it: use --attention-backend fa3 or flashinfer, or leave --kv-cache-dtype at auto."
+        )
 
 
 class Verifier:

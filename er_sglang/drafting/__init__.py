@@ -1,8 +1,10 @@
 """The drafter, and when it follows the policy.
 
-drafter.py     the quantized shadow of the live policy
-shadow.py      a module tree with some modules replaced
-twins.py       what replaces norms, activations and rotation on Hopper
-early.py       the kernels of these twins
-updates.py     one refresh per policy update
+drafter.py         the quantized shadow of the live policy
+policy_weight.py   what the copy is made from: a layer's weight after loading, in bf16 or fp8
+shadow.py          a module tree with some modules replaced
+twins.py           what replaces norms, activations and rotation on Hopper
+early.py           the kernels of these twins
+attention.py       attention of drafts on Hopper
+updates.py         one refresh per policy update
 """

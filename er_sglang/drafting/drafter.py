@@ -4,7 +4,8 @@ Every module that contains a converted Linear is shallow-copied; every other mod
 RadixAttention, logits processor) is shared, but for `twins` of the small ones on Hopper. Tensor-parallel shards, fused
 qkv and gate/up projections and biases follow by construction, and the drafter's attention layers, being the policy's
 own, read and write the policy's KV cache. lm_head is converted where the logits are computed and nowhere else: one that
-is tied to the embedding embeds as the policy's.
+is tied to the embedding embeds as the policy's. Of an fp8 policy the copy is made from codes times scales, block by
+block, and a layer that is not converted is the policy's own, fp8 products included.
 """
 
 from __future__ import annotations
@@ -15,11 +16,11 @@ from contextlib import AbstractContextManager
 import torch
 from sglang.srt.layers.linear import LinearBase
 from sglang.srt.layers.quantization.base_config import LinearMethodBase
-from sglang.srt.layers.quantization.unquant import UnquantizedEmbeddingMethod, UnquantizedLinearMethod
 from sglang.srt.utils import use_intel_amx_backend
 from torch import nn
 from tqdm import tqdm
 
+from er_sglang.drafting.policy_weight import policy_weight, unreadable
 from er_sglang.drafting.shadow import shadow, shallow_copy
 from er_sglang.drafting.twins import leave_head_norms_to_attention, small_twins
 from er_sglang.errors import ConfigError
@@ -32,16 +33,16 @@ class DraftLinearMethod(LinearMethodBase):
     """``quant_method`` of one converted Linear or lm_head: holds and applies its packed weight."""
 
     def __init__(self, fmt: Format, layer: nn.Module) -> None:
-        n, k = layer.weight.shape
+        weight_NK = policy_weight(layer)
         self.fmt = fmt
-        self.packed = fmt.allocate(n, k, layer.weight.dtype, layer.weight.device)
+        self.packed = fmt.allocate(*weight_NK.shape, weight_NK.dtype, weight_NK.device)
 
     def create_weights(self, layer: nn.Module, *args, **kwargs) -> None:
         raise NotImplementedError("a drafter's weights are made from the policy's, never loaded")
 
     def refresh_(self, layer: nn.Module) -> None:
         """Follow the policy's ``layer``, in place."""
-        self.fmt.refresh_(self.packed, layer.weight.data)
+        self.fmt.refresh_(self.packed, policy_weight(layer))
 
     def apply(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         return self.fmt.apply(self.packed, x, bias)
@@ -92,7 +93,7 @@ class Drafter:
                 if (method := self._methods.get(policy.lm_head)) is not None:
                     self.model.lm_head = _head_twin(policy.lm_head, method)
         if kept:
-            logger.warning("SELF_QUANT drafts with %d unquantized layers: %s", len(kept), kept)
+            logger.warning("SELF_QUANT drafts with %d of the policy's own layers: %s", len(kept), kept)
         self.refresh_()
 
     @property
@@ -110,20 +111,21 @@ class Drafter:
         if (method := self._methods.get(module)) is None:
             return None
         twin = shallow_copy(module)
-        del twin._parameters["weight"]
+        twin._parameters = {name: value for name, value in twin._parameters.items() if name == "bias"}
         twin.quant_method = method
         return twin
 
 
 def _unconvertible(layer: nn.Module, fmt: Format) -> str | None:
     """Why ``layer`` must stay as it is, or None."""
-    if not isinstance(layer.quant_method, (UnquantizedLinearMethod, UnquantizedEmbeddingMethod)):
-        return f"weight is handled by {type(layer.quant_method).__name__}"
+    if (reason := unreadable(layer)) is not None:
+        return reason
     if use_intel_amx_backend(layer):
         raise ConfigError(
             "The CPU build of sgl-kernel packed the policy's weights for AMX: install the PyPI build instead."
         )
-    return fmt.unsupported(*layer.weight.shape, layer.weight.dtype)
+    weight_NK = policy_weight(layer)
+    return fmt.unsupported(*weight_NK.shape, weight_NK.dtype)
 
 
 def _head_twin(head: nn.Module, method: DraftLinearMethod) -> nn.Module:

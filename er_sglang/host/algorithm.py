@@ -9,7 +9,7 @@ from er_sglang.config import load_config, simulated_acceptance
 from er_sglang.host import hooks
 from er_sglang.host.cpu import CPU_HOOKS
 from er_sglang.host.machine import check_machine
-from er_sglang.host.refusals import check_model, check_server_args, check_simulated_acceptance
+from er_sglang.host.refusals import check_drafter, check_model, check_server_args, check_simulated_acceptance
 from er_sglang.host.seams import ALGORITHM, check_host
 
 
@@ -28,8 +28,10 @@ class SelfQuantAlgorithm(CustomSpecAlgo):
         return False
 
     def handle_server_args(self, server_args) -> None:
-        check_model(server_args.get_model_config().hf_config)
+        model = server_args.get_model_config()
+        check_model(model.hf_config)
         config = load_config(server_args.speculative_adaptive_config, server_args.speculative_num_steps)
+        check_drafter(config.drafter.weights, model.quantization)
         check_simulated_acceptance(simulated_acceptance(config.drafter.windows), server_args.load_format)
         if server_args.device == "cuda":
             check_machine(config)

@@ -24,8 +24,8 @@ _FIELDS = (
     ("speculative_attention_mode", ("prefill",), "leave --speculative-attention-mode at prefill"),
     ("speculative_draft_attention_backend", (None,), "drop --speculative-draft-attention-backend: drafts read the policy's KV cache"),
     ("speculative_draft_window_size", (None,), 'drop --speculative-draft-window-size: set "drafter": {"attention_window": ...} in the config'),
-    ("speculative_draft_model_quantization", (None,), 'drop --speculative-draft-model-quantization: set "drafter": {"weights": ...} in the config'),
-    ("quantization", (None,), "serve the policy in bf16 or fp16 (a quantized checkpoint sets this by itself): the drafter is its quantized copy"),
+    ("quantization", (None, "fp8"), "serve the policy in bf16, fp16 or fp8 (a quantized checkpoint sets this by itself)"),
+    ("kv_cache_dtype", ("auto", "bfloat16", "bf16", "fp8_e4m3", "fp8_e5m2"), "leave --kv-cache-dtype at auto, or take fp8_e4m3 or fp8_e5m2"),
     ("torchao_config", ("",), "drop --torchao-config: the drafter is made from unquantized weights"),
     ("cpu_offload_gb", (0,), "drop --cpu-offload-gb: the drafter is made from weights on the GPU"),
     ("offload_group_size", (-1,), "drop --offload-group-size: the drafter is made from weights on the GPU"),
@@ -47,6 +47,8 @@ _FIELDS = (
     ("rl_on_policy_target", (None,), "drop --rl-on-policy-target: it needs deterministic inference"),
 )  # fmt: skip
 
+_FP8_BLOCKS = (None, [128, 128])  # weight_block_size of a checkpoint
+
 
 def check_server_args(args: Any) -> None:
     """Raise ConfigError naming every setting of ``args`` that SELF_QUANT cannot honour.
@@ -63,6 +65,12 @@ def check_server_args(args: Any) -> None:
         for field, fine, remedy in _FIELDS
         if (value := getattr(args, field)) not in fine
     ]
+    # SGLang copies --quantization here, for a draft checkpoint.
+    if (quantization := args.speculative_draft_model_quantization) not in (None, args.quantization):
+        problems.append(
+            f"speculative_draft_model_quantization is {quantization!r}: drop --speculative-draft-model-quantization: "
+            'set "drafter": {"weights": ...} in the config'
+        )
     steps, width = args.speculative_num_steps, args.speculative_num_draft_tokens
     if width is not None and width != (steps or 0) + 1:
         problems.append(
@@ -81,11 +89,22 @@ def check_model(hf_config: Any) -> None:
             f"{ALGORITHM} does not support {', '.join(architectures) or 'this model'}; "
             f"it supports {', '.join(SUPPORTED_ARCHITECTURES)}. Serve this model without --speculative-algorithm."
         )
-    if (quantization := getattr(hf_config, "quantization_config", None)) is not None:
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+    if (config := getattr(hf_config, "quantization_config", None)) is not None:
+        config = config if isinstance(config, dict) else config.to_dict()
+        method, block = config.get("quant_method"), config.get("weight_block_size")
+        if method != "fp8" or block not in _FP8_BLOCKS:
+            raise ConfigError(
+                f"The checkpoint is already quantized ({method}{f' in blocks of {block}' if block else ''}). {ALGORITHM} "
+                "drafts with a quantized copy of a policy in bf16, fp16, or fp8 with a scale per tensor or per block of "
+                "128 x 128: serve such a checkpoint."
+            )
+
+
+def check_drafter(weights: str, quantization: str | None) -> None:
+    """Raise ConfigError for a drafter that would be as large as its policy."""
+    if weights == quantization == "fp8":
         raise ConfigError(
-            f"The checkpoint is already quantized ({method}). {ALGORITHM} drafts with a quantized copy of a bf16 or "
-            "fp16 policy: serve the unquantized checkpoint."
+            'The policy is fp8 already, so an fp8 drafter would be no faster: set "drafter": {"weights": "int4"}.'
         )
 
 

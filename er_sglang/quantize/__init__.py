@@ -10,6 +10,8 @@ int4       symmetric, round to nearest, one scale per group of input features: 4
 int4_asym  with a 4-bit zero point per group: 4 + 20/g bits a weight
 fp8        e4m3, one scale per output feature: 8 bits a weight; on CUDA activations are e4m3 too, scaled per token
 
+A policy in fp8 is given as a `ScaledWeight`; int4 is made of its codes times their scales in the same pass.
+
 On CUDA int4 is Marlin's layout, refreshed by one fused kernel per weight and multiplied by our kernels (Hopper, up to
 128 rows) or Marlin's; on CPU all is plain torch.
 `rtn` defines the numbers, `marlin_layout` the bytes, `kernels` does both at once.

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 import torch
 
+from er_sglang.quantize.scaled import ScaledWeight
+
 
 @dataclass(slots=True)
 class Packed:
@@ -45,8 +47,11 @@ class Format(ABC):
         """Memory for one weight, uninitialised until the first `refresh_`. Call only where `unsupported` is None."""
 
     @abstractmethod
-    def refresh_(self, packed: Packed, weight_NK: torch.Tensor) -> None:
-        """Re-derive `packed` from the contiguous weight [n, k], in place, at the same addresses."""
+    def refresh_(self, packed: Packed, weight_NK: torch.Tensor | ScaledWeight) -> None:
+        """Re-derive `packed` from the contiguous weight [n, k], in place, at the same addresses.
+
+        int4 formats alone read a ScaledWeight: of an fp8 policy an fp8 copy saves nothing.
+        """
 
     @abstractmethod
     def apply(self, packed: Packed, x_MK: torch.Tensor, bias_N: torch.Tensor | None) -> torch.Tensor:

@@ -8,6 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
+from er_sglang.quantize.scaled import ScaledWeight
+
 BLOCK_N = 64  # one Marlin tile, and one period of the permutations of scales and zeros
 BLOCK_K = 128  # 256 bytes of a bf16 row: the largest group, and whole 16-byte loads for half a warp
 
@@ -19,20 +21,27 @@ ROUND_MAGIC_BITS = tl.constexpr(0x4B400000)
 
 
 def refresh_int4_marlin_(
-    weight_NK: torch.Tensor,
+    weight_NK: torch.Tensor | ScaledWeight,
     codes: torch.Tensor,
     scales_GN: torch.Tensor,
     zeros: torch.Tensor | None,
     *,
     group_size: int,
 ) -> None:
-    """Quantize a contiguous bf16 or fp16 weight into Marlin tensors (layouts: `marlin_layout`), in place.
+    """Quantize a contiguous bf16, fp16 or scaled e4m3 weight into Marlin tensors (layouts: `marlin_layout`), in place.
 
-    Symmetric when `zeros` is None. N % 64 == 0, K % 128 == 0, group_size one of 32, 64, 128.
+    Symmetric when `zeros` is None. N % 64 == 0, K % 128 == 0, group_size one of 32, 64, 128; blocks of a scaled weight
+    are multiples of 128 along K.
     """
     n, k = weight_NK.shape
+    weight, weight_scales, (scaled_n, scaled_k) = weight_NK, None, (1, 1)
+    if isinstance(weight_NK, ScaledWeight):
+        weight, weight_scales, (scaled_n, scaled_k) = weight_NK.codes_NK, weight_NK.scales, weight_NK.block
     _quantize_int4_marlin[(k // BLOCK_K, n // BLOCK_N)](
-        weight_NK,
+        weight,
+        weight_scales,
+        scaled_n,
+        scaled_k,
         codes,
         scales_GN,
         zeros,
@@ -75,6 +84,9 @@ def _round_to_int(x):
 @triton.jit
 def _quantize_int4_marlin(
     weight,
+    weight_scales,
+    scaled_n,
+    scaled_k,
     out_codes,
     out_scales,
     out_zeros,
@@ -93,7 +105,13 @@ def _quantize_int4_marlin(
     rows = tl.arange(0, BLOCK_N)
     cols = k_block * BLOCK_K + tl.arange(0, BLOCK_K)
     weight += (n_block * BLOCK_N).to(tl.int64) * k
-    w = tl.load(weight + rows[:, None] * k + cols[None, :]).to(tl.float32)
+    # Eight elements a thread, of whatever size: the layout of codes below is made for that.
+    offsets = tl.max_contiguous(tl.multiple_of(rows[:, None] * k + cols[None, :], [1, 8]), [1, 8])
+    w = tl.load(weight + offsets).to(tl.float32)
+    if weight_scales is not None:
+        scale_rows = (n_block * BLOCK_N + rows) // scaled_n * tl.cdiv(k, scaled_k)
+        w *= tl.load(weight_scales + scale_rows + k_block * BLOCK_K // scaled_k)[:, None]
+        w = w.to(out_scales.dtype.element_ty).to(tl.float32)  # the policy's dtype
     w = tl.reshape(w, [BLOCK_N, GROUPS, GROUP])
 
     high = tl.max(w, 2)

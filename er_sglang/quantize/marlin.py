@@ -19,6 +19,7 @@ from er_sglang.quantize.base import Format, Packed
 from er_sglang.quantize.blocks import MAX_ROWS
 from er_sglang.quantize.hopper import HopperGemm, is_hopper
 from er_sglang.quantize.kernels import refresh_int4_marlin_
+from er_sglang.quantize.scaled import ScaledWeight
 
 GROUP_SIZES = (32, 64, 128)
 DTYPES = (torch.bfloat16, torch.float16)
@@ -71,7 +72,7 @@ class MarlinInt4(Format):
             zeros=None if self.symmetric else torch.empty(groups, n // 8, dtype=torch.int32, device=device),
         )
 
-    def refresh_(self, packed: Packed, weight_NK: torch.Tensor) -> None:
+    def refresh_(self, packed: Packed, weight_NK: torch.Tensor | ScaledWeight) -> None:
         refresh_int4_marlin_(weight_NK, packed.codes, packed.scales, packed.zeros, group_size=self.group_size)
 
     def apply(self, packed: Packed, x_MK: torch.Tensor, bias_N: torch.Tensor | None) -> torch.Tensor:

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 
 from er_sglang.quantize import rtn
 from er_sglang.quantize.base import Format, Packed
+from er_sglang.quantize.scaled import ScaledWeight
 
 
 class ReferenceInt4(Format):
@@ -32,7 +33,9 @@ class ReferenceInt4(Format):
             zeros=None if self.symmetric else torch.empty(n, groups, dtype=torch.uint8, device=device),
         )
 
-    def refresh_(self, packed: Packed, weight_NK: torch.Tensor) -> None:
+    def refresh_(self, packed: Packed, weight_NK: torch.Tensor | ScaledWeight) -> None:
+        if isinstance(weight_NK, ScaledWeight):
+            weight_NK = weight_NK.dequantize()
         new = rtn.quantize_int4(weight_NK, group_size=self.group_size, symmetric=self.symmetric)
         packed.codes.copy_(new.codes_NK[:, ::2] | new.codes_NK[:, 1::2] << 4)
         packed.scales.copy_(new.scales_NG)

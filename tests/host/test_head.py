@@ -33,7 +33,7 @@ def test_drafts_are_those_of_the_quantized_head(served):
     an update, which the head follows."""
     server, head, policies = served
     assert server.self_quant()["head"] == head
-    assert "unquantized layers" not in server.log_path.read_text()
+    assert "of the policy's own layers" not in server.log_path.read_text()
     for policy in policies:
         if policy is not policies[0]:
             trainer = TrainerClient(server)

@@ -48,7 +48,7 @@ SETTINGS = {
     "speculative_draft_model_quantization": ("fp8", 'set "drafter": {"weights"'),
     "speculative_use_rejection_sampling": (True, "drop --speculative-use-rejection-sampling"),
     "speculative_attention_mode": ("decode", "leave --speculative-attention-mode at prefill"),
-    "quantization": ("fp8", "serve the policy in bf16 or fp16"),
+    "quantization": ("w8a8_int8", "serve the policy in bf16, fp16 or fp8"),
     "torchao_config": ("int8wo", "drop --torchao-config"),
     "cpu_offload_gb": (1, "drop --cpu-offload-gb"),
     "offload_group_size": (4, "drop --offload-group-size"),
@@ -69,8 +69,8 @@ SETTINGS = {
     "rl_on_policy_target": ("fsdp", "drop --rl-on-policy-target"),
     "speculative_num_draft_tokens": (9, "drop it, or set it to --speculative-num-steps + 1"),
 }
-# SGLang itself refuses it where SELF_QUANT is supported.
-REFUSED_BEFORE = {"dcp_size"}
+# SGLang itself refuses them where SELF_QUANT is supported, or on a CPU.
+REFUSED_BEFORE = {"dcp_size", "kv_cache_dtype"}
 # Environments that are refused whatever the arguments; tests/unit/test_config.py has all that a config can get wrong.
 ENVIRONMENTS = {
     "key": ({CONFIG_ENV: '{"modus": "always"}'}, "unknown setting modus; known: calibration_s, drafter,"),
@@ -84,6 +84,8 @@ MODELS = {
     "DeepseekV2ForCausalLM": {"model_type": "deepseek_v2"},
     "Gemma2ForCausalLM": {"model_type": "gemma2"},
 }
+FP8_DRAFTER = {CONFIG_ENV: '{"drafter": {"weights": "fp8"}}'}
+FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
 AWQ = {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True}
 
 
@@ -103,6 +105,8 @@ def messages(qwen3, tmp_path_factory):
         "too long": ({**base, "speculative_num_steps": 16}, {}),
         "simulated on random weights": ({**base, "load_format": "dummy"}, {SIMULATE_ACCEPTANCE_ENV: "0.9"}),
     }
+    fp8 = {**base, "quantization": "fp8", "kv_cache_dtype": "fp8_e5m2"}
+    cases |= {"fp8": (fp8, {}), "fp8 drafter of fp8": (fp8, FP8_DRAFTER)}
     for name, (value, _) in SETTINGS.items():
         cases[name] = ({**base, name: str(qwen3) if value == POLICY else value}, {})
     for name in ("enable_deterministic_inference", "rl_on_policy_target"):
@@ -110,11 +114,12 @@ def messages(qwen3, tmp_path_factory):
     cases |= {name: (base, env) for name, (env, _) in ENVIRONMENTS.items()}
     policy = json.loads((qwen3 / "config.json").read_text())
     variants = {name: {**policy, **changes, "architectures": [name]} for name, changes in MODELS.items()}
-    variants["quantized"] = {**policy, "quantization_config": AWQ}
+    variants |= {name: {**policy, "quantization_config": values} for name, values in (("AWQ", AWQ), ("FP8", FP8))}
     for name, values in variants.items():
         folder = tmp_path_factory.mktemp(name)
         (folder / "config.json").write_text(json.dumps(values))
         cases[name] = ({**base, "model_path": str(folder)}, {})
+    cases["fp8 drafter of FP8"] = (cases["FP8"][0], FP8_DRAFTER)
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT],
         input=json.dumps(cases),
@@ -132,7 +137,9 @@ def test_good_settings_are_accepted(messages):
 
 
 def test_every_refused_setting_has_a_case():
-    refused = {field for field, _, _ in refusals._FIELDS} | {"speculative_num_draft_tokens"}
+    refused = {field for field, _, _ in refusals._FIELDS} | {
+        *("speculative_num_draft_tokens", "speculative_draft_model_quantization")
+    }
     assert refused == set(SETTINGS) | REFUSED_BEFORE
 
 
@@ -160,8 +167,15 @@ def test_model(messages, name):
 
 
 def test_quantized_checkpoint(messages):
-    assert messages["quantized"].startswith("ConfigError: ")
-    assert "serve the unquantized checkpoint" in messages["quantized"]
+    assert messages["AWQ"].startswith("ConfigError: The checkpoint is already quantized (awq).")
+    assert "serve such a checkpoint" in messages["AWQ"]
+
+
+def test_fp8_policies(messages):
+    """By flag or by checkpoint; drafted for in fewer bits."""
+    assert messages["fp8"] == messages["FP8"] == "accepted with gamma 3"
+    for name in ("fp8 drafter of fp8", "fp8 drafter of FP8"):
+        assert messages[name].startswith("ConfigError: The policy is fp8 already")
 
 
 def test_a_class_of_the_right_name_that_is_not_sglangs(qwen3, tmp_path):

@@ -24,7 +24,7 @@ HOSTED = {
     "host": "*",
     "cycle": "*",
     "calibration": "*",
-    "drafting": "attention drafter early shadow twins",
+    "drafting": "attention drafter early policy_weight shadow twins",
     "steering": "steering",
     "quantize": "marlin scaled_mm hopper",
     ".": "worker autoload",

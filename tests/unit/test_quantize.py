@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from er_sglang.quantize import FORMATS, create_format, marlin_layout, rtn
+from er_sglang.quantize.scaled import ScaledWeight
 
 CPU = torch.device("cpu")
 
@@ -26,6 +27,18 @@ def awkward_weight(n: int, k: int, dtype: torch.dtype) -> torch.Tensor:
     weight[11] = torch.tensor([0.25, -0.25], dtype=dtype).repeat(k // 2)
     weight[13, ::7] = 3
     return weight
+
+
+def scaled_weight(
+    n: int, k: int, block: tuple[int, int], dtype: torch.dtype, powers_of_two: bool = False
+) -> ScaledWeight:
+    """Any code but NaN, and scales of either sign."""
+    generator = torch.Generator().manual_seed(n + k)
+    codes = torch.randint(0, 127, (n, k), generator=generator) + 128 * torch.randint(0, 2, (n, k), generator=generator)
+    scales = torch.randn(-(-n // block[0]), -(-k // block[1]), generator=generator) * 0.01
+    if powers_of_two:
+        scales = 2.0 ** scales.abs().log2().round() * scales.sign()
+    return ScaledWeight(codes.to(torch.uint8).view(torch.float8_e4m3fn), scales, block, dtype)
 
 
 def relative_mse(weight: torch.Tensor, approximation: torch.Tensor) -> float:
@@ -88,6 +101,24 @@ def test_fp8_error_is_half_a_unit_of_e4m3(dtype):
     assert codes.float().abs().amax(1).max() == 448
     smallest_step = scales[:, None] * 2.0**-9
     assert (error <= torch.maximum(weight.float().abs() * 2.0**-4, smallest_step / 2) * 1.0001).all()
+
+
+# ---- an fp8 policy's weight
+
+
+PER_TENSOR, PER_CHANNEL, PER_BLOCK = (64, 256), (1, 256), (128, 128)
+
+
+@pytest.mark.parametrize("n, k, block", [(64, 256, PER_TENSOR), (64, 256, PER_CHANNEL), (200, 300, PER_BLOCK)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_scaled_weight_is_every_code_times_its_own_scale(n, k, block, dtype):
+    weight = scaled_weight(n, k, block, dtype)
+    dense = weight.dequantize()
+    assert dense.shape == weight.shape and dense.dtype == dtype
+    for row in range(0, n, 7):
+        for column in range(0, k, 11):
+            scale = weight.scales[row // block[0], column // block[1]]
+            assert dense[row, column] == (weight.codes_NK[row, column].float() * scale).to(dtype)
 
 
 # ---- Marlin layout, against loops written from the CUDA and Python sources it cites
@@ -168,6 +199,18 @@ def test_format_refreshes_in_place_and_applies_its_weight(name, dtype):
     assert addresses == {key: tensor.data_ptr() for key, tensor in packed.tensors().items()}
 
 
+@pytest.mark.parametrize("name", ["int4", "int4_asym"])
+@pytest.mark.parametrize("n, k, block", [(64, 256, PER_TENSOR), (64, 256, PER_CHANNEL), (192, 384, PER_BLOCK)])
+def test_int4_of_a_scaled_weight_is_that_of_its_dense_weight(name, n, k, block):
+    fmt = create_format(name, group_size=128, device=CPU)
+    weight = scaled_weight(n, k, block, torch.bfloat16)
+    packed, expected = (fmt.allocate(n, k, weight.dtype, CPU) for _ in range(2))
+    fmt.refresh_(packed, weight)
+    fmt.refresh_(expected, weight.dequantize())
+    for key, tensor in packed.tensors().items():
+        assert torch.equal(tensor, expected.tensors()[key])
+
+
 @pytest.mark.parametrize("name, symmetric", [("int4", True), ("int4_asym", False)])
 def test_reference_int4_is_the_quantizer(name, symmetric):
     fmt = create_format(name, group_size=32, device=CPU)
@@ -224,16 +267,30 @@ divides_by_zero = pytest.mark.filterwarnings("ignore:divide by zero")  # the sca
     ("group_size", "n", "k"), [(128, 64, 384), (128, 192, 512), (128, 256, 256), (64, 192, 128), (32, 64, 256)]
 )
 def test_fused_int4_refresh_is_bit_identical_to_reference(symmetric, dtype, group_size, n, k):
-    from er_sglang.quantize.kernels import refresh_int4_marlin_
-
     weight = awkward_weight(n, k, dtype)
     weight[15] = -weight[15].abs() * 2e-5  # float16 rounds this scale by a quarter: codes below 0 and above 15
-    groups = k // group_size
+    assert_fused_refresh_is_the_reference(weight, weight, symmetric, group_size)
+
+
+@needs_triton
+@pytest.mark.parametrize(("symmetric", "dtype"), [(True, torch.bfloat16), (False, torch.float16)])
+@pytest.mark.parametrize(
+    ("n", "k", "block"), [(64, 256, PER_TENSOR), (64, 256, PER_CHANNEL), (192, 384, PER_BLOCK), (128, 512, (128, 256))]
+)
+def test_fused_int4_refresh_reads_scaled_weights(symmetric, dtype, n, k, block):
+    weight = scaled_weight(n, k, block, dtype, powers_of_two=dtype == torch.bfloat16)
+    assert_fused_refresh_is_the_reference(weight, weight.dequantize(), symmetric, group_size=128)
+
+
+def assert_fused_refresh_is_the_reference(weight, dense, symmetric, group_size) -> None:
+    from er_sglang.quantize.kernels import refresh_int4_marlin_
+
+    (n, k), groups = weight.shape, weight.shape[1] // group_size
     codes = torch.full((k // 16, 2 * n), -1, dtype=torch.int32)
-    scales = torch.full((groups, n), torch.nan, dtype=dtype)
+    scales = torch.full((groups, n), torch.nan, dtype=dense.dtype)
     zeros = None if symmetric else torch.full((groups, n // 8), -1, dtype=torch.int32)
     refresh_int4_marlin_(weight, codes, scales, zeros, group_size=group_size)
-    expected = rtn.quantize_int4(weight, group_size=group_size, symmetric=symmetric)
+    expected = rtn.quantize_int4(dense, group_size=group_size, symmetric=symmetric)
     assert torch.equal(codes, marlin_layout.pack_codes(expected.codes_NK))
     assert torch.equal(scales, marlin_layout.pack_scales(expected.scales_NG))
     if not symmetric:
