@@ -295,7 +295,7 @@ class SelfQuantWorker(ServedWorker):
         new_seq_lens = step.seq_lens_B + verdict.accept_lens_B
         on_publish(new_seq_lens)
         if batch.return_logprob:
-            attach_logprobs(batch, output, verdict, gamma)
+            attach_logprobs(batch, output, verdict, self._sampler)
         result = GenerationBatchResult(
             logits_output=output,
             next_token_ids=verdict.emitted_BN.view(-1),
