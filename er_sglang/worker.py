@@ -229,7 +229,7 @@ class SelfQuantWorker(ServedWorker):
             return self._prefill(batch, on_publish)
         slack_tokens = self.steering.in_flight_tokens
         self.freshness.close_update()
-        blocker = self.freshness.blocker or reason_to_refuse(batch, self.server_args.sampling_backend)
+        blocker = self.freshness.blocker or reason_to_refuse(batch)
         riding = riders(batch)
         launched = self.steering.launch([req.kv_committed_len for req in batch.reqs], blocker, riding)
         rung = launched.rung
