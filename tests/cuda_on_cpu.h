@@ -31,10 +31,11 @@ static std::vector<uint64_t> exchanged;
 static ucontext_t main_fiber;
 static std::function<void()> body;
 
-static void next(int from) {  // to the next thread that still runs, in a circle
-  const int count = fibers.size();
+// To the next thread that still runs, in a circle of `count` from `first`.
+static void next(int first, int count) {
+  const int from = threadIdx.x;
   for (int step = 1; step <= count; ++step) {
-    const int to = (from + step) % count;
+    const int to = first + (from - first + step) % count;
     if (!running[to]) continue;
     threadIdx.x = to;
     if (to != from) swapcontext(&fibers[from], &fibers[to]);
@@ -46,7 +47,7 @@ static void next(int from) {  // to the next thread that still runs, in a circle
 static void enter() {
   body();
   running[threadIdx.x] = false;
-  next(threadIdx.x);
+  next(0, fibers.size());
 }
 
 // Runs `kernel` for every block in turn; `args` as cuLaunchKernel takes them, a pointer to each.
@@ -76,31 +77,52 @@ void launch(void (*kernel)(Args...), int blocks, int threads, void** args) {
 }  // namespace on_cpu
 
 // Between two barriers every thread runs once, in order.
-static void __syncthreads() {
+static void wait_for(int first, int count) {
   const int self = threadIdx.x;
-  on_cpu::next(self);
+  on_cpu::next(first, count);
   threadIdx.x = self;
 }
 
-// Shuffles wait for all threads of the block, not of the warp.
+static void __syncthreads() { wait_for(0, on_cpu::fibers.size()); }
+static void __syncwarp() { wait_for(threadIdx.x / 32 * 32, 32); }
+
+// The value of a thread of this warp.
 template <typename T>
-T exchange(T value, int from) {
-  __syncthreads();
+T __shfl_sync(unsigned, T value, int lane) {
+  __syncwarp();
   std::memcpy(&on_cpu::exchanged[threadIdx.x], &value, sizeof(T));
-  __syncthreads();
-  std::memcpy(&value, &on_cpu::exchanged[from], sizeof(T));
+  __syncwarp();
+  std::memcpy(&value, &on_cpu::exchanged[threadIdx.x / 32 * 32 + lane], sizeof(T));
   return value;
 }
 
 template <typename T>
 T __shfl_up_sync(unsigned, T value, int distance) {
-  return exchange(value, threadIdx.x % 32 >= distance ? threadIdx.x - distance : threadIdx.x);
+  const int lane = threadIdx.x % 32;
+  return __shfl_sync(~0u, value, lane >= distance ? lane - distance : lane);
 }
 
 template <typename T>
 T __shfl_xor_sync(unsigned, T value, int distance) {
-  return exchange(value, threadIdx.x ^ distance);
+  return __shfl_sync(~0u, value, threadIdx.x % 32 ^ distance);
 }
+
+static unsigned __reduce_add_sync(unsigned, unsigned value) {
+  unsigned sum = 0;
+  __shfl_sync(~0u, value, 0);
+  for (int lane = 0; lane < 32; ++lane) {
+    unsigned of_lane;
+    std::memcpy(&of_lane, &on_cpu::exchanged[threadIdx.x / 32 * 32 + lane], sizeof of_lane);
+    sum += of_lane;
+  }
+  return sum;
+}
+
+static unsigned __ballot_sync(unsigned, bool value) {
+  return __reduce_add_sync(~0u, unsigned(value) << threadIdx.x % 32);
+}
+
+static bool __all_sync(unsigned, bool value) { return __ballot_sync(~0u, value) == ~0u; }
 
 template <typename T>
 T atomicAdd(T* at, T value) {
@@ -130,3 +152,5 @@ static float __uint_as_float(unsigned bits) {
 
 static unsigned __umulhi(unsigned a, unsigned b) { return uint64_t(a) * b >> 32; }
 static int __clz(unsigned x) { return __builtin_clz(x); }
+static int __ffs(unsigned x) { return __builtin_ffs(x); }
+static int __popc(unsigned x) { return __builtin_popcount(x); }

@@ -34,6 +34,7 @@ FILTERS = {
     "min_p": {"min_p": 0.05},
     "all": {"top_k": 50, "top_p": 0.95, "min_p": 0.05},
 }
+LOGITS = {"peaked": 2.0, "flat": 1.0, "blank": 1e-4}  # standard deviation of most
 
 
 def time_us(run: Callable[[], object]) -> float:
@@ -41,10 +42,10 @@ def time_us(run: Callable[[], object]) -> float:
 
 
 def make_logits(kind: str, *shape: int) -> torch.Tensor:
-    """``flat``: normal, as random weights give. ``peaked``: also twenty tokens far above, as a trained model has."""
-    logits = torch.randn(*shape, device="cuda")
+    """``peaked``: twenty tokens far above the others, as a trained model has. ``flat``: normal. ``blank``: nearly equal, as
+    ``--load-format dummy`` gives."""
+    logits = LOGITS[kind] * torch.randn(*shape, device="cuda")
     if kind == "peaked":
-        logits *= 2
         logits[..., :20] += torch.linspace(22, 12, 20, device="cuda")
     return logits
 
@@ -97,7 +98,7 @@ def measure(
     logits_BNV = make_logits(logits_kind, batch, widest, size)
     draft_GBV = torch.empty(widest - 1, batch, size, device="cuda")
     for i in range(widest - 1):
-        draft_GBV[i] = logits_BNV[:, i] + 0.1 * torch.randn(batch, size, device="cuda")
+        draft_GBV[i] = logits_BNV[:, i] + 0.1 * LOGITS[logits_kind] * torch.randn(batch, size, device="cuda")
     ours = FusedSampler()
     random = RandomState.create(1, torch.device("cuda"))
     rows = []
@@ -165,7 +166,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 8, 32, 64, 128], metavar="B", help="requests")
     parser.add_argument("--gamma", nargs="+", type=int, default=[3, 5], metavar="G", help="drafted tokens a cycle")
-    parser.add_argument("--logits", nargs="+", choices=("peaked", "flat"), default=["peaked", "flat"])
+    parser.add_argument("--logits", nargs="+", choices=LOGITS, default=list(LOGITS))
     parser.add_argument("--vocabulary", type=int, default=152_064, metavar="V", help="default %(default)s")
     parser.add_argument("--acceptance", type=float, default=0.93, metavar="A", help="stated; default %(default)s")
     parser.add_argument(

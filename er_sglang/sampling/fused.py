@@ -1,4 +1,4 @@
-"""The sampler as kernels that read each row of logits once, and each row with filters three or four times more.
+"""The sampler as kernels that read each row of logits once, and each row with filters twice more, seldom thrice.
 
 Cost per cycle without filters: a draft step reads its [B, V] logits once (one split pass and one reduction), the
 verdict reads [B, N, V] once for the log-sum-exps, which log-probabilities share, and one target and one draft row per
@@ -21,7 +21,7 @@ import triton.language as tl
 from er_sglang.sampling.base import STREAM_ACCEPT, STREAM_RESIDUAL, Sampler, SamplingParams, Verdict
 
 BLOCK = 4096
-SUMMARY_THREADS = 1024
+SUMMARY_THREADS = 1024  # kThreads in summary.cu
 
 # Triton compiles a kernel anew for integers that are 1 or a multiple of 16. These vary from step to step, and no load
 # is wider for knowing them.
@@ -197,9 +197,7 @@ def summary_kernel() -> Callable[..., None]:
     """Called with the number of rows and the arguments of summary.cu."""
     from er_sglang.sampling.nvrtc import Kernel
 
-    blocks_per_row = 2 if torch.cuda.get_device_capability() >= (9, 0) else 1
-    kernel = Kernel(Path(__file__).with_name("summary.cu"), "summarize_rows", CLUSTER=blocks_per_row)
-    return lambda rows, *args: kernel(rows * blocks_per_row, SUMMARY_THREADS, *args)
+    return Kernel(Path(__file__).with_name("summary.cu"), "summarize_rows", SUMMARY_THREADS)
 
 
 def _tokens(*shape: int, device: torch.device) -> torch.Tensor:

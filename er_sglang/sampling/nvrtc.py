@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -13,23 +12,26 @@ from cuda.bindings import driver, nvrtc
 class Kernel:
     """An ``extern "C"`` kernel of a source file, compiled for the current device."""
 
-    def __init__(self, source: Path, name: str, **macros: int) -> None:
+    def __init__(self, source: Path, name: str, threads: int) -> None:
+        """threads: of a block."""
+        self._threads = threads
         torch.cuda.current_stream()  # the driver needs the context that torch makes
-        self._module = _checked(driver.cuModuleLoadData(_compiled(source, macros)))
+        self._module = _checked(driver.cuModuleLoadData(_compiled(source)))
         self._function = _checked(driver.cuModuleGetFunction(self._module, name.encode()))
 
-    def __call__(self, blocks: int, threads: int, *args: torch.Tensor | int) -> None:
+    def __call__(self, blocks: int, *args: torch.Tensor | int) -> None:
         """Launch on the current stream. Tensors are passed as pointers, integers as int."""
         values = tuple(arg.data_ptr() if isinstance(arg, torch.Tensor) else arg for arg in args)
         types = tuple(ctypes.c_void_p if isinstance(arg, torch.Tensor) else ctypes.c_int for arg in args)
         stream = torch.cuda.current_stream().cuda_stream
-        _checked(driver.cuLaunchKernel(self._function, blocks, 1, 1, threads, 1, 1, 0, stream, (values, types), 0))
+        _checked(
+            driver.cuLaunchKernel(self._function, blocks, 1, 1, self._threads, 1, 1, 0, stream, (values, types), 0)
+        )
 
 
-def _compiled(source: Path, macros: Mapping[str, int]) -> bytes:
+def _compiled(source: Path) -> bytes:
     major, minor = torch.cuda.get_device_capability()
     options = [f"--gpu-architecture=sm_{major}{minor}".encode(), b"--std=c++17"]
-    options += [f"-D{name}={value}".encode() for name, value in macros.items()]
     program = _checked(nvrtc.nvrtcCreateProgram(source.read_bytes(), source.name.encode(), 0, [], []))
     (error,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
     if error != nvrtc.nvrtcResult.NVRTC_SUCCESS:

@@ -1,10 +1,10 @@
 // What the blocks of _partials_kernel found in a row, summed up: the log of its mass and the winner of its race. For rows
 // with top-k, top-p or min-p also the smallest scaled logit kept, the log of the kept mass, and the winner among the kept.
 //
-// The floor is found by radix selection. A turn reads the row once and counts tokens and mass in 2048 bins, of which the
-// last whose tokens are kept holds the floor, and is what the next turn divides. The first turn's bins are 1/64 wide,
-// from the largest logit down, so that neighbouring threads seldom add to the same bin; the others' are of equal
-// numbers of float32 values. The third turn's bins are single values unless the floor is near 0.
+// The floor is found by radix selection. A turn counts tokens and mass in 2048 bins, of which the last whose tokens are
+// kept holds the floor, and is what the next turn divides. The first turn's bins are 1/64 wide, from the largest logit
+// down, so that neighbouring threads seldom add to the same bin; the others' are of equal numbers of float32 values. The
+// second turn also lists the tokens that are left, and the others read the list, if it holds them: a row is read twice.
 //
 // Masses are sums of integers, so no order of addition changes them and equal logits have equal floors on every rank.
 // A mass of 2^44 is the whole row's. A bin holds it as two words, since shared memory adds words of 32 bits: neither
@@ -12,27 +12,18 @@
 
 typedef unsigned long long uint64;
 
-// Thread blocks that share a row with filters: a cluster, which Hopper has. One warp does for other rows.
-#ifndef CLUSTER
-#define CLUSTER 1
-#endif
-#if CLUSTER > 1
-#define SHARING __cluster_dims__(CLUSTER)
-#else
-#define SHARING
-#endif
-
 constexpr int kThreads = 1024;
 constexpr int kBins = 2048;
 constexpr int kBinBits = 11;
 constexpr int kMassBits = 44;
-constexpr int kLowBits = 13;
-constexpr int kMaxBlocks = 1024;
+constexpr int kPartBits = 13;
+constexpr int kListed = 4096;
+constexpr unsigned kWarp = 0xffffffff;
 constexpr float kValueBinsPerNat = 64;
-constexpr unsigned kNoTokenLimit = ~0u;
 constexpr uint64 kNoLimit = ~0ull;
 constexpr unsigned kKeyOfMinusInfinity = 0x007fffff;
 constexpr unsigned kKeyOfInfinity = 0xff800000;
+constexpr unsigned kKeyOfNaN = 0xffc00000;
 
 // float32 -> unsigned with the same order.
 __device__ unsigned key_of(float x) {
@@ -84,7 +75,7 @@ __device__ int token_of(uint64 packed) { return ~static_cast<unsigned>(packed); 
 template <typename T, typename Combine>
 __device__ T over_warp(T value, Combine combine) {
   for (int distance = 16; distance > 0; distance /= 2) {
-    value = combine(value, __shfl_xor_sync(0xffffffffu, value, distance));
+    value = combine(value, __shfl_xor_sync(kWarp, value, distance));
   }
   return value;
 }
@@ -123,35 +114,21 @@ __device__ Summary summarize(const Parts& parts) {
   return {top, top + logf(sum), token_of(leader)};
 }
 
-// All threads of a row.
-__device__ void sync_row() {
-#if CLUSTER > 1
-  asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
-#else
-  __syncthreads();
-#endif
-}
+// A share of a row's mass: whole * 2^-31 + part * 2^-44.
+struct Share {
+  unsigned whole;
+  unsigned part;
 
-__device__ int rank_in_row() { return blockIdx.x % CLUSTER; }
-
-// What lies at the same place in the shared memory of another block of the row.
-template <typename T>
-__device__ T of_rank(const T& here, int rank) {
-#if CLUSTER > 1
-  const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(&here));
-  unsigned there;
-  T value;
-  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(rank));
-  if constexpr (sizeof(T) == 8) {
-    asm volatile("ld.shared::cluster.u64 %0, [%1];" : "=l"(value) : "r"(there) : "memory");
-  } else {
-    asm volatile("ld.shared::cluster.u32 %0, [%1];" : "=r"(value) : "r"(there) : "memory");
+  __device__ explicit Share(float share) {
+    const unsigned bits = __float_as_uint(fminf(share, 1.0f));
+    const uint64 mantissa = static_cast<uint64>((bits & 0x7fffff) | 0x800000) << 40;
+    const uint64 fixed = mantissa >> min(127 - (bits >> 23), 63u);
+    whole = fixed >> 32;
+    part = static_cast<unsigned>(fixed) >> (32 - kPartBits);
   }
-  return value;
-#else
-  return here;
-#endif
-}
+
+  __device__ uint64 mass() const { return (static_cast<uint64>(whole) << kPartBits) + part; }
+};
 
 struct Row {
   const float* logits;
@@ -164,59 +141,92 @@ struct Row {
 
   __device__ float scaled_logit(float x) const { return temperature == 1.0f ? x : divided(x, temperature); }
 
-  __device__ float mass(float x) const { return __expf(x - lse) * 2147483648.0f; }  // in units of 2^-31
+  __device__ Share share(float x) const { return Share(__expf(x - lse)); }
 
-  // visit(x) for all tokens, by all threads of the row.
+  // visit(x) for all tokens, by whole warps: where the row has ended, x is not a number.
   template <typename Visit>
   __device__ void each(Visit visit) const {
-    constexpr int kAtOnce = 8, kStride = kThreads * CLUSTER;
-    int token = rank_in_row() * kThreads + threadIdx.x;
-    for (; token + (kAtOnce - 1) * kStride < size; token += kAtOnce * kStride) {
+    constexpr int kAtOnce = 8;
+    for (int start = 0; start < size; start += kAtOnce * kThreads) {
       float x[kAtOnce];
 #pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) x[i] = logits[token + i * kStride];
+      for (int i = 0; i < kAtOnce; ++i) {
+        const int token = start + i * kThreads + threadIdx.x;
+        x[i] = token < size ? logits[token] : value_of(kKeyOfNaN);
+      }
 #pragma unroll
       for (int i = 0; i < kAtOnce; ++i) visit(scaled_logit(x[i]));
     }
-    for (; token < size; token += kStride) visit(scaled(token));
+  }
+};
+
+// Scaled logits, in no order.
+struct List {
+  float at[kListed];
+  int length;  // more than kListed if some did not fit
+
+  __device__ bool is_whole() const { return length <= kListed; }
+
+  // By a whole warp; members: its threads that add x.
+  __device__ void add(float x, unsigned members) {
+    const int lane = threadIdx.x % 32;
+    int end = 0;
+    if (lane == 0) end = atomicAdd(&length, __popc(members));
+    const int place = __shfl_sync(kWarp, end, 0) + __popc(members & ((1u << lane) - 1));
+    if (members >> lane & 1 && place < kListed) at[place] = x;
+  }
+
+  // As Row::each.
+  template <typename Visit>
+  __device__ void each(Visit visit) const {
+    for (int start = 0; start < length; start += kThreads) {
+      const int place = start + threadIdx.x;
+      visit(place < length ? at[place] : value_of(kKeyOfNaN));
+    }
   }
 };
 
 struct Sums {
   unsigned tokens;
   uint64 mass;
+
+  __device__ void operator+=(const Sums& other) {
+    tokens += other.tokens;
+    mass += other.mass;
+  }
 };
 
 struct Bins {
   unsigned tokens[kBins];
-  unsigned high[kBins];
-  unsigned low[kBins];
+  unsigned whole[kBins];
+  unsigned part[kBins];
 
   __device__ void clear() {
-    for (int bin = threadIdx.x; bin < kBins; bin += kThreads) tokens[bin] = high[bin] = low[bin] = 0;
+    for (int bin = threadIdx.x; bin < kBins; bin += kThreads) tokens[bin] = whole[bin] = part[bin] = 0;
   }
 
-  // Tokens are counted, or only noted.
-  __device__ void add(unsigned bin, float mass, bool counts) {
-    const unsigned whole = static_cast<unsigned>(mass);
-    if (counts) {
-      atomicAdd(&tokens[bin], 1u);
-    } else {
-      tokens[bin] = 1;
+  __device__ void add(unsigned bin, unsigned count, Share share) {
+    atomicAdd(&tokens[bin], count);
+    if (share.whole) atomicAdd(&whole[bin], share.whole);
+    if (share.part) atomicAdd(&part[bin], share.part);
+  }
+
+  // By a whole warp; members: its threads that add. Equal logits, as of weights that say nothing, add to one bin: once.
+  __device__ void add_by_warp(unsigned bin, Share share, unsigned members) {
+    const int lane = threadIdx.x % 32, first = __ffs(members) - 1;
+    const bool member = members >> lane & 1;
+    const unsigned first_bin = __shfl_sync(kWarp, bin, first);
+    if (__all_sync(kWarp, !member || bin == first_bin)) {
+      share.whole = __reduce_add_sync(kWarp, member ? share.whole : 0);
+      share.part = __reduce_add_sync(kWarp, member ? share.part : 0);
+      if (lane == first) add(bin, __popc(members), share);
+    } else if (member) {
+      add(bin, 1, share);
     }
-    if (whole) atomicAdd(&high[bin], whole);
-    const unsigned part = static_cast<unsigned>((mass - static_cast<float>(whole)) * (1 << kLowBits));
-    if (part) atomicAdd(&low[bin], part);
   }
 
-  // Of the whole row.
   __device__ Sums operator[](int bin) const {
-    Sums sums = {0, 0};
-    for (int rank = 0; rank < CLUSTER; ++rank) {
-      sums.tokens += of_rank(tokens[bin], rank);
-      sums.mass += (static_cast<uint64>(of_rank(high[bin], rank)) << kLowBits) + of_rank(low[bin], rank);
-    }
-    return sums;
+    return {tokens[bin], (static_cast<uint64>(whole[bin]) << kPartBits) + part[bin]};
   }
 };
 
@@ -226,8 +236,8 @@ __device__ Sums sums_before(Sums own) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   Sums total = own;
   for (int distance = 1; distance < 32; distance *= 2) {
-    const unsigned tokens = __shfl_up_sync(0xffffffffu, total.tokens, distance);
-    const uint64 mass = __shfl_up_sync(0xffffffffu, total.mass, distance);
+    const unsigned tokens = __shfl_up_sync(kWarp, total.tokens, distance);
+    const uint64 mass = __shfl_up_sync(kWarp, total.mass, distance);
     if (lane >= distance) {
       total.tokens += tokens;
       total.mass += mass;
@@ -235,15 +245,13 @@ __device__ Sums sums_before(Sums own) {
   }
   if (lane == 31) warps[warp] = total;
   __syncthreads();
-  for (int before = 0; before < warp; ++before) {
-    total.tokens += warps[before].tokens;
-    total.mass += warps[before].mass;
-  }
+  for (int before = 0; before < warp; ++before) total += warps[before];
   return {total.tokens - own.tokens, total.mass - own.mass};
 }
 
 __device__ unsigned value_bin(float top, float x) {
-  return static_cast<unsigned>(fminf(fmaxf((top - x) * kValueBinsPerNat, 0.0f), kBins - 1));
+  const float bin = fminf(fmaxf((top - x) * kValueBinsPerNat, 0.0f), kBins - 1);
+  return __float_as_uint(bin + 8388608.0f) & (kBins - 1);  // 2^23: rounds, and leaves the integer in the low bits
 }
 
 // Smallest key in the value bins up to `bin`.
@@ -266,45 +274,49 @@ struct Kept {
 };
 
 // The smallest value above which lie fewer than `token_limit` tokens and at most `mass_limit`, and the mass from it up.
-// Every block of the row finds it for itself.
-__device__ Kept select(const Row& row, Bins& bins, unsigned token_limit, uint64 mass_limit) {
+// `lowest`: a value known to lie below it.
+__device__ Kept select(const Row& row, Bins& bins, float lowest, unsigned token_limit, uint64 mass_limit) {
+  __shared__ List list;
   __shared__ int last;
   __shared__ Sums above, within;
   __shared__ unsigned edges[2];
-  unsigned low = kKeyOfMinusInfinity, high = kKeyOfInfinity;
+  unsigned low = key_of(lowest), high = kKeyOfInfinity;
   int shift = 0;
   Sums carried = {0, 0};
-  const bool counts = token_limit != kNoTokenLimit;
-  for (bool by_value = true;; by_value = false) {
+  for (int turn = 0;; ++turn) {
     bins.clear();
-    if (threadIdx.x == 0) last = -1;
-    __syncthreads();
-    row.each([&](float x) {
-      const unsigned key = key_of(x);
-      if (key < low || key > high) return;
-      bins.add(by_value ? value_bin(row.top, x) : (high - key) >> shift, row.mass(x), counts);
-    });
-    sync_row();
-    constexpr int kOwn = kBins / kThreads;
-    Sums each[kOwn], own = {0, 0};
-    for (int i = 0; i < kOwn; ++i) {
-      each[i] = bins[threadIdx.x * kOwn + i];
-      own.tokens += each[i].tokens;
-      own.mass += each[i].mass;
+    if (threadIdx.x == 0) {
+      last = -1;
+      if (turn < 2) list.length = 0;
     }
+    __syncthreads();
+    const auto visit = [&](float x) {
+      const unsigned key = key_of(x);
+      const unsigned members = __ballot_sync(kWarp, low <= key && key <= high);
+      if (!members) return;
+      if (turn == 1) list.add(x, members);
+      bins.add_by_warp(turn == 0 ? value_bin(row.top, x) : (high - key) >> shift, row.share(x), members);
+    };
+    if (turn > 1 && list.is_whole()) {
+      list.each(visit);
+    } else {
+      row.each(visit);
+    }
+    __syncthreads();
+    constexpr int kOwn = kBins / kThreads;
+    Sums own = {0, 0};
+    for (int i = 0; i < kOwn; ++i) own += bins[threadIdx.x * kOwn + i];
     Sums before = sums_before(own), found_above, found;
-    before.tokens += carried.tokens;
-    before.mass += carried.mass;
+    before += carried;
     int candidate = -1;
     for (int i = 0; i < kOwn; ++i) {
-      const Sums sums = each[i];
+      const Sums sums = bins[threadIdx.x * kOwn + i];
       if (sums.tokens && before.tokens < token_limit && before.mass <= mass_limit) {
         candidate = threadIdx.x * kOwn + i;
         found_above = before;
         found = sums;
       }
-      before.tokens += sums.tokens;
-      before.mass += sums.mass;
+      before += sums;
     }
     if (candidate >= 0) atomicMax(&last, candidate);
     __syncthreads();
@@ -314,14 +326,14 @@ __device__ Kept select(const Row& row, Bins& bins, unsigned token_limit, uint64 
       above = found_above;
       within = found;
     }
-    if (by_value && threadIdx.x < 2) {
+    if (turn == 0 && threadIdx.x < 2) {
       const int upper = threadIdx.x;
       edges[upper] = bin < upper ? kKeyOfInfinity + 1 : lower_edge(row.top, bin - upper);
     }
-    sync_row();  // all blocks have read the bins
+    __syncthreads();
     carried = above;
-    if (by_value) {
-      low = edges[0];
+    if (turn == 0) {
+      low = max(low, edges[0]);
       high = edges[1] - 1;
     } else {
       high -= static_cast<unsigned>(bin) << shift;
@@ -340,14 +352,12 @@ __device__ uint64 mass_from(const Row& row, float floor) {
   __syncthreads();
   uint64 own = 0;
   row.each([&](float x) {
-    if (x >= floor) own += static_cast<uint64>(row.mass(x) * (1 << kLowBits));
+    if (x >= floor) own += row.share(x).mass();
   });
   own = over_warp(own, [](uint64 a, uint64 b) { return a + b; });
   if (threadIdx.x % 32 == 0) atomicAdd(&total, own);
-  sync_row();
-  uint64 of_row = 0;
-  for (int rank = 0; rank < CLUSTER; ++rank) of_row += of_rank(total, rank);
-  return of_row;
+  __syncthreads();
+  return total;
 }
 
 // The winner of the race among kept tokens. A block's leader among all tokens leads among the kept ones if it is kept;
@@ -356,7 +366,7 @@ __device__ int race(
     const Row& row, const Parts& parts, int block_size, float floor, const uint64* state, unsigned request,
     unsigned stream) {
   __shared__ uint64 winner;
-  __shared__ bool again[kMaxBlocks];
+  __shared__ bool again[kThreads];
   if (threadIdx.x == 0) winner = 0;
   __syncthreads();
   const int block = threadIdx.x;
@@ -371,32 +381,30 @@ __device__ int race(
   for (int i = 0; i < parts.blocks; ++i) {
     if (!again[i]) continue;
     const int end = min((i + 1) * block_size, row.size);
-    for (int token = i * block_size + rank_in_row() * kThreads + threadIdx.x; token < end; token += kThreads * CLUSTER) {
+    for (int token = i * block_size + threadIdx.x; token < end; token += kThreads) {
       const float x = row.scaled(token);
       if (x >= floor) {
         atomicMax(&winner, packed(x - log_exponential(philox(seed, token, request, stream, cycle)), token));
       }
     }
   }
-  sync_row();
-  uint64 of_row = 0;
-  for (int rank = 0; rank < CLUSTER; ++rank) of_row = max(of_row, of_rank(winner, rank));
-  return token_of(of_row);
+  __syncthreads();
+  return token_of(winner);
 }
 
 // Per row. parts: [rows, blocks], of `block_size` tokens each. lses: of all tokens. kept_lses: of those kept, may be lses.
-extern "C" __global__ void __launch_bounds__(kThreads, 1) SHARING summarize_rows(
+extern "C" __global__ void __launch_bounds__(kThreads, 1) summarize_rows(
     const float* logits, const float* temperatures, const int* top_ks, const float* top_ps, const float* min_ps,
     const bool* sequential, const uint64* state, const float* tops, const float* sums, const float* best,
     const int* arg, float* lses, float* floors, float* kept_lses, long long* tokens, int row_stride, int size,
     int rows_per_request, int blocks, int block_size, int stream, int draws) {
   __shared__ Bins bins;
-  const int index = blockIdx.x / CLUSTER, request = index / rows_per_request, first = index * blocks;
+  const int index = blockIdx.x, request = index / rows_per_request, first = index * blocks;
   const int top_k = top_ks[request];
   const float top_p = top_ps[request], min_p = min_ps[request];
   const bool by_rank = top_k < size, by_mass = top_p < 1.0f;
   const bool filtered = top_k > 1 && (by_rank || by_mass || min_p > 0.0f);
-  if (!filtered && (rank_in_row() > 0 || threadIdx.x >= 32)) return;
+  if (!filtered && threadIdx.x >= 32) return;
 
   const Parts parts = {tops + first, sums + first, best + first, arg + first, blocks};
   const Summary all = summarize(parts);
@@ -404,17 +412,19 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) SHARING summarize_rows
   int token = all.winner;
   if (filtered) {
     const Row row = {logits + static_cast<long long>(index) * row_stride, size, temperatures[request], all.top, all.lse};
-    if (by_rank && by_mass && sequential[request]) kept = select(row, bins, top_k, kNoLimit);
+    const unsigned token_limit = by_rank ? top_k : size;
+    if (by_rank && by_mass && sequential[request]) kept = select(row, bins, kept.floor, token_limit, kNoLimit);
     if (by_rank || by_mass) {
       const uint64 limit = by_mass ? static_cast<uint64>(static_cast<double>(top_p) * kept.mass) : kNoLimit;
-      kept = select(row, bins, by_rank ? top_k : kNoTokenLimit, limit);
+      // All tokens below this one hold less than what top_p leaves out, rounding included.
+      if (top_p < 0.9999f) kept.floor = fmaxf(kept.floor, all.lse + logf((1 - top_p) / size) - 1);
+      kept = select(row, bins, kept.floor, token_limit, limit);
     }
     const float min_p_floor = all.top + logf(min_p);
     if (min_p_floor > kept.floor) kept = {min_p_floor, mass_from(row, min_p_floor)};
     if (draws) token = race(row, parts, block_size, kept.floor, state, request, stream);
-    sync_row();  // no block ends while another reads its shared memory
   }
-  if (rank_in_row() == 0 && threadIdx.x == 0) {
+  if (threadIdx.x == 0) {
     lses[index] = all.lse;
     floors[index] = kept.floor;
     kept_lses[index] = all.lse + static_cast<float>(log(static_cast<double>(kept.mass) / (1ull << kMassBits)));

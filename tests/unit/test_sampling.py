@@ -28,8 +28,7 @@ class TestReferenceSampler(SamplerCases):
 def summarize_rows(tmp_path_factory):
     fused = pytest.importorskip("er_sglang.sampling.fused", reason="the fused sampler is written in Triton")
     source = Path(fused.__file__).with_name("summary.cu")
-    kernel = Kernel(source, "summarize_rows", tmp_path_factory.mktemp("filters"))
-    return lambda rows, *args: kernel(rows, fused.SUMMARY_THREADS, *args)
+    return Kernel(source, "summarize_rows", fused.SUMMARY_THREADS, tmp_path_factory.mktemp("filters"))
 
 
 class TestFusedSamplerInterpreted:
