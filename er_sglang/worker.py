@@ -229,7 +229,7 @@ class SelfQuantWorker(ServedWorker):
             return self._prefill(batch, on_publish)
         slack_tokens = self.steering.in_flight_tokens
         self.freshness.close_update()
-        blocker = self.freshness.blocker or reason_to_refuse(batch, self.server_args.sampling_backend)
+        blocker = self.freshness.blocker or reason_to_refuse(batch)
         riding = riders(batch)
         launched = self.steering.launch([req.kv_committed_len for req in batch.reqs], blocker, riding)
         rung = launched.rung
@@ -295,7 +295,7 @@ class SelfQuantWorker(ServedWorker):
         new_seq_lens = step.seq_lens_B + verdict.accept_lens_B
         on_publish(new_seq_lens)
         if batch.return_logprob:
-            attach_logprobs(batch, output, verdict, gamma)
+            attach_logprobs(batch, output, verdict, self._sampler)
         result = GenerationBatchResult(
             logits_output=output,
             next_token_ids=verdict.emitted_BN.view(-1),

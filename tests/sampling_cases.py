@@ -7,6 +7,7 @@ reproducible. Each is shown to fail for a wrong rule.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -31,10 +32,14 @@ FILTERS = {
     "top_p": {"top_p": 0.7},
     "min_p": {"min_p": 0.2},
     "all": {"temperature": 0.8, "top_k": 20, "top_p": 0.9, "min_p": 0.05},
+    "all in sequence": {"temperature": 1.3, "top_k": 20, "top_p": 0.85, "min_p": 0.02, "sequential": True},
+    "all jointly": {"temperature": 1.3, "top_k": 20, "top_p": 0.85, "min_p": 0.02},
 }
 
 
-def make_params(rows: int, device, temperature=1.0, top_k=1 << 30, top_p=1.0, min_p=0.0) -> SamplingParams:
+def make_params(
+    rows: int, device, temperature=1.0, top_k=1 << 30, top_p=1.0, min_p=0.0, sequential=False
+) -> SamplingParams:
     def fill(value, dtype):
         return torch.full((rows,), value, dtype=dtype, device=device)
 
@@ -43,6 +48,7 @@ def make_params(rows: int, device, temperature=1.0, top_k=1 << 30, top_p=1.0, mi
         fill(top_k, torch.int32),
         fill(top_p, torch.float32),
         fill(min_p, torch.float32),
+        fill(sequential, torch.bool),
     )
 
 
@@ -52,15 +58,27 @@ def make_logits(seed: int, *shape: int) -> torch.Tensor:
 
 def exact(logits_V: torch.Tensor, **filters) -> torch.Tensor:
     """The sampling distribution by its definition: sort, filter, normalize; float64."""
-    params = {"temperature": 1.0, "top_k": 1 << 30, "top_p": 1.0, "min_p": 0.0, **filters}
+    params = {"temperature": 1.0, "top_k": 1 << 30, "top_p": 1.0, "min_p": 0.0, "sequential": False, **filters}
     p_V = (logits_V.double() / params["temperature"]).softmax(0)
-    above = p_V.unsqueeze(0) > p_V.unsqueeze(1)  # [token, other]
-    keep = (
-        (above.sum(1) < params["top_k"])
-        & ((above * p_V).sum(1) <= params["top_p"])
-        & (p_V >= params["min_p"] * p_V.max())
-    )
-    return torch.where(keep, p_V, 0) / p_V[keep].sum()
+
+    def keep(p_V: torch.Tensor, passes: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        kept = passes(p_V, p_V.unsqueeze(0) > p_V.unsqueeze(1))  # above: [token, other]
+        return torch.where(kept, p_V, 0) / p_V[kept].sum()
+
+    def top_k(p_V, above):
+        return above.sum(1) < params["top_k"]
+
+    def top_p(p_V, above):
+        return (above * p_V).sum(1) <= params["top_p"]
+
+    def min_p(p_V, above):
+        return p_V >= params["min_p"] * p_V.max()
+
+    if params["sequential"]:
+        for passes in (top_k, top_p, min_p):
+            p_V = keep(p_V, passes)
+        return p_V
+    return keep(p_V, lambda *p: top_k(*p) & top_p(*p) & min_p(*p))
 
 
 def p_value(tokens: torch.Tensor, p_V: torch.Tensor) -> float:
@@ -152,6 +170,15 @@ class SamplerCases:
 
     def test_fails_when_everything_is_accepted(self, sampler, device):
         assert chain_p_value(type(sampler)(simulated_acceptance=1.0), device, {}) < FALSE_ALARM_RATE
+
+    @pytest.mark.parametrize("sequential", [False, True])
+    def test_fails_when_filters_apply_in_the_other_order(self, sampler, device, sequential):
+        filters = {**FILTERS["all jointly"], "sequential": sequential}
+        p_NV = make_logits(2, 2, VOCAB)
+        _, verdict, _ = run_cycle(sampler, device, p_NV[:1] + 0.3 * make_logits(1, 1, VOCAB), p_NV, filters)
+        other = {**filters, "sequential": not sequential}
+        assert p_value(verdict.emitted_BN[:, 0], exact(p_NV[0], **other)) < FALSE_ALARM_RATE
+        assert p_value(verdict.emitted_BN[:, 0], exact(p_NV[0], **filters)) > FALSE_ALARM_RATE
 
     def test_fails_when_the_residual_is_not_subtracted(self, sampler, device):
         # An independent first rejection leaves q out of the residual: accept by the rule, then draw from p.
@@ -328,6 +355,49 @@ class SamplerCases:
         for mine, theirs in zip(results[1][:-1], results[0][:-1]):
             assert torch.equal(mine, theirs)
         torch.testing.assert_close(results[1][-1], results[0][-1], rtol=1e-5, atol=1e-5)
+
+
+FILTERED_ROWS = {
+    "normal": lambda x: 3 * x,
+    "bf16": lambda x: (3 * x).bfloat16().float(),  # as models give them: many equal values
+    "near zero": lambda x: 1e-6 * x,
+    "steep": lambda x: 40 * x,
+    "masked": lambda x: torch.where(torch.arange(x.shape[-1]) % 50 == 3, x, -torch.inf),
+    "equal": torch.zeros_like,
+    "one far above": lambda x: torch.where(torch.arange(x.shape[-1]) == 70, 30.0, x),
+}
+FILTER_SETTINGS = {
+    "top_k": [2, 50, 50, 1 << 30, 1 << 30, 40, 40, 50, 50, 4000],
+    "top_p": [1, 1, 0.95, 0.95, 0.3, 0.7, 0.7, 1, 0.9, 0.99],
+    "min_p": [0, 0, 0, 0, 0, 0, 0, 0.1, 0.02, 0],
+    "sequential": [0, 0, 0, 1, 0, 0, 1, 0, 1, 1],
+}
+
+
+class FilterCases:
+    """Of a fused sampler: it keeps the tokens that the reference keeps, and draws the same."""
+
+    @pytest.mark.parametrize("rows", FILTERED_ROWS.values(), ids=FILTERED_ROWS)
+    def test_filters_keep_what_the_reference_keeps(self, sampler, device, rows):
+        from er_sglang.sampling.reference import ReferenceSampler
+
+        count, vocab = len(FILTER_SETTINGS["top_k"]), 9001
+        logits_BV = rows(make_logits(13, count, vocab))
+        results = []
+        for which, where in ((sampler, device), (ReferenceSampler(), "cpu")):
+            params = make_params(count, where)
+            for name, values in FILTER_SETTINGS.items():
+                field = getattr(params, f"{name}_B")
+                field.copy_(torch.tensor(values).to(field.dtype))
+            token_B = torch.empty(count, dtype=torch.int64, device=where)
+            floor_B, lse_B = torch.empty(count, device=where), torch.empty(count, device=where)
+            random = RandomState.create(5, torch.device(where))
+            which.draw(logits_BV.to(where), params, random, 0, token_B, floor_B, lse_B)
+            results.append((logits_BV >= floor_B.cpu().view(-1, 1), token_B.cpu(), lse_B.cpu()))
+        (kept_BV, token_B, lse_B), (expected_BV, expected_B, expected_lse_B) = results
+        assert kept_BV.sum(-1).tolist() == expected_BV.sum(-1).tolist()
+        assert torch.equal(token_B, expected_B)
+        torch.testing.assert_close(lse_B, expected_lse_B, rtol=1e-5, atol=1e-5)
 
 
 def test_reference_distribution_is_the_definition() -> None:

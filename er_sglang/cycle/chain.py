@@ -93,6 +93,7 @@ class DraftChain:
             top_k_B=buffer(max_batch, dtype=torch.int32, fill=1),
             top_p_B=buffer(max_batch, dtype=torch.float32, fill=1),
             min_p_B=buffer(max_batch, dtype=torch.float32),
+            sequential_B=buffer(max_batch, dtype=torch.bool),
         )
         # Rows beyond the batch decode token 0 at position 0 into slot 0, which SGLang keeps for padding.
         self._padding = (
@@ -125,6 +126,7 @@ class DraftChain:
         self._params.top_k_B[:raw_bs] = step.params.top_k_B
         self._params.top_p_B[:raw_bs] = step.params.top_p_B
         self._params.min_p_B[:raw_bs] = step.params.min_p_B
+        self._params.sequential_B[:raw_bs] = step.params.sequential_B
 
         seq_lens_cpu = torch.ones(bs, dtype=torch.int64)
         forward_batches = self._forward_batches(bs, gamma)
@@ -180,6 +182,7 @@ class DraftChain:
             self._params.top_k_B[:bs],
             self._params.top_p_B[:bs],
             self._params.min_p_B[:bs],
+            self._params.sequential_B[:bs],
         )
         self._random.advance()
         for i, (backend, forward_batch) in enumerate(zip(self._backends, forward_batches)):

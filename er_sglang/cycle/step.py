@@ -6,6 +6,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
+from sglang.srt.runtime_context import get_flags
 
 from er_sglang.sampling import SamplingParams
 
@@ -56,6 +57,8 @@ class Step:
             seq_lens_cpu_B = torch.tensor([req.kv_committed_len for req in batch.reqs]) + host_slack_tokens
         positions_NB = seq_lens_B + torch.arange(width, device=seq_lens_B.device).view(-1, 1)
         info = batch.sampling_info
+        # SGLang's CUDA sampler (sampler.py) filters every row of a batch in sequence while one has min-p.
+        sequential = info.need_min_p_sampling and get_flags().sampling_backend == "flashinfer"
         rides_B = None
         if riding:
             rides_B = torch.tensor([row in riding for row in range(len(batch.reqs))]).to(
@@ -67,6 +70,12 @@ class Step:
             seq_lens_cpu_B=seq_lens_cpu_B,
             last_B=batch.spec_info.bonus_tokens.to(torch.int64),
             slots_NB=req_to_token[batch.req_pool_indices, positions_NB].to(torch.int64),
-            params=SamplingParams(info.temperatures.view(-1), info.top_ks, info.top_ps, info.min_ps),
+            params=SamplingParams(
+                temperature_B=info.temperatures.view(-1),
+                top_k_B=info.top_ks,
+                top_p_B=info.top_ps,
+                min_p_B=info.min_ps,
+                sequential_B=torch.full_like(info.top_ks, sequential, dtype=torch.bool),
+            ),
             rides_B=rides_B,
         )

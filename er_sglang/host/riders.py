@@ -21,15 +21,11 @@ def riders(batch) -> dict[int, str]:
     return {row: reason for row, req in enumerate(batch.reqs) if (reason := reason_to_ride(req))}
 
 
-def reason_to_refuse(batch, sampling_backend: str) -> str | None:
+def reason_to_refuse(batch) -> str | None:
     """Why no request of a ScheduleBatch may be drafted for, None if some may."""
     info = batch.sampling_info
     if info.acc_additive_penalties is not None or info.acc_scaling_penalties is not None:
         return "penalties"  # of tokens that a cycle emits before
     if batch.return_hidden_states:
         return "hidden-states"
-    # With a min-p in the batch, SGLang's CUDA sampler filters every row of it in sequence, not jointly (sampler.py).
-    filtered = info.need_top_k_sampling or info.need_top_p_sampling
-    if sampling_backend != "pytorch" and info.need_min_p_sampling and filtered:
-        return "min-p"
     return None

@@ -7,6 +7,9 @@ filters, all judged on the unfiltered distribution (the "joint" order of SGLang'
     top_p   the strictly more probable tokens hold at most top_p of the mass
     min_p   the probability is at least min_p times the largest
 
+In sequence, as SGLang filters on CUDA while min_p is in the batch, each filter renormalizes: top_p is then a share of
+the mass that top_k keeps. (min_p is a ratio, the same in either order.)
+
 Each filter keeps every token above some value, so a row's distribution is known from its logits and two numbers:
 ``floor`` (the smallest scaled logit kept) and ``lse`` (log of the kept mass). Ties at the floor are kept.
 A request with top_k = 1 is greedy: all mass on the first of its largest logits.
@@ -28,12 +31,16 @@ STREAM_RESIDUAL = 1 << 17
 
 @dataclass(slots=True)
 class SamplingParams:
-    """Per-request settings, tensors of shape [B]: float32 except ``top_k_B`` (int32)."""
+    """Per-request settings, tensors of shape [B]: float32 except ``top_k_B`` (int32) and ``sequential_B`` (bool).
+
+    sequential_B: the filters apply in sequence, not jointly.
+    """
 
     temperature_B: torch.Tensor
     top_k_B: torch.Tensor
     top_p_B: torch.Tensor
     min_p_B: torch.Tensor
+    sequential_B: torch.Tensor
 
 
 @dataclass(slots=True)
@@ -88,11 +95,13 @@ class Verdict:
     emitted_BN: int64 [B, N]; row b holds its ``accept_lens_B[b]`` emitted tokens, then zeros.
     accept_lens_B: int32 [B]; emitted tokens, accepted drafts + 1.
     last_B: int64 [B]; the last emitted token, first input of the next cycle.
+    lse_BN: float32 [B, N]; log-sum-exps of the policy's scaled logits, before filters.
     """
 
     emitted_BN: torch.Tensor
     accept_lens_B: torch.Tensor
     last_B: torch.Tensor
+    lse_BN: torch.Tensor
 
 
 class Sampler(ABC):
@@ -133,3 +142,7 @@ class Sampler(ABC):
         logits_BNV: float32, the policy's logits after each of the N tokens.
         rides_B: bool; None if no request rides along.
         """
+
+    @abstractmethod
+    def log_sum_exp(self, logits_BNV: torch.Tensor) -> torch.Tensor:
+        """Of float32 logits, [B, N]."""

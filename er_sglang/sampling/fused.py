@@ -1,22 +1,27 @@
-"""The sampler as Triton kernels that read each row of logits once.
+"""The sampler as kernels that read each row of logits once, and each row with filters twice more, seldom thrice.
 
-Cost per cycle without filters, V = 151,936: a draft step reads its [B, V] logits once (one split pass and one
-reduction), the verdict reads [B, N, V] once for the log-sum-exps and one target and one draft row per request for
-the token after the last acceptance. Rows with top-k, top-p or min-p search their floor by bisection, 34 passes over
-a row that sits in the L2 cache; other rows skip that. No probabilities are ever stored and nothing is sorted.
+Cost per cycle without filters: a draft step reads its [B, V] logits once (one split pass and one reduction), the
+verdict reads [B, N, V] once for the log-sum-exps, which log-probabilities share, and one target and one draft row per
+request for the token after the last acceptance. Rows with top-k, top-p or min-p find their floor by radix selection
+(summary.cu). No probabilities are ever stored and nothing is sorted.
 
 Random numbers, floors and tie rules are those of ``reference.py``; both run under the same tests.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
 import torch
 import triton
 import triton.language as tl
 
-from er_sglang.sampling.base import STREAM_ACCEPT, STREAM_RESIDUAL, Sampler, Verdict
+from er_sglang.sampling.base import STREAM_ACCEPT, STREAM_RESIDUAL, Sampler, SamplingParams, Verdict
 
 BLOCK = 4096
+SUMMARY_THREADS = 1024  # kThreads in summary.cu
 
 # Triton compiles a kernel anew for integers that are 1 or a multiple of 16. These vary from step to step, and no load
 # is wider for knowing them.
@@ -43,18 +48,6 @@ def _log_exponential(bits):
     """log of a standard exponential; exact in the small values that win the race."""
     u = _uniform(bits)
     return tl.log(tl.where(u < 1e-3, u + 0.5 * u * u, -tl.log(1.0 - u)))
-
-
-@triton.jit
-def _ordered(x):
-    """float32 -> int32 with the same order."""
-    i = x.to(tl.int32, bitcast=True)
-    return i ^ ((i >> 31) & 0x7FFFFFFF)
-
-
-@triton.jit
-def _unordered(i):
-    return (i ^ ((i >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -85,68 +78,6 @@ def _partials_kernel(
     tl.store(sum_ptr + out, tl.sum(tl.exp(x - top), 0))
     tl.store(best_ptr + out, tl.max(score, 0))
     tl.store(arg_ptr + out, block * BLOCK + tl.argmax(score, 0))
-
-
-@_varying
-def _summary_kernel(
-    logits_ptr, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, state_ptr, max_ptr, sum_ptr, best_ptr, arg_ptr,
-    floor_ptr, lse_ptr, token_ptr,
-    row_stride, size, rows_per_request, blocks, stream,
-    NOISE: tl.constexpr, BLOCK: tl.constexpr, BLOCKS_POW2: tl.constexpr,
-):  # fmt: skip
-    """Per row: floor, log of the kept mass, and the winner (drawn token with NOISE, first largest logit without)."""
-    row = tl.program_id(0)
-    request = row // rows_per_request
-    part = tl.arange(0, BLOCKS_POW2)
-    valid = part < blocks
-    part_max = tl.load(max_ptr + row * blocks + part, mask=valid, other=float("-inf"))
-    part_sum = tl.load(sum_ptr + row * blocks + part, mask=valid, other=0.0)
-    part_best = tl.load(best_ptr + row * blocks + part, mask=valid, other=float("-inf"))
-    top = tl.max(part_max, 0)
-    lse = top + tl.log(tl.sum(part_sum * tl.exp(part_max - top), 0))
-    floor = float("-inf")
-    token = tl.load(arg_ptr + row * blocks + tl.argmax(part_best, 0))
-
-    temperature = tl.load(temperature_ptr + request)
-    top_k = tl.load(top_k_ptr + request)
-    top_p = tl.load(top_p_ptr + request)
-    min_p = tl.load(min_p_ptr + request)
-    filtered = ((top_k < size) | (top_p < 1.0) | (min_p > 0.0)) & (top_k > 1)
-    if filtered:
-        row_ptr = logits_ptr + row.to(tl.int64) * row_stride
-        # Bisect for the smallest value above which fewer than top_k tokens and at most top_p of the mass lie.
-        # Values 105 below the largest weigh nothing in float32.
-        low = _ordered(top - 105.0)
-        high = _ordered(top)
-        for _ in range(32):
-            middle = (low & high) + ((low ^ high) >> 1)
-            mass = 0.0
-            count = 0
-            for block in range(blocks):
-                x = _scaled(row_ptr, block * BLOCK + tl.arange(0, BLOCK), size, temperature)
-                above = _ordered(x) > middle
-                mass += tl.sum(tl.where(above, tl.exp(x - lse), 0.0), 0)
-                count += tl.sum(above.to(tl.int32), 0)
-            fits = ((mass <= top_p) | (top_p >= 1.0)) & (count < top_k)  # rounded, the mass exceeds 1
-            high = tl.where(fits, middle, high)
-            low = tl.where(fits, low, middle)
-        floor = tl.maximum(_unordered(high), top + tl.log(min_p))
-        kept = 0.0
-        best = float("-inf")
-        for block in range(blocks):
-            offset = block * BLOCK + tl.arange(0, BLOCK)
-            x = _scaled(row_ptr, offset, size, temperature)
-            kept += tl.sum(tl.where(x >= floor, tl.exp(x - top), 0.0), 0)
-            if NOISE:
-                score = x - _log_exponential(_bits(state_ptr, offset, request, stream))
-                score = tl.where(x >= floor, score, float("-inf"))
-                if tl.max(score, 0) > best:
-                    best = tl.max(score, 0)
-                    token = block * BLOCK + tl.argmax(score, 0)
-        lse = top + tl.log(kept)
-    tl.store(floor_ptr + row, floor)
-    tl.store(lse_ptr + row, lse)
-    tl.store(token_ptr + row, token)
 
 
 @triton.jit
@@ -243,16 +174,17 @@ def _emit_kernel(
     else:
         fallback = tl.load(fallback_ptr + request * blocks + part, mask=valid, other=float("-inf"))
         last = tl.load(fallback_arg_ptr + request * blocks + tl.argmax(fallback, 0))
+    last = last.to(tl.int64)
     if tl.load(top_k_ptr + request) <= 1:
         last = tl.load(p_top_ptr + request * (GAMMA + 1) + accepted)
     for step in tl.static_range(GAMMA + 1):
         token = tl.full((), 0, tl.int64)
         if step < GAMMA:
             token = tl.load(tokens_ptr + (step + 1) * tokens_stride + request)
-        token = tl.where(step < accepted, token, tl.where(step == accepted, last.to(tl.int64), 0))
+        token = tl.where(step < accepted, token, tl.where(step == accepted, last, 0))
         tl.store(emitted_ptr + request * (GAMMA + 1) + step, token)
     tl.store(accept_lens_ptr + request, accepted + 1)
-    tl.store(last_ptr + request, last.to(tl.int64))
+    tl.store(last_ptr + request, last)
 
 
 def _floats(count: int, *shape: int, device: torch.device) -> list[torch.Tensor]:
@@ -260,36 +192,50 @@ def _floats(count: int, *shape: int, device: torch.device) -> list[torch.Tensor]
     return [torch.empty(shape, dtype=torch.float32, device=device) for _ in range(count)]
 
 
-def _partial_buffers(rows: int, blocks: int, device: torch.device) -> tuple[torch.Tensor, ...]:
-    return *_floats(3, rows, blocks, device=device), torch.empty((rows, blocks), dtype=torch.int32, device=device)
+@cache
+def summary_kernel() -> Callable[..., None]:
+    """Called with the number of rows and the arguments of summary.cu."""
+    from er_sglang.sampling.nvrtc import Kernel
+
+    return Kernel(Path(__file__).with_name("summary.cu"), "summarize_rows", SUMMARY_THREADS)
+
+
+def _tokens(*shape: int, device: torch.device) -> torch.Tensor:
+    return torch.empty(shape, dtype=torch.int32, device=device)
 
 
 class FusedSampler(Sampler):
-    def _summarize(self, logits_RV, params, random, stream, noise, floor_R, lse_R, token_R) -> None:
+    def __init__(self, simulated_acceptance: float | None = None) -> None:
+        super().__init__(simulated_acceptance)
+        self._summarize_rows = summary_kernel()
+
+    def _summarize(self, logits_RV, params, state, stream, noise, lse_R, floor_R, kept_lse_R, token_R) -> None:
+        """Log-sum-exps of all tokens and of those kept (may be one tensor), floors, and winners: the drawn token with
+        ``noise``, the first largest logit without."""
         rows, size = logits_RV.shape
-        per_request = rows // params.temperature_B.shape[0]
         blocks = triton.cdiv(size, BLOCK)
-        partials = _partial_buffers(rows, blocks, logits_RV.device)
+        sizes = logits_RV.stride(0), size, rows // params.temperature_B.shape[0], blocks
+        partials = *_floats(3, rows, blocks, device=logits_RV.device), _tokens(rows, blocks, device=logits_RV.device)
         _partials_kernel[(rows, blocks)](
-            logits_RV, params.temperature_B, params.top_k_B, random.state, *partials,
-            logits_RV.stride(0), size, per_request, blocks, stream, NOISE=noise, BLOCK=BLOCK,
-        )  # fmt: skip
-        _summary_kernel[(rows,)](
-            logits_RV, params.temperature_B, params.top_k_B, params.top_p_B, params.min_p_B, random.state, *partials,
-            floor_R, lse_R, token_R, logits_RV.stride(0), size, per_request, blocks, stream,
-            NOISE=noise, BLOCK=BLOCK, BLOCKS_POW2=triton.next_power_of_2(blocks),
+            logits_RV, params.temperature_B, params.top_k_B, state, *partials, *sizes, stream, NOISE=noise, BLOCK=BLOCK
+        )
+        self._summarize_rows(
+            rows,
+            logits_RV, params.temperature_B, params.top_k_B, params.top_p_B, params.min_p_B, params.sequential_B, state,
+            *partials, lse_R, floor_R, kept_lse_R, token_R, *sizes, BLOCK, stream, int(noise),
         )  # fmt: skip
 
     def draw(self, logits_BV, params, random, step, token_B, floor_B, lse_B) -> None:
-        self._summarize(logits_BV, params, random, step, True, floor_B, lse_B, token_B)
+        self._summarize(logits_BV, params, random.state, step, True, lse_B, floor_B, lse_B, token_B)
 
     def judge(self, logits_BNV, draft, params, random, rides_B=None) -> Verdict:
         batch, width, size = logits_BNV.shape
         gamma, device = draft.gamma, logits_BNV.device
         logits_RV = logits_BNV.view(batch * width, size)
+        lse_BN = torch.empty((batch, width), dtype=torch.float32, device=device)
         p_floor_R, p_lse_R = _floats(2, batch * width, device=device)
-        p_top_R = torch.empty(batch * width, dtype=torch.int32, device=device)
-        self._summarize(logits_RV, params, random, 0, False, p_floor_R, p_lse_R, p_top_R)
+        p_top_R = torch.empty(batch * width, dtype=torch.int64, device=device)
+        self._summarize(logits_RV, params, random.state, 0, False, lse_BN, p_floor_R, p_lse_R, p_top_R)
 
         accepted_B = torch.empty(batch, dtype=torch.int32, device=device)
         draft_strides = draft.logits_GBV.stride(0), draft.logits_GBV.stride(1)
@@ -302,7 +248,7 @@ class FusedSampler(Sampler):
         )  # fmt: skip
         blocks = triton.cdiv(size, BLOCK)
         best, fallback = _floats(2, batch, blocks, device=device)
-        arg, fallback_arg = (torch.empty((batch, blocks), dtype=torch.int32, device=device) for _ in range(2))
+        arg, fallback_arg = (_tokens(batch, blocks, device=device) for _ in range(2))
         _residual_kernel[(batch, blocks)](
             logits_RV, draft.logits_GBV, params.temperature_B, random.state, accepted_B,
             p_floor_R, p_lse_R, draft.floor_GB, draft.lse_GB, rides_B, best, arg, fallback, fallback_arg,
@@ -317,4 +263,12 @@ class FusedSampler(Sampler):
             emitted_BN, accept_lens_B, last_B, draft.tokens_NB.stride(0), blocks,
             GAMMA=gamma, BLOCKS_POW2=triton.next_power_of_2(blocks),
         )  # fmt: skip
-        return Verdict(emitted_BN, accept_lens_B, last_B)
+        return Verdict(emitted_BN, accept_lens_B, last_B, lse_BN)
+
+    def log_sum_exp(self, logits_BNV) -> torch.Tensor:
+        one = torch.ones(1, dtype=torch.int32, device=logits_BNV.device)
+        greedy = SamplingParams(one.float(), one, one.float(), one.float(), one.bool())
+        lse_BN = torch.empty(logits_BNV.shape[:2], dtype=torch.float32, device=logits_BNV.device)
+        floor_BN, token_BN = torch.empty_like(lse_BN), torch.empty_like(lse_BN, dtype=torch.int64)
+        self._summarize(logits_BNV.flatten(0, 1), greedy, one, 0, False, lse_BN, floor_BN, lse_BN, token_BN)
+        return lse_BN

@@ -19,13 +19,16 @@ def summarize(x_BV: torch.Tensor, params: SamplingParams) -> tuple[torch.Tensor,
     # float64: over a whole vocabulary a float32 sum drifts by more than a token's mass.
     prob_BV = sorted_BV.double().softmax(-1)
     mass_before_BV = prob_BV.cumsum(-1) - prob_BV
-    # Rounded sums exceed 1, and top_p = 1 keeps every token.
-    top_p_B = params.top_p_B.masked_fill(params.top_p_B >= 1, torch.inf)
     # The first of equal values speaks for all of them: what lies strictly above it lies strictly above each.
     first_BV = torch.searchsorted(-sorted_BV, -sorted_BV, right=False)
+    by_rank_BV = first_BV < params.top_k_B.view(-1, 1)
+    mass_by_rank_B = prob_BV.masked_fill(~by_rank_BV, 0).sum(-1)
+    limit_B = params.top_p_B * torch.where(params.sequential_B, mass_by_rank_B, 1)
+    # Rounded sums exceed 1, and top_p = 1 keeps every token.
+    limit_B = limit_B.masked_fill(params.top_p_B >= 1, torch.inf)
     kept_BV = (
-        (first_BV < params.top_k_B.view(-1, 1))
-        & (mass_before_BV.gather(1, first_BV) <= top_p_B.view(-1, 1))
+        by_rank_BV
+        & (mass_before_BV.gather(1, first_BV) <= limit_B.view(-1, 1))
         & (sorted_BV >= sorted_BV[:, :1] + params.min_p_B.view(-1, 1).log())
     )
     floor_B = sorted_BV.masked_fill(~kept_BV, torch.inf).amin(-1)
@@ -71,10 +74,12 @@ class ReferenceSampler(Sampler):
         alive_B = torch.ones(batch, dtype=torch.bool, device=logits_BNV.device)
         accepted_B = torch.zeros(batch, dtype=torch.int64, device=logits_BNV.device)
         weight_BV = torch.zeros((), device=logits_BNV.device)
+        lse_BN = torch.empty((batch, width), dtype=torch.float32, device=logits_BNV.device)
         if rides_B is None:
             rides_B = torch.zeros_like(alive_B)
         for position in range(width):
             x_BV = scale(logits_BNV[:, position], params)
+            lse_BN[:, position] = x_BV.logsumexp(-1)
             p_BV = distribution(x_BV, *summarize(x_BV, params), greedy_B)
             if position == draft.gamma:
                 weight_BV = torch.where(alive_B.view(-1, 1), p_BV, weight_BV)
@@ -93,14 +98,21 @@ class ReferenceSampler(Sampler):
             alive_B = alive_B & accept_B & ~rides_B
             accepted_B += alive_B
         last_B = race(weight_BV, random, STREAM_RESIDUAL)
-        return compose(draft.tokens_NB, accepted_B, last_B)
+        return Verdict(
+            emitted_BN=compose(draft.tokens_NB, accepted_B, last_B),
+            accept_lens_B=(accepted_B + 1).to(torch.int32),
+            last_B=last_B,
+            lse_BN=lse_BN,
+        )
+
+    def log_sum_exp(self, logits_BNV) -> torch.Tensor:
+        return logits_BNV.logsumexp(-1)
 
 
-def compose(tokens_NB: torch.Tensor, accepted_B: torch.Tensor, last_B: torch.Tensor) -> Verdict:
-    """The emitted tokens: the accepted drafts, then the token drawn after them."""
+def compose(tokens_NB: torch.Tensor, accepted_B: torch.Tensor, last_B: torch.Tensor) -> torch.Tensor:
+    """The emitted tokens [B, N]: the accepted drafts, then the token drawn after them."""
     width = tokens_NB.shape[0]
     position_N = torch.arange(width, device=accepted_B.device)
     drafted_BN = torch.cat([tokens_NB[1:], tokens_NB[:1]]).t()
     emitted_BN = torch.where(position_N < accepted_B.view(-1, 1), drafted_BN, 0)
-    emitted_BN.scatter_(1, accepted_B.view(-1, 1), last_B.view(-1, 1))
-    return Verdict(emitted_BN, (accepted_B + 1).to(torch.int32), last_B)
+    return emitted_BN.scatter_(1, accepted_B.view(-1, 1), last_B.view(-1, 1))

@@ -1,10 +1,4 @@
-"""What a trainer reads of a request: true counts of its drafts, by every name that is asked for, and its
-log-probabilities."""
-
-import torch
-
-from er_sglang.cycle import logprobs
-from er_sglang.sampling import Verdict
+"""What a trainer reads of a request: true counts of its drafts, by every name that is asked for."""
 
 PROMPTS = [[5, 6, 7], [12] * 9, [90, 8, 71, 15, 33], [64, 2]]
 
@@ -43,20 +37,3 @@ def test_counts_of_single_steps(switching):
     assert sorted(info["spec_num_proposed_drafts"] for info in infos) == sorted(gammas)
     for info in infos:
         assert ("spec_accept_rate" in info) == (info["spec_num_proposed_drafts"] > 0)
-
-
-def test_logprobs_by_slimes_signature(monkeypatch):
-    """slime's top-p patch inserts an argument into a function that we call."""
-    received = {}
-
-    def patched(batch, logits_output, predict, accept_index, accept_lens, speculative_num_steps):
-        received.update(predict=predict, index=accept_index, lens=accept_lens, gamma=speculative_num_steps)
-
-    monkeypatch.setattr(logprobs, "compute_spec_v2_logprobs", patched)
-    lens = torch.tensor([3, 1], dtype=torch.int32)
-    logprobs.attach_logprobs(
-        None, None, Verdict(torch.tensor([[7, 8, 9], [4, 0, 0]]), lens, torch.tensor([9, 4])), gamma=2
-    )
-    assert received["predict"].tolist() == [7, 8, 9, 4, 0, 0]
-    assert received["index"].tolist() == [[0, 1, 2], [3, -1, -1]]
-    assert received["lens"] is lens and received["gamma"] == 2

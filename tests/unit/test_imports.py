@@ -27,6 +27,7 @@ HOSTED = {
     "drafting": "attention drafter early policy_weight shadow twins",
     "steering": "steering",
     "quantize": "marlin scaled_mm hopper",
+    "bench": "sampling",
     ".": "worker autoload",
 }
 

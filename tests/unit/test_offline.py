@@ -78,7 +78,7 @@ def test_the_window_is_the_servers(window):
     table = with_window_rows(torch.arange(context)[None].int(), 1)
     rows = AttentionWindow(window, gamma, table, first_row=1, page_size=1)
     nothing = torch.zeros(1)
-    params = SamplingParams(nothing, nothing, nothing, nothing)
+    params = SamplingParams(*[nothing] * 5)
     for start in (1, SINK_TOKENS, SINK_TOKENS + window, SINK_TOKENS + window + 1, context - gamma):
         step = Step(torch.tensor([0]), torch.tensor([start]), torch.tensor([start]), nothing, nothing, params)
         of_server = table[1, : start - int(rows.load(step))].tolist()

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from er_sglang.sampling.philox import philox
 from er_sglang.sampling.reference import ReferenceSampler
 from tests import sampling_cases
-from tests.sampling_cases import SamplerCases, test_reference_distribution_is_the_definition  # noqa: F401
+from tests.cuda_on_cpu import Kernel
+from tests.sampling_cases import FilterCases, SamplerCases, test_reference_distribution_is_the_definition  # noqa: F401
 
 
 class TestReferenceSampler(SamplerCases):
@@ -21,6 +24,13 @@ class TestReferenceSampler(SamplerCases):
         return ReferenceSampler()
 
 
+@pytest.fixture(scope="module")
+def summarize_rows(tmp_path_factory):
+    fused = pytest.importorskip("er_sglang.sampling.fused", reason="the fused sampler is written in Triton")
+    source = Path(fused.__file__).with_name("summary.cu")
+    return Kernel(source, "summarize_rows", fused.SUMMARY_THREADS, tmp_path_factory.mktemp("filters"))
+
+
 class TestFusedSamplerInterpreted:
     """Token for token against the reference; the statistical cases run on a GPU (tests/gpu), they are slow here."""
 
@@ -30,12 +40,13 @@ class TestFusedSamplerInterpreted:
         return "cpu"
 
     @pytest.fixture
-    def sampler(self):
-        pytest.importorskip("triton", reason="the fused sampler is written in Triton")
-        from er_sglang.sampling.fused import FusedSampler
+    def sampler(self, monkeypatch, summarize_rows):
+        from er_sglang.sampling import fused
 
-        return FusedSampler()
+        monkeypatch.setattr(fused, "summary_kernel", lambda: summarize_rows)
+        return fused.FusedSampler()
 
+    test_filters = FilterCases.test_filters_keep_what_the_reference_keeps
     test_wide_rows = SamplerCases.test_wide_rows_agree_with_the_reference
     test_top_p_of_one = SamplerCases.test_top_p_of_one_keeps_every_token
     test_top_p_at_a_real_vocabulary = SamplerCases.test_top_p_at_a_real_vocabulary

@@ -40,4 +40,4 @@ def test_columns_are_sinks_then_recent_tokens_then_the_chain(recent, page_size):
 
 def step(rows, lengths):
     lengths, nothing = torch.tensor(lengths), torch.zeros(len(rows))
-    return Step(rows, lengths, lengths, nothing, nothing, SamplingParams(nothing, nothing, nothing, nothing))
+    return Step(rows, lengths, lengths, nothing, nothing, SamplingParams(*[nothing] * 5))

@@ -96,6 +96,7 @@ def _make_step(worker, size: int) -> Step:
             torch.where(rows % 3 == 0, 1, 1 << 30).to(torch.int32),
             torch.where(rows % 3 == 1, 0.8, 1.0),
             torch.zeros(size, device=device),
+            torch.zeros(size, dtype=torch.bool, device=device),
         ),
     )
 
