@@ -24,8 +24,6 @@ def riders(batch) -> dict[int, str]:
 def reason_to_refuse(batch, sampling_backend: str) -> str | None:
     """Why no request of a ScheduleBatch may be drafted for, None if some may."""
     info = batch.sampling_info
-    if info.acc_additive_penalties is not None or info.acc_scaling_penalties is not None:
-        return "penalties"  # of tokens that a cycle emits before
     if batch.return_hidden_states:
         return "hidden-states"
     # With a min-p in the batch, SGLang's CUDA sampler filters every row of it in sequence, not jointly (sampler.py).

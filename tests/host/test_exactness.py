@@ -61,16 +61,15 @@ def test_longest_draft(longest, qwen3_oracle, name):
 
 
 @pytest.mark.parametrize("sampling", PENALTIES.values(), ids=PENALTIES)
-def test_penalties(switching, qwen3_oracle, sampling):
-    """Drafting cannot honour them exactly, so such a batch decodes plainly, for a counted reason.
-
-    Without overlap scheduling: with it, SGLang's penalties miss the latest token, in plain decoding too.
-    """
-    before = switching.self_quant()
-    assert_exact(cells(qwen3_oracle, PROMPT, sample(switching, sampling), sampling))
-    after = switching.self_quant()
-    assert after["drafted_tokens"] == before["drafted_tokens"]
-    assert after["decisions"]["gamma=0:penalties"] > before["decisions"].get("gamma=0:penalties", 0)
+@pytest.mark.parametrize("fixture", ["switching", "longest"])
+def test_penalties(request, fixture, qwen3_oracle, sampling):
+    """With overlap scheduling, too, every token is penalised by all before it, also by those of its own cycle; SGLang's own
+    penalties miss the latest one."""
+    server = request.getfixturevalue(fixture)
+    before = server.self_quant()
+    assert_exact(cells(qwen3_oracle, PROMPT, sample(server, sampling), sampling))
+    after = server.self_quant()
+    assert after["drafted_tokens"] - before["drafted_tokens"] >= SAMPLES * NEW_TOKENS / 2
 
 
 def test_riders(switching, qwen3_oracle):

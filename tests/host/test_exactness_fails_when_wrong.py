@@ -33,6 +33,7 @@ def test_wrong_rule_fails(saboteur, qwen3_oracle, rule, name):
     assert not looks_exact(saboteur, qwen3_oracle, rule, SETTINGS[name])
 
 
+@pytest.mark.parametrize("rule", ["penalties-ignored", "penalties-late"])
 @pytest.mark.parametrize("name", PENALTIES)
-def test_ignored_penalties_fail(saboteur, qwen3_oracle, name):
-    assert not looks_exact(saboteur, qwen3_oracle, "penalties-ignored", PENALTIES[name])
+def test_wrong_penalties_fail(saboteur, qwen3_oracle, rule, name):
+    assert not looks_exact(saboteur, qwen3_oracle, rule, PENALTIES[name])

@@ -13,8 +13,7 @@ from er_sglang.steering.metrics import Launched, Metrics
 
 def batch(*reqs, **info) -> SimpleNamespace:
     fields = dict.fromkeys(
-        ("acc_additive_penalties", "acc_scaling_penalties", "has_custom_logit_processor", "need_min_p_sampling")
-        + ("need_top_k_sampling", "need_top_p_sampling")
+        ("has_custom_logit_processor", "need_min_p_sampling", "need_top_k_sampling", "need_top_p_sampling")
     )
     return SimpleNamespace(
         reqs=reqs,
@@ -38,8 +37,6 @@ def test_requests_with_a_grammar_or_a_processor_ride():
     "info, backend, reason",
     [
         ({}, "flashinfer", None),
-        ({"acc_additive_penalties": 1}, "pytorch", "penalties"),
-        ({"acc_scaling_penalties": 1}, "pytorch", "penalties"),
         ({"return_hidden_states": True}, "pytorch", "hidden-states"),
         ({"need_min_p_sampling": True}, "flashinfer", None),
         ({"need_min_p_sampling": True, "need_top_k_sampling": True}, "flashinfer", "min-p"),
@@ -71,10 +68,10 @@ def test_riders_take_their_share_of_the_gain():
 def test_riders_are_counted_apart():
     metrics = Metrics(gamma_max=3)
     step = Launched(rung=Rung(3), reason="pays", batch=3, context_tokens=9.0, riding={1: "grammar"})
-    refused = Launched(rung=Rung(0), reason="penalties", batch=2, context_tokens=9.0, refused=True)
+    refused = Launched(rung=Rung(0), reason="hidden-states", batch=2, context_tokens=9.0, refused=True)
     metrics.finished(step, [3, 0, 1], 0.01)
     metrics.finished(refused, [0, 0], 0.01)
     counts = metrics.snapshot()
-    assert counts["riding_tokens"] == {"grammar": 1} and counts["refused_tokens"] == {"penalties": 2}
+    assert counts["riding_tokens"] == {"grammar": 1} and counts["refused_tokens"] == {"hidden-states": 2}
     assert (counts["drafted_tokens"], counts["accepted_tokens"], counts["emitted_tokens"]) == (6, 4, 9)
     assert counts["accept_length"] == 3.0
