@@ -28,6 +28,7 @@ PENALTIES = {
     "frequency": Sampling(temperature=0.6, frequency_penalty=1.2),
     "presence": Sampling(temperature=0.6, presence_penalty=1.5),
     "repetition": Sampling(temperature=0.6, repetition_penalty=1.4),
+    "reward": Sampling(temperature=0.6, frequency_penalty=-1.5),  # the latest token is likely to come again
     "all": Sampling(top_p=0.9, frequency_penalty=0.5, presence_penalty=0.5, repetition_penalty=1.2),
 }
 

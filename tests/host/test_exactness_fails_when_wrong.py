@@ -33,7 +33,8 @@ def test_wrong_rule_fails(saboteur, qwen3_oracle, rule, name):
     assert not looks_exact(saboteur, qwen3_oracle, rule, SETTINGS[name])
 
 
-@pytest.mark.parametrize("rule", ["penalties-ignored", "penalties-late"])
-@pytest.mark.parametrize("name", PENALTIES)
+@pytest.mark.parametrize(
+    "rule, name", [*(("penalties-ignored", name) for name in PENALTIES), ("penalties-late", "reward")]
+)
 def test_wrong_penalties_fail(saboteur, qwen3_oracle, rule, name):
     assert not looks_exact(saboteur, qwen3_oracle, rule, PENALTIES[name])
