@@ -260,7 +260,7 @@ class SelfQuantWorker(ServedWorker):
             penalise_plain_step(batch.sampling_info, penalties, self._shaper, batch.seq_lens - 1)
         result = self._target_worker.forward_batch_generation(batch)
         if penalties is not None:
-            penalties.count(result.next_token_ids.view(-1, 1), torch.ones_like(result.next_token_ids))
+            self._shaper.count(result.next_token_ids.view(-1, 1), torch.ones_like(result.next_token_ids))
         result.new_seq_lens = batch.seq_lens
         on_publish(result.new_seq_lens)
         result.next_draft_input = SelfQuantDraftInput(result.next_token_ids)
@@ -326,7 +326,7 @@ class SelfQuantWorker(ServedWorker):
     def _fill(self, step: Step, result, last_B, accept_lens_B, new_seq_lens_B, gamma: int) -> GenerationBatchResult:
         """What the scheduler needs of every speculative step, and the penalties of the next one."""
         if step.penalties is not None:
-            step.penalties.count(result.next_token_ids.view(-1, gamma + 1), accept_lens_B)
+            self._shaper.count(result.next_token_ids.view(-1, gamma + 1), accept_lens_B)
         result.speculative_num_draft_tokens = gamma + 1
         result.accept_lens = accept_lens_B
         result.new_seq_lens = new_seq_lens_B

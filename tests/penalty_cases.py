@@ -64,8 +64,7 @@ def check_cycle(shaper: Shaper, device, seed: int, *, vocab: int = VOCAB, batch:
                 for b, row in enumerate(rows)
             ]
         )
-        penalties = table.of(rows)
-        shaper.load(penalties, None if bias_BV is None else bias_BV.to(device))
+        shaper.load(table.of(rows), None if bias_BV is None else bias_BV.to(device))
         verified_BNV, on_device_GB = logits_BNV.clone().to(device), drafted_GB.to(device)
         shaper.shape(verified_BNV.view(-1, vocab), committed_B, on_device_GB)
         torch.testing.assert_close(verified_BNV.cpu(), expected_BNV, rtol=1e-5, atol=1e-5)
@@ -76,7 +75,7 @@ def check_cycle(shaper: Shaper, device, seed: int, *, vocab: int = VOCAB, batch:
 
         accept_lens = [rng.randint(1, gamma + 1) for _ in rows]
         emitted_BN = torch.randint(0, 5, (batch, gamma + 1), generator=generator)
-        penalties.count(emitted_BN.to(device), torch.tensor(accept_lens, dtype=torch.int32, device=device))
+        shaper.count(emitted_BN.to(device), torch.tensor(accept_lens, dtype=torch.int32, device=device))
         for b, row in enumerate(rows):
             lengths[b] += accept_lens[b]
             if row:

@@ -44,17 +44,10 @@ class RequestPenalties:
 
 @dataclass(slots=True)
 class Penalties:
-    """A step's view of the table. words: int32 [rows, V + 4]. rows_B: int64, each request's row, 0 if unpenalised."""
+    """A step's view of the table. words: int32 [rows, V + 4]. rows: of each of its B requests, 0 if unpenalised."""
 
     words: torch.Tensor
-    rows_B: torch.Tensor
-
-    def count(self, emitted_BN: torch.Tensor, accept_lens_B: torch.Tensor) -> None:
-        """Each request has emitted the first ``accept_lens_B`` of its tokens."""
-        width = emitted_BN.shape[1]
-        index_BN = self.rows_B.view(-1, 1) * self.words.stride(0) + emitted_BN
-        is_emitted_BN = torch.arange(width, device=emitted_BN.device) < accept_lens_B.view(-1, 1)
-        self.words.view(-1).index_add_(0, index_BN.view(-1), is_emitted_BN.view(-1).int())
+    rows: Sequence[int]
 
 
 class PenaltyTable:
@@ -91,7 +84,7 @@ class PenaltyTable:
         self.words = self.words[:1].clone()
 
     def of(self, rows: Sequence[int]) -> Penalties:
-        return Penalties(self.words, self._on_device(rows, torch.int64))
+        return Penalties(self.words, rows)
 
     def _on_device(self, values: Sequence, dtype: torch.dtype) -> torch.Tensor:
         device = self.words.device
@@ -120,7 +113,7 @@ class Shaper(ABC):
 
     @abstractmethod
     def load(self, penalties: Penalties | None, bias_BV: torch.Tensor | None) -> None:
-        """Whose logits follow: those of a step's requests. bias_BV: float32."""
+        """Begin a step. bias_BV: float32."""
 
     @abstractmethod
     def shape(
@@ -132,6 +125,10 @@ class Shaper(ABC):
         drafted_GB: int64; position i follows the first i of them.
         """
 
+    @abstractmethod
+    def count(self, emitted_BN: torch.Tensor, accept_lens_B: torch.Tensor) -> None:
+        """End a step with penalties: each request has emitted the first ``accept_lens_B`` of its tokens."""
+
 
 class ReferenceShaper(Shaper):
     def load(self, penalties, bias_BV) -> None:
@@ -141,7 +138,14 @@ class ReferenceShaper(Shaper):
         batch, size = committed_B.shape[0], logits_RV.shape[1]
         for i, logits_BV in enumerate(logits_RV.view(batch, -1, size).unbind(1), start=first):
             if self._penalties is not None:
-                words_BW = self._penalties.words[self._penalties.rows_B]
+                words_BW = self._penalties.words[self._penalties.rows]
                 logits_BV.copy_(shaped(logits_BV, words_BW, committed_B + 1 + i, drafted_GB[:i]))
             if self._bias_BV is not None:
                 logits_BV += self._bias_BV
+
+    def count(self, emitted_BN, accept_lens_B) -> None:
+        words = self._penalties.words
+        rows_B = torch.tensor(self._penalties.rows, device=words.device)
+        index_BN = rows_B.view(-1, 1) * words.stride(0) + emitted_BN
+        is_emitted_BN = torch.arange(emitted_BN.shape[1], device=words.device) < accept_lens_B.view(-1, 1)
+        words.view(-1).index_add_(0, index_BN.view(-1), is_emitted_BN.view(-1).int())

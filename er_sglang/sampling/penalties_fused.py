@@ -36,7 +36,8 @@ def _shape_kernel(
             word = tl.load(words_address.to(tl.pointer_type(tl.int32)) + offset, mask=valid, other=0)
             count = word & (STOP - 1)
             for i in range(position):
-                count += (offset == tl.load(drafted_ptr + i * drafted_stride + request)).to(tl.int32)
+                token = tl.load(drafted_ptr + i * drafted_stride + request).to(tl.int32)
+                count += (offset == token).to(tl.int32)
             settings_ptr = words_address.to(tl.pointer_type(tl.float32)) + size
             frequency, presence = tl.load(settings_ptr), tl.load(settings_ptr + 1)
             repetition, least_tokens = tl.load(settings_ptr + 2), tl.load(settings_ptr + 3)
@@ -50,22 +51,39 @@ def _shape_kernel(
         tl.store(logit_ptr, x, mask=valid)
 
 
+@triton.jit
+def _count_kernel(words_ptr, emitted_ptr, accept_lens_ptr, width, WIDTH_POW2: tl.constexpr):
+    """Per request: one more of each token that it has emitted."""
+    request = tl.program_id(0)
+    words_address = tl.load(words_ptr + request)
+    if words_address != 0:
+        i = tl.arange(0, WIDTH_POW2)
+        emitted = i < tl.load(accept_lens_ptr + request)
+        token = tl.load(emitted_ptr + request * width + i, mask=emitted, other=0)
+        tl.atomic_add(words_address.to(tl.pointer_type(tl.int32)) + token, 1, mask=emitted)
+
+
 class FusedShaper(Shaper):
     def __init__(self, max_batch: int, device: torch.device) -> None:
         """max_batch: of any step, whether it drafts or not."""
         self._addresses = torch.zeros((2, max_batch), dtype=torch.int64, device=device)
-        self._loaded = False
+        self._loaded = None
 
     def load(self, penalties, bias_BV) -> None:
-        if self._loaded:
-            self._addresses.zero_()
-        self._loaded = penalties is not None or bias_BV is not None
+        nothing = penalties is None and bias_BV is None
+        if nothing and self._loaded is None:
+            return
+        self._loaded = None if nothing else (penalties, bias_BV)  # their memory lives as long as its addresses
+        addresses = torch.zeros_like(self._addresses, device="cpu", pin_memory=self._addresses.is_cuda)
         if penalties is not None:
-            rows_B, words = penalties.rows_B, penalties.words
-            self._addresses[0, : len(rows_B)] = (rows_B > 0) * (words.data_ptr() + rows_B * words.stride(0) * 4)
+            words = penalties.words
+            stride_bytes = words.stride(0) * words.element_size()
+            found = [words.data_ptr() + row * stride_bytes if row else 0 for row in penalties.rows]
+            addresses[0, : len(found)] = torch.tensor(found)
         if bias_BV is not None:
-            rows_B = torch.arange(len(bias_BV), device=bias_BV.device)
-            self._addresses[1, : len(bias_BV)] = bias_BV.data_ptr() + rows_B * bias_BV.stride(0) * 4
+            stride_bytes = bias_BV.stride(0) * bias_BV.element_size()
+            addresses[1, : len(bias_BV)] = bias_BV.data_ptr() + stride_bytes * torch.arange(len(bias_BV))
+        self._addresses.copy_(addresses, non_blocking=True)
 
     def shape(self, logits_RV, committed_B, drafted_GB, first=0) -> None:
         rows, size = logits_RV.shape
@@ -73,3 +91,9 @@ class FusedShaper(Shaper):
             logits_RV, self._addresses[0], self._addresses[1], committed_B, drafted_GB,
             logits_RV.stride(0), drafted_GB.stride(0), size, rows // committed_B.shape[0], first, STOP=STOP, BLOCK=BLOCK,
         )  # fmt: skip
+
+    def count(self, emitted_BN, accept_lens_B) -> None:
+        batch, width = emitted_BN.shape
+        _count_kernel[(batch,)](
+            self._addresses[0], emitted_BN, accept_lens_B, width, WIDTH_POW2=triton.next_power_of_2(width)
+        )

@@ -62,18 +62,19 @@ def test_only_penalised_requests_are_counted():
 
 def test_rows_follow_requests():
     """Through chunks, merges and retraction; a row of a request that has ended begins anew with another."""
-    requests = PenalisedRequests(VOCAB, torch.device("cpu"))
+    requests, shaper = PenalisedRequests(VOCAB, torch.device("cpu")), ReferenceShaper()
     free, first, second = request(), request(frequency_penalty=0.5), request(presence_penalty=0.5)
     requests.admit([free, first])
     requests.admit([second])
 
     def counts(*reqs) -> list[dict[int, int]]:
         penalties = requests.of(reqs)
-        rows = penalties.words[penalties.rows_B, :VOCAB]
+        rows = penalties.words[penalties.rows, :VOCAB]
         return [{token: n for token, n in enumerate(row.tolist()) if n} for row in rows]
 
     def emit(*reqs, tokens, lens) -> None:
-        requests.of(reqs).count(torch.tensor(tokens), torch.tensor(lens, dtype=torch.int32))
+        shaper.load(requests.of(reqs), None)
+        shaper.count(torch.tensor(tokens), torch.tensor(lens, dtype=torch.int32))
 
     emit(second, free, first, tokens=[[7, 7, 8], [1, 2, 3], [5, 0, 0]], lens=[3, 3, 1])
     assert counts(second, first) == [{7: 2, 8: 1}, {5: 1}]

@@ -88,7 +88,7 @@ def _make_step(worker, size: int) -> Step:
     worker.req_to_token[:size, : CONTEXT_TOKENS + width] = slots.to(worker.req_to_token.dtype)
     vocab_size = worker.runner.model_config.vocab_size
     table = PenaltyTable(vocab_size, device)
-    table.reset({1: RequestPenalties(0.5, 0.5, 1.2, CONTEXT_TOKENS + 2, {3, 4}, [5, 6, 7] * 9)})
+    table.reset({1: RequestPenalties(0.5, 0.5, 1.2, 0, (), [5, 6, 7] * 9)})
     return Step(
         req_pool_indices_B=rows,
         seq_lens_B=torch.full((size,), CONTEXT_TOKENS, device=device),
