@@ -3,6 +3,8 @@
 Each test fails by chance once in 1 / FALSE_ALARM runs.
 """
 
+from dataclasses import replace
+
 import pytest
 from sglang.srt.sampling.custom_logit_processor import DisallowedTokensLogitsProcessor
 
@@ -74,10 +76,12 @@ def test_penalties(request, fixture, qwen3_oracle, sampling):
 
 
 def test_riders(switching, qwen3_oracle):
-    """Requests with a custom logit processor ride along: they take plain steps while the others are drafted for."""
+    """Requests with a custom logit processor ride along: they take plain steps while the others are drafted for. They are
+    penalised like others."""
     banned = [3, 5, 9, 23, 40, 61, 77, 88]
-    kinds = [Sampling(), Sampling(temperature=0.8, logit_bias=tuple((token, -1e9) for token in banned))]
-    plain = {"custom_params": {"token_ids": banned}, **Sampling(temperature=0.8).params(NEW_TOKENS)}
+    riding = Sampling(temperature=0.8, frequency_penalty=-1.0)
+    kinds = [Sampling(), replace(riding, logit_bias=tuple((token, -1e9) for token in banned))]
+    plain = {"custom_params": {"token_ids": banned}, **riding.params(NEW_TOKENS)}
     processor = DisallowedTokensLogitsProcessor().to_str()
     before = switching.self_quant()
     answers = switching.generate(

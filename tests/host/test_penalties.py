@@ -53,12 +53,13 @@ def policy(folder):
 @pytest.fixture(scope="module")
 def expected(policy, folder):
     with plain(policy, folder / "plain-penalties.log", {"skip-tokenizer-init": False}) as server:
-        outputs = tokens(server.generate(BATCH))
+        answers = server.generate({**BATCH, "return_logprob": True})
+    outputs = tokens(answers)
     for kind, output in zip(list(KINDS) * len(PROMPTS), outputs):
         assert len(output) == NEW_TOKENS or kind == "min_new_tokens" and 30 < len(output) and output[-1] in STOPS
     by_kind = [outputs[i :: len(KINDS)] for i in range(len(KINDS))]
     assert all(penalised != by_kind[0] for penalised in by_kind[1:]), "a penalty without an effect shows nothing"
-    return outputs
+    return answers
 
 
 @pytest.fixture(scope="module", params=SERVERS)
@@ -76,7 +77,7 @@ def test_greedy_equals_plain(server, expected):
     for _ in range(6):  # how requests arrive decides whether any must be retracted
         chunks = list(server.stream(BATCH))
         found = {chunk["index"]: chunk["output_ids"] for chunk in chunks}
-        assert [found[i] for i in range(len(expected))] == expected
+        assert [found[i] for i in range(len(expected))] == tokens(expected)
         if not server.short_of_memory or "Retract requests" in server.log_path.read_text():
             break
     else:
@@ -86,7 +87,16 @@ def test_greedy_equals_plain(server, expected):
     assert not after["refused_tokens"]
 
 
-def test_min_new_tokens_allows_a_stop_at_once_after_them(server, expected):
+def test_log_probabilities(server, expected):
+    """They are those of the penalised distribution."""
+    for answer, other in zip(server.generate({**BATCH, "return_logprob": True}), expected):
+        found, wanted = (
+            [value for value, *_ in each["meta_info"]["output_token_logprobs"]] for each in (answer, other)
+        )
+        assert found == pytest.approx(wanted, abs=1e-4)
+
+
+def test_min_new_tokens_allows_a_stop_at_once_after_them(server):
     """Every length is met exactly, wherever in a cycle it falls: all tokens but one are stop tokens."""
     lengths = range(1, 14)
     stops = [token for token in range(VOCAB) if token != 9]
