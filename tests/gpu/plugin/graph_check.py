@@ -1,5 +1,6 @@
 """SGLang plugin for tests: when SELF_QUANT's graphs are captured, run each against the same code run eagerly, and the
-drafter against one with the policy's own norms, activations, rotation and attention. Some requests are penalised, all biased.
+drafter against one with the policy's own norms, activations, rotation and attention. Some requests are penalised, all
+are biased.
 
 Prints one line per comparison; raises, and so stops the server, unless every result is equal bit for bit, or close to
 that of other kernels. Contexts are short, so that attention takes one split in both (the number of splits is fixed at capture), and longer than an
