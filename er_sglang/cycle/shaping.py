@@ -1,5 +1,5 @@
-"""What shapes the policy's logits before they are sampled from, to SGLang's effect: penalties, logit bias, and for riders
-(host/riders.py) the grammar's mask and custom logit processors.
+"""What shapes the policy's logits before they are sampled from, to SGLang's effect: penalties, logit bias, and for
+riders (host/riders.py) the grammar's mask and custom logit processors.
 
 In a cycle, penalties and bias shape every position, and all that is a rider's its first. In a plain step, penalties are
 ours and the rest is SGLang's own.

@@ -89,7 +89,8 @@ class FusedShaper(Shaper):
         rows, size = logits_RV.shape
         _shape_kernel[(rows, triton.cdiv(size, BLOCK))](
             logits_RV, self._addresses[0], self._addresses[1], committed_B, drafted_GB,
-            logits_RV.stride(0), drafted_GB.stride(0), size, rows // committed_B.shape[0], first, STOP=STOP, BLOCK=BLOCK,
+            logits_RV.stride(0), drafted_GB.stride(0), size, rows // committed_B.shape[0], first,
+            STOP=STOP, BLOCK=BLOCK,
         )  # fmt: skip
 
     def count(self, emitted_BN, accept_lens_B) -> None:

@@ -1,6 +1,6 @@
 """The real server on one GPU, on two, and with an attention window; head_dim 128, bf16, overlap scheduling. Graphs
 equal eager runs bit for bit, and the emitted distribution is the policy's (false-alarm rate 1e-4 a test). bf16 rounding
-moves tokens across a filter's edge: filters are compared with SGLang's own sampler, in plain steps of the same server."""
+moves tokens across a filter's edge: filtered cycles are compared with plain steps, which SGLang's own sampler ends."""
 
 from __future__ import annotations
 

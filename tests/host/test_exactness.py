@@ -66,8 +66,8 @@ def test_longest_draft(longest, qwen3_oracle, name):
 @pytest.mark.parametrize("sampling", PENALTIES.values(), ids=PENALTIES)
 @pytest.mark.parametrize("fixture", ["switching", "longest"])
 def test_penalties(request, fixture, qwen3_oracle, sampling):
-    """With overlap scheduling, too, every token is penalised by all before it, also by those of its own cycle; SGLang's own
-    penalties miss the latest one."""
+    """With overlap scheduling, too, every token is penalised by all before it, also by those of its own cycle. SGLang's
+    own penalties miss the latest one."""
     server = request.getfixturevalue(fixture)
     before = server.self_quant()
     assert_exact(cells(qwen3_oracle, PROMPT, sample(server, sampling), sampling))
@@ -76,8 +76,8 @@ def test_penalties(request, fixture, qwen3_oracle, sampling):
 
 
 def test_riders(switching, qwen3_oracle):
-    """Requests with a custom logit processor ride along: they take plain steps while the others are drafted for. They are
-    penalised like others."""
+    """Requests with a custom logit processor ride along: they take plain steps while the others are drafted for. They
+    are penalised like others."""
     banned = [3, 5, 9, 23, 40, 61, 77, 88]
     riding = Sampling(temperature=0.8, frequency_penalty=-1.0)
     kinds = [Sampling(), replace(riding, logit_bias=tuple((token, -1e9) for token in banned))]

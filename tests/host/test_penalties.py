@@ -27,9 +27,11 @@ PROMPTS = [[2 + 7 * i, 9, 30 + i] for i in range(5)]
 BATCH = {
     "input_ids": [prompt for prompt in PROMPTS for _ in KINDS],
     "sampling_params": [
-        {"temperature": 0, "max_new_tokens": NEW_TOKENS, "ignore_eos": True, **kind} for _ in PROMPTS for kind in KINDS.values()
+        {"temperature": 0, "max_new_tokens": NEW_TOKENS, "ignore_eos": True, **kind}
+        for _ in PROMPTS
+        for kind in KINDS.values()
     ],
-}  # fmt: skip
+}
 SERVERS = {
     "no overlap": {},
     # So small that requests are retracted, and prefilled in chunks.
