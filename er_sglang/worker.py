@@ -22,20 +22,21 @@ from er_sglang.calibration.measure import obtain_profile
 from er_sglang.config import CONFIG_ENV, SIMULATE_ACCEPTANCE_ENV, load_config, simulated_acceptance
 from er_sglang.cycle.chain import DraftChain
 from er_sglang.cycle.logprobs import attach_logprobs
-from er_sglang.cycle.shaping import shape_logits
+from er_sglang.cycle.shaping import penalise_plain_step, shape_logits
 from er_sglang.cycle.step import Step
 from er_sglang.cycle.verifier import Verifier, check_attention_backend
 from er_sglang.cycle.window import with_window_rows
 from er_sglang.drafting.drafter import Drafter
 from er_sglang.drafting.updates import Freshness
 from er_sglang.host.machine import needs_memory
+from er_sglang.host.penalties import PenalisedRequests
 from er_sglang.host.refusals import check_model_class, check_simulated_acceptance
 from er_sglang.host.relay import SelfQuantDraftInput
 from er_sglang.host.riders import reason_to_refuse, riders
 from er_sglang.host.served import ServedWorker
 from er_sglang.policy.profile import Rung
 from er_sglang.quantize import create_format
-from er_sglang.sampling import Draft, RandomState, create_sampler
+from er_sglang.sampling import Draft, RandomState, create_sampler, create_shaper
 from er_sglang.steering.agreement import check_settings
 from er_sglang.steering.control import Control, replaced
 from er_sglang.steering.metrics import named
@@ -104,6 +105,7 @@ class SelfQuantWorker(ServedWorker):
                 self._simulated_acceptance,
             )
         self._sampler = create_sampler(self.device)
+        self._penalised = PenalisedRequests(runner.model_config.vocab_size, self.device)
         # One seed on all nodes, unlike server_args'.
         self.random = RandomState.create(target_worker.random_seed, self.device, replica=dp_rank or 0)
         self._chain: DraftChain | None = None
@@ -160,12 +162,14 @@ class SelfQuantWorker(ServedWorker):
     def init_cuda_graphs(self) -> None:
         """The last of the start: SGLang has allocated its KV cache and captured the policy's own graphs."""
         self.graph_batches, target_graph_batches = self._graph_batches()
+        self._shaper = create_shaper(self.device, len(self.req_to_token))
         if gammas := self.config.policy.gammas:
             self._verifier = Verifier(self.runner, self._algorithm, gammas, self.graph_batches)
             self._chain = DraftChain(
                 self.runner,
                 self._drafter.model,
                 self._sampler,
+                self._shaper,
                 self.random,
                 gammas,
                 self.graph_batches,
@@ -217,6 +221,7 @@ class SelfQuantWorker(ServedWorker):
 
     def idle(self) -> None:
         self.steering.idle()
+        self._penalised.forget()
 
     # -- the step ----------------------------------------------------------------------------------------------
 
@@ -235,7 +240,14 @@ class SelfQuantWorker(ServedWorker):
         rung = launched.rung
         if rung.gamma > 0:
             self.freshness.ensure()
-        step = Step.of_batch(batch, self.req_to_token, rung.gamma + 1, slack_tokens, riding if rung.gamma else ())
+        step = Step.of_batch(
+            batch,
+            self.req_to_token,
+            rung.gamma + 1,
+            slack_tokens,
+            riding if rung.gamma else (),
+            self._penalised.of(batch.reqs),
+        )
         if rung.gamma == 0:
             return self.decode(batch, step, on_publish)
         return self.cycle(batch, step, rung, on_publish)
@@ -243,7 +255,12 @@ class SelfQuantWorker(ServedWorker):
     def _prefill(self, batch, on_publish) -> GenerationBatchResult:
         self.steering.interrupted()
         batch.capture_hidden_mode = CaptureHiddenMode.FULL if batch.return_hidden_states else CaptureHiddenMode.NULL
+        self._penalised.admit(batch.reqs)
+        if (penalties := self._penalised.of(batch.reqs)) is not None:
+            penalise_plain_step(batch.sampling_info, penalties, self._shaper, batch.seq_lens - 1)
         result = self._target_worker.forward_batch_generation(batch)
+        if penalties is not None:
+            self._shaper.count(result.next_token_ids.view(-1, 1), torch.ones_like(result.next_token_ids))
         result.new_seq_lens = batch.seq_lens
         on_publish(result.new_seq_lens)
         result.next_draft_input = SelfQuantDraftInput(result.next_token_ids)
@@ -260,12 +277,14 @@ class SelfQuantWorker(ServedWorker):
         batch.seq_lens_cpu = step.seq_lens_cpu_B + 1
         batch.seq_lens_sum = None
         batch.spec_info = None
+        if step.penalties is not None:
+            penalise_plain_step(batch.sampling_info, step.penalties, self._shaper, step.seq_lens_B)
         result = self._target_worker.forward_batch_generation(batch)
         if batch.return_logprob:  # Speculative results carry a list per request.
             output = result.logits_output
             output.next_token_logprobs = output.next_token_logprobs.view(-1, 1)
         return self._fill(
-            result, result.next_token_ids, torch.ones_like(new_seq_lens, dtype=torch.int32), new_seq_lens, 0
+            step, result, result.next_token_ids, torch.ones_like(new_seq_lens, dtype=torch.int32), new_seq_lens, 0
         )
 
     def cycle(self, batch, step: Step, rung: Rung, on_publish=_ignore) -> GenerationBatchResult:
@@ -290,7 +309,7 @@ class SelfQuantWorker(ServedWorker):
         output, graphs_ran = self._verifier.forward(verify, draft.tokens_NB)
 
         logits_BNV = output.next_token_logits.view(step.batch_size, gamma + 1, -1)
-        shape_logits(batch, logits_BNV, riding=step.rides_B is not None)
+        shape_logits(batch, step, self._shaper, logits_BNV, draft.tokens_NB[1:])
         verdict = self._sampler.judge(logits_BNV, draft, step.params, self.random, step.rides_B)
         new_seq_lens = step.seq_lens_B + verdict.accept_lens_B
         on_publish(new_seq_lens)
@@ -302,10 +321,12 @@ class SelfQuantWorker(ServedWorker):
             can_run_cuda_graph=graphs_ran,
             extra_keep_alive_refs=[verify],
         )
-        return self._fill(result, verdict.last_B, verdict.accept_lens_B, new_seq_lens, gamma)
+        return self._fill(step, result, verdict.last_B, verdict.accept_lens_B, new_seq_lens, gamma)
 
-    def _fill(self, result, last_B, accept_lens_B, new_seq_lens_B, gamma: int) -> GenerationBatchResult:
-        """What the scheduler needs of every speculative step."""
+    def _fill(self, step: Step, result, last_B, accept_lens_B, new_seq_lens_B, gamma: int) -> GenerationBatchResult:
+        """What the scheduler needs of every speculative step, and the penalties of the next one."""
+        if step.penalties is not None:
+            self._shaper.count(result.next_token_ids.view(-1, gamma + 1), accept_lens_B)
         result.speculative_num_draft_tokens = gamma + 1
         result.accept_lens = accept_lens_B
         result.new_seq_lens = new_seq_lens_B

@@ -29,7 +29,7 @@ KINDS = (
     ("int4 GEMM", "small_batch_gemm|wgmma_gemm|marlin"),
     ("norm", "norm"),
     ("attention", "flash|attn|fmha"),
-    ("draw and judge", "_partials_kernel|summarize_rows|_accept_kernel|_residual_kernel|_emit_kernel"),
+    ("draw and judge", "_shape_kernel|_partials_kernel|summarize_rows|_accept_kernel|_residual_kernel|_emit_kernel"),
     ("rope, KV store", "rope|rotary|kvcache|kv_cache"),
     ("activation", "silu|act_and_mul"),
     ("bf16 GEMM", "nvjet|gemm|gemv|splitk|cutlass"),

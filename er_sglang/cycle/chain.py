@@ -28,7 +28,7 @@ from er_sglang.cycle.step import Step
 from er_sglang.cycle.window import AttentionWindow
 from er_sglang.drafting.attention import DraftAttention, can_attend
 from er_sglang.policy.profile import Rung
-from er_sglang.sampling import Draft, RandomState, Sampler, SamplingParams
+from er_sglang.sampling import Draft, RandomState, Sampler, SamplingParams, Shaper
 
 
 class DraftChain:
@@ -44,6 +44,7 @@ class DraftChain:
         target: ModelRunner,
         drafter: nn.Module,
         sampler: Sampler,
+        shaper: Shaper,
         random: RandomState,
         gammas: tuple[int, ...],
         graph_batches: list[int],
@@ -56,6 +57,7 @@ class DraftChain:
         req_to_token: the target's request table with rows for windows below, see window.py."""
         self._drafter = drafter
         self._sampler = sampler
+        self._shaper = shaper
         self._random = random
         self._graph_batches = graph_batches
         gamma_max = max(gammas)
@@ -127,6 +129,7 @@ class DraftChain:
         self._params.top_p_B[:raw_bs] = step.params.top_p_B
         self._params.min_p_B[:raw_bs] = step.params.min_p_B
         self._params.sequential_B[:raw_bs] = step.params.sequential_B
+        self._shaper.load(step.penalties, step.bias_BV)
 
         seq_lens_cpu = torch.ones(bs, dtype=torch.int64)
         forward_batches = self._forward_batches(bs, gamma)
@@ -189,6 +192,7 @@ class DraftChain:
             with forward_context(ForwardContext(attn_backend=backend)):
                 backend.init_forward_metadata_in_graph(forward_batch)
                 self._drafter(forward_batch.input_ids, forward_batch.positions, forward_batch)
+            self._shaper.shape(self._logits[i, :bs], self._positions[0, :bs], self._tokens[1:, :bs], i)
             self._sampler.draw(
                 self._logits[i, :bs],
                 params,

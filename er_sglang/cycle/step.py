@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from sglang.srt.runtime_context import get_flags
 
-from er_sglang.sampling import SamplingParams
+from er_sglang.sampling import Penalties, SamplingParams
 
 
 @dataclass(slots=True)
@@ -22,6 +22,8 @@ class Step:
     slots_NB: int64 [gamma + 1, B], KV slots of positions L, L + 1, ..., reserved by the scheduler.
     params: sampling settings.
     rides_B: bool, requests that ride along (host/riders.py); None if none does.
+    penalties: the counts of penalised requests; None if none is.
+    bias_BV: float32, logit bias; None if no request has one.
     """
 
     req_pool_indices_B: torch.Tensor
@@ -31,6 +33,8 @@ class Step:
     slots_NB: torch.Tensor
     params: SamplingParams
     rides_B: torch.Tensor | None = None
+    penalties: Penalties | None = None
+    bias_BV: torch.Tensor | None = None
 
     @property
     def batch_size(self) -> int:
@@ -44,8 +48,9 @@ class Step:
         width: int,
         host_slack_tokens: int,
         riding: Collection[int] = (),
+        penalties: Penalties | None = None,
     ) -> Step:
-        """Read a ``ScheduleBatch``; ``width`` slots per request, and the rows of those that ride along.
+        """Read a ``ScheduleBatch``; ``width`` slots per request, the rows of those that ride along, and their counts.
 
         Where the scheduler keeps no host copy of the lengths, they are bounded by what it has committed plus
         ``host_slack_tokens``, the most that the step still in flight can emit.
@@ -78,4 +83,6 @@ class Step:
                 sequential_B=torch.full_like(info.top_ks, sequential, dtype=torch.bool),
             ),
             rides_B=rides_B,
+            penalties=penalties,
+            bias_BV=info.logit_bias,
         )

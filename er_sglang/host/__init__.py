@@ -10,5 +10,6 @@ served.py      the worker as the hooks see it
 algorithm.py   SELF_QUANT in SGLang's registry
 relay.py       what a step hands to the next one
 riders.py      requests that take a plain step inside a cycle
+penalties.py   whose emitted tokens are counted, instead of by SGLang
 refusals.py    settings and models that SELF_QUANT cannot serve
 """

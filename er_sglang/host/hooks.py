@@ -17,6 +17,7 @@ from sglang.srt.managers.io_struct import PauseGenerationReqInput
 from sglang.srt.plugins.hook_registry import HookRegistry, HookSource, HookType
 
 from er_sglang.host.emission import FRONT_END_EMISSION_HOOKS, SCHEDULER_EMISSION_HOOKS
+from er_sglang.host.penalties import PENALTY_HOOKS
 from er_sglang.host.processes import PROCESS_HOOKS
 from er_sglang.host.reservation import RESERVATION_HOOKS
 from er_sglang.host.riders import reason_to_ride
@@ -165,6 +166,7 @@ SCHEDULER_HOOKS: Hooks = {
     ),
     **SCHEDULER_EMISSION_HOOKS,
     **RESERVATION_HOOKS,
+    **PENALTY_HOOKS,
 }
 # A process may hold front ends of several servers, not all of them ours: these hooks ask whose they are.
 FRONT_END_HOOKS: Hooks = {

@@ -23,9 +23,4 @@ def riders(batch) -> dict[int, str]:
 
 def reason_to_refuse(batch) -> str | None:
     """Why no request of a ScheduleBatch may be drafted for, None if some may."""
-    info = batch.sampling_info
-    if info.acc_additive_penalties is not None or info.acc_scaling_penalties is not None:
-        return "penalties"  # of tokens that a cycle emits before
-    if batch.return_hidden_states:
-        return "hidden-states"
-    return None
+    return "hidden-states" if batch.return_hidden_states else None

@@ -84,6 +84,11 @@ SEAMS = (
     _seam("layers.logits_processor:LogitsProcessor._compute_lm_head", "self hidden_states lm_head embedding_bias"),
     _seam("layers.logits_processor:should_apply_lm_head_quant_method", "lm_head quant_method"),
     _seam("layers.utils.logprob:compute_spec_v2_logprobs", "batch logits_output predict accept_index"),
+    # penalties
+    _seam("sampling.penaltylib.orchestrator:_BatchedPenalizer.prepare_if_required", "self"),
+    _seam("sampling.sampling_batch_info:SamplingBatchInfo.copy_for_forward", "self"),
+    _seam("sampling.sampling_batch_info:SamplingBatchInfo.apply_logits_bias", "self logits"),
+    _seam("model_executor.model_runner:ModelRunner._preprocess_logits", "self logits_output sampling_info"),
     # the drafter's twins of small modules
     _seam("layers.layernorm:RMSNorm.forward_cuda", "self x residual post_residual_addition"),
     _seam("layers.activation:SiluAndMul.forward_cuda", "self x"),

@@ -5,8 +5,19 @@ from __future__ import annotations
 import torch
 
 from er_sglang.sampling.base import Draft, RandomState, Sampler, SamplingParams, Verdict
+from er_sglang.sampling.penalties import Penalties, Shaper
 
-__all__ = ["Draft", "RandomState", "Sampler", "SamplingParams", "Verdict", "create_sampler"]
+__all__ = [
+    "Draft",
+    "Penalties",
+    "RandomState",
+    "Sampler",
+    "SamplingParams",
+    "Shaper",
+    "Verdict",
+    "create_sampler",
+    "create_shaper",
+]
 
 
 def create_sampler(device: torch.device, simulated_acceptance: float | None = None) -> Sampler:
@@ -18,3 +29,14 @@ def create_sampler(device: torch.device, simulated_acceptance: float | None = No
     from er_sglang.sampling.reference import ReferenceSampler
 
     return ReferenceSampler(simulated_acceptance)
+
+
+def create_shaper(device: torch.device, max_batch: int) -> Shaper:
+    """Likewise. max_batch: of any step, whether it drafts or not."""
+    if device.type == "cuda":
+        from er_sglang.sampling.penalties_fused import FusedShaper
+
+        return FusedShaper(max_batch, device)
+    from er_sglang.sampling.penalties import ReferenceShaper
+
+    return ReferenceShaper()

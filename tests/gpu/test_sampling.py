@@ -1,4 +1,4 @@
-"""The fused sampler on CUDA: every case of the reference."""
+"""The fused sampler and shaper on CUDA: every case of the reference."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from er_sglang.sampling import RandomState
+from tests.penalty_cases import check_cycle
 from tests.sampling_cases import (
     FALSE_ALARM_RATE,
     REAL_VOCAB,
@@ -67,3 +68,11 @@ def test_equal_logits_have_equal_filters_and_normalizers(filters):
     for repeat in range(5):
         sampler.draw(logits_BV, params, random, 0, token_B, found[0, repeat], found[1, repeat])
     assert (found == found[:, :1, :1]).all()
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("sizes", [{}, {"batch": 30, "gamma": 15, "vocab": 5000}, {"vocab": REAL_VOCAB, "batch": 3}])
+def test_fused_shaper(seed, sizes):
+    from er_sglang.sampling.penalties_fused import FusedShaper
+
+    check_cycle(FusedShaper(40, torch.device("cuda")), "cuda", seed, **sizes)

@@ -1,6 +1,6 @@
 """The real server on one GPU, on two, and with an attention window; head_dim 128, bf16, overlap scheduling. Graphs
-equal eager runs bit for bit, and the emitted distribution is the policy's (false-alarm rate 1e-4 a test; filters are
-tested on the sampler itself, since bf16 rounding moves tokens across a filter's edge)."""
+equal eager runs bit for bit, and the emitted distribution is the policy's (false-alarm rate 1e-4 a test). bf16 rounding
+moves tokens across a filter's edge: filtered cycles are compared with plain steps, which SGLang's own sampler ends."""
 
 from __future__ import annotations
 
@@ -17,6 +17,21 @@ PROMPT = [17, 4, 88, 23, 61, 9] * 14  # longer than the drafter's sinks and its 
 SAMPLES = 1600
 NEW_TOKENS = 8
 LARGEST_GRAPH_BATCH = 32
+CYCLE = {"mode": "cycle", "cycle": [3, 0, 1, 2, 3]}
+PENALTIES = {
+    "frequency": {"temperature": 0.6, "frequency_penalty": 1.2},
+    "presence": {"temperature": 0.6, "presence_penalty": 1.5},
+    "repetition": {"temperature": 0.6, "repetition_penalty": 1.4},
+    "all": {"frequency_penalty": 0.5, "presence_penalty": 0.5, "repetition_penalty": 1.2},
+    "logit_bias": {"logit_bias": ((5, 3.0), (9, -4.0), (40, 1.5))},
+    "bias and penalty": {"frequency_penalty": 0.8, "logit_bias": ((5, 3.0), (9, -4.0), (40, 1.5))},
+}
+FILTERS = {
+    "top_k": {"top_k": 5},
+    "top_p": {"top_p": 0.7},
+    "min_p": {"min_p": 0.2},
+    "top_k+top_p+penalty": {"temperature": 1.3, "top_k": 20, "top_p": 0.85, "frequency_penalty": 0.8},
+}
 
 
 @pytest.fixture(scope="module")
@@ -49,9 +64,7 @@ def server(policy, tmp_path_factory, request):
         "speculative-num-steps": 3,
     }
     env = {
-        CONFIG_ENV: json.dumps(
-            {"policy": {"mode": "cycle", "cycle": [3, 0, 1, 2, 3]}, "drafter": {"attention_window": attention_window}}
-        ),
+        CONFIG_ENV: json.dumps({"policy": CYCLE, "drafter": {"attention_window": attention_window}}),
         "PYTHONPATH": os.pathsep.join(filter(None, [plugin, os.environ.get("PYTHONPATH")])),
     }
     with Server(policy, args, env=env, log_path=tmp_path_factory.mktemp("log") / "server.log") as server:
@@ -69,28 +82,53 @@ def test_graphs_equal_eager_runs_and_twins_their_originals(server, check, per_ba
     assert len(checks) == server.get_server_info()["tp_size"] * per_batch * len(batches)
 
 
-@pytest.mark.parametrize("temperature", [0.6, 1.0, 1.4])
-def test_distribution(server, policy, temperature) -> None:
+def sample(server, sampling) -> list[list[int]]:
+    answers = server.generate({"input_ids": [PROMPT] * SAMPLES, "sampling_params": sampling.params(NEW_TOKENS)})
+    return [answer["output_ids"] for answer in answers]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"temperature": 0.6}, {}, {"temperature": 1.4}, *PENALTIES.values()],
+    ids=["cold", "plain", "hot", *PENALTIES],
+)
+def test_distribution(server, policy, settings) -> None:
     from tests.host.goodness import assert_exact, cells
     from tests.host.oracle import Oracle, Sampling
 
-    sampling = Sampling(temperature=temperature)
-    before = server.get_server_info()["internal_states"][0]["self_quant"]
-    answers = server.generate({"input_ids": [PROMPT] * SAMPLES, "sampling_params": sampling.params(NEW_TOKENS)})
-    after = server.get_server_info()["internal_states"][0]["self_quant"]
-    assert_exact(cells(Oracle(policy), PROMPT, [answer["output_ids"] for answer in answers], sampling))
+    sampling = Sampling(**settings)
+    before = server.self_quant()
+    assert_exact(cells(Oracle(policy), PROMPT, sample(server, sampling), sampling))
+    after = server.self_quant()
     assert after["cycles"] > before["cycles"] and after["decode_steps"] > before["decode_steps"]
 
 
-def test_wrong_distribution_fails(server, policy) -> None:
-    """The same check of the same answers, against a temperature a tenth off."""
+@pytest.mark.parametrize(
+    "settings, other",
+    [({}, {"temperature": 1.1}), (PENALTIES["frequency"], {"temperature": 0.6, "frequency_penalty": 1.0})],
+)
+def test_wrong_distribution_fails(server, policy, settings, other) -> None:
+    """The same check, of the right answers against other settings."""
     from tests.host.goodness import cells, is_exact
     from tests.host.oracle import Oracle, Sampling
 
-    answers = server.generate({"input_ids": [PROMPT] * SAMPLES, "sampling_params": Sampling().params(NEW_TOKENS)})
-    assert not is_exact(
-        cells(Oracle(policy), PROMPT, [answer["output_ids"] for answer in answers], Sampling(temperature=1.1))
-    )
+    assert not is_exact(cells(Oracle(policy), PROMPT, sample(server, Sampling(**settings)), Sampling(**other)))
+
+
+def test_filters(server) -> None:
+    """Cycles against plain steps. Both are one distribution, and another temperature's is told apart."""
+    from tests.host.goodness import assert_exact, cells_of_two, is_exact
+    from tests.host.oracle import Sampling
+
+    server.change_self_quant({"mode": "off"})
+    plain = {name: sample(server, Sampling(**settings)) for name, settings in FILTERS.items()}
+    server.change_self_quant(CYCLE)
+    for name, settings in FILTERS.items():
+        before = server.self_quant()["drafted_tokens"]
+        outputs = sample(server, Sampling(**settings))
+        assert_exact(cells_of_two(outputs, plain[name]))
+        assert server.self_quant()["drafted_tokens"] > before
+        assert not is_exact(cells_of_two(outputs, sample(server, Sampling(**{**settings, "temperature": 2.0}))))
 
 
 def test_log_probabilities(server, policy) -> None:

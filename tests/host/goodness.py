@@ -6,7 +6,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 
 import torch
-from scipy.stats import chi2, norm
+from scipy.stats import chi2, chi2_contingency, norm
 
 from tests.host.oracle import Oracle, Sampling
 
@@ -69,6 +69,36 @@ def cells(oracle: Oracle, prompt: list[int], outputs: list[list[int]], sampling:
         drawn.append((p_NV, tokens_N))
     found.append(Cell("surprise at all tokens", outputs_NT.numel(), surprise(*map(torch.cat, zip(*drawn)))))
     return found
+
+
+def cells_of_two(outputs: list[list[int]], others: list[list[int]]) -> list[Cell]:
+    """Do two samples of one prompt come from one distribution? Every test, at each position and after its frequent
+    prefixes."""
+    found = []
+    for position in range(len(outputs[0])):
+        groups = defaultdict(lambda: ([], []))
+        for sample, rows in enumerate((outputs, others)):
+            for row in rows:
+                for prefix in {(), tuple(row[:position])}:
+                    groups[prefix][sample].append(row[position])
+        for prefix, samples in groups.items():
+            if min(map(len, samples)) >= FREQUENT and (p_value := homogeneity(*samples)) is not None:
+                found.append(Cell(f"token {position} after {list(prefix) or 'anything'}", len(samples[0]), p_value))
+    return found
+
+
+def homogeneity(tokens: list[int], others: list[int]) -> float | None:
+    """p-value of two samples of tokens, of one distribution; None if that leaves nothing to test."""
+    counts_2V = torch.stack(
+        [torch.bincount(torch.tensor(s), minlength=max(*tokens, *others) + 1) for s in (tokens, others)]
+    )
+    expected_2V = counts_2V.sum(0) * counts_2V.sum(1, keepdim=True) / counts_2V.sum()
+    often_V = expected_2V.amin(0) >= SMALLEST_EXPECTED
+    merged_2C = torch.cat([counts_2V[:, often_V], counts_2V[:, ~often_V].sum(1, keepdim=True)], dim=1)
+    merged_2C = merged_2C[:, merged_2C.sum(0) > 0]
+    if merged_2C.shape[1] < 2:
+        return None
+    return float(chi2_contingency(merged_2C.numpy(), correction=False).pvalue)
 
 
 def surprise(p_NV: torch.Tensor, tokens_N: torch.Tensor) -> float:

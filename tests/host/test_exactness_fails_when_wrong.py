@@ -33,6 +33,8 @@ def test_wrong_rule_fails(saboteur, qwen3_oracle, rule, name):
     assert not looks_exact(saboteur, qwen3_oracle, rule, SETTINGS[name])
 
 
-@pytest.mark.parametrize("name", PENALTIES)
-def test_ignored_penalties_fail(saboteur, qwen3_oracle, name):
-    assert not looks_exact(saboteur, qwen3_oracle, "penalties-ignored", PENALTIES[name])
+@pytest.mark.parametrize(
+    "rule, name", [*(("penalties-ignored", name) for name in PENALTIES), ("penalties-late", "reward")]
+)
+def test_wrong_penalties_fail(saboteur, qwen3_oracle, rule, name):
+    assert not looks_exact(saboteur, qwen3_oracle, rule, PENALTIES[name])

@@ -31,17 +31,16 @@ MANY, FEW = 24, 3
 SHORT, LONG = 16, 200
 
 
-def batch(extra: dict = {}) -> dict:
+def batch() -> dict:
     """A batch with a tail: MANY + FEW requests run at first, FEW at last."""
     settings = [
-        {"temperature": 1, "max_new_tokens": length, "ignore_eos": True, **extra}
-        for length in [SHORT] * MANY + [LONG] * FEW
+        {"temperature": 1, "max_new_tokens": length, "ignore_eos": True} for length in [SHORT] * MANY + [LONG] * FEW
     ]
     return {"input_ids": [PROMPT] * len(settings), "sampling_params": settings}
 
 
-def load(server, extra: dict = {}) -> list[dict]:
-    return server.generate(batch(extra))
+def load(server, **extra) -> list[dict]:
+    return server.generate({**batch(), **extra})
 
 
 def load_and_change(server, changes: list[dict]) -> list[int]:
@@ -107,7 +106,7 @@ def steered(qwen3, folder, calibrated):
         folder / "steered.log",
         {"trace": str(trace), "policy": AUTO},
         GAMMA_MAX,
-        args={"enable-metrics": True},
+        args={"enable-metrics": True, "enable-return-hidden-states": True},
         env={CACHE_ENV: str(cache)},
     ) as server:
         server.trace = trace
@@ -150,15 +149,15 @@ def test_it_switches_both_ways(steered):
 
 
 def test_the_trace_and_the_counters_agree(steered):
-    load(steered, {"frequency_penalty": 0.5})
+    load(steered, return_hidden_states=True)
     state = steered.self_quant()
     steps = [json.loads(line) for line in steered.trace.read_text().splitlines()]
     assert Counter(f"gamma={step['gamma']}:{step['reason']}" for step in steps) == state["decisions"]
     assert sum(step["accepted"] for step in steps) == state["accepted_tokens"]
     assert sum(step["accepted"] + step["batch"] for step in steps) == state["emitted_tokens"]
     assert sum(step["reason"] == "probe" for step in steps) == state["probes"]
-    assert state["decisions"]["gamma=0:penalties"] >= LONG - 1
-    assert not any(step["gamma"] for step in steps if step["reason"] == "penalties")
+    assert state["decisions"]["gamma=0:hidden-states"] >= LONG - 1
+    assert not any(step["gamma"] for step in steps if step["reason"] == "hidden-states")
     assert all(step["expected_speedup"] > 1 for step in steps if step["reason"] == "pays")
 
 

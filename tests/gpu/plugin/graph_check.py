@@ -1,5 +1,6 @@
 """SGLang plugin for tests: when SELF_QUANT's graphs are captured, run each against the same code run eagerly, and the
-drafter against one with the policy's own norms, activations, rotation and attention.
+drafter against one with the policy's own norms, activations, rotation and attention. Some requests are penalised, all
+are biased.
 
 Prints one line per comparison; raises, and so stops the server, unless every result is equal bit for bit, or close to
 that of other kernels. Contexts are short, so that attention takes one split in both (the number of splits is fixed at capture), and longer than an
@@ -19,6 +20,7 @@ from er_sglang.cycle.step import Step
 from er_sglang.drafting.shadow import shadow
 from er_sglang.policy.profile import Rung
 from er_sglang.sampling import SamplingParams
+from er_sglang.sampling.penalties import PenaltyTable, RequestPenalties
 
 CONTEXT_TOKENS = 75
 CLOSE = 0.02  # of the norm; two bf16 computations of the toy model differ by some 0.005
@@ -85,6 +87,9 @@ def _make_step(worker, size: int) -> Step:
     rows = torch.arange(size, device=device)
     slots = 1 + torch.arange(size * (CONTEXT_TOKENS + width), device=device).view(size, -1)
     worker.req_to_token[:size, : CONTEXT_TOKENS + width] = slots.to(worker.req_to_token.dtype)
+    vocab_size = worker.runner.model_config.vocab_size
+    table = PenaltyTable(vocab_size, device)
+    table.reset({1: RequestPenalties(0.5, 0.5, 1.2, 0, (), [5, 6, 7] * 9)})
     return Step(
         req_pool_indices_B=rows,
         seq_lens_B=torch.full((size,), CONTEXT_TOKENS, device=device),
@@ -98,6 +103,8 @@ def _make_step(worker, size: int) -> Step:
             torch.zeros(size, device=device),
             torch.zeros(size, dtype=torch.bool, device=device),
         ),
+        penalties=table.of([row % 3 // 2 for row in range(size)]),
+        bias_BV=torch.linspace(-1, 1, size * vocab_size, device=device).view(size, -1),
     )
 
 

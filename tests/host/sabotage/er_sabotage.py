@@ -29,13 +29,12 @@ def _rule() -> str:
 def _install(result, scheduler) -> None:
     import torch
 
-    from er_sglang import worker as worker_module
     from er_sglang.cycle.verifier import Verifier
-    from er_sglang.sampling import reference
+    from er_sglang.sampling import penalties, reference
     from er_sglang.worker import SelfQuantWorker
 
     judge, residual, verify = reference.ReferenceSampler.judge, reference.residual, Verifier.forward
-    cycle, reason_to_refuse = SelfQuantWorker.cycle, worker_module.reason_to_refuse
+    cycle, shaped = SelfQuantWorker.cycle, penalties.shaped
 
     def wrong_judge(self, logits_BNV, draft, params, random, rides_B=None):
         self.simulated_acceptance = 1.0 if _rule() == "accept-always" else None
@@ -66,8 +65,12 @@ def _install(result, scheduler) -> None:
             fill_kv(slots_NB[accepted_NB], 3.0)
         return result
 
-    def wrong_refusal(batch, sampling_backend):
-        return None if _rule() == "penalties-ignored" else reason_to_refuse(batch, sampling_backend)
+    def wrongly_shaped(logits_BV, words_BW, lens_B, drafted_JB):
+        if _rule() == "penalties-ignored":
+            return logits_BV
+        if _rule() == "penalties-late":  # by the latest token, as SGLang's own with overlap scheduling
+            drafted_JB = drafted_JB[:-1]
+        return shaped(logits_BV, words_BW, lens_B, drafted_JB)
 
     def fill_kv(slots, value):
         kv = scheduler.draft_worker.target_worker.model_runner.token_to_kv_pool
@@ -78,4 +81,4 @@ def _install(result, scheduler) -> None:
     reference.residual = wrong_residual
     Verifier.forward = wrong_verify
     SelfQuantWorker.cycle = wrong_cycle
-    worker_module.reason_to_refuse = wrong_refusal
+    penalties.shaped = wrongly_shaped
