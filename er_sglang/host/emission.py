@@ -22,15 +22,18 @@ def _finish_token_by_token(original, req, new_accepted_len=1):
     params = req.sampling_params
     any_order = len(req.output_ids) < params.max_new_tokens and not (params.stop_strs or params.stop_regex_strs)
     if new_accepted_len == 1 or any_order:
-        return original(req, new_accepted_len)
-    emitted = req.output_ids[-new_accepted_len:]
-    del req.output_ids[-new_accepted_len:]
-    for count, token in enumerate(emitted, start=1):
-        req.output_ids.append(token)
-        original(req, 1)
-        if req.finished():
-            break
-    req.output_ids.extend(emitted[count:])  # SGLang cuts them off at finished_len
+        original(req, new_accepted_len)
+    else:
+        emitted = req.output_ids[-new_accepted_len:]
+        del req.output_ids[-new_accepted_len:]
+        for count, token in enumerate(emitted, start=1):
+            req.output_ids.append(token)
+            original(req, 1)
+            if req.finished():
+                break
+        req.output_ids.extend(emitted[count:])  # SGLang cuts them off at finished_len
+    if req.finished():  # SGLang has counted the whole step
+        req.reasoning_tokens = min(req.reasoning_tokens, len(req.output_ids_through_stop))
 
 
 def _send_at_intervals(original, accumulator, *, req):

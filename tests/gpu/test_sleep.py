@@ -16,20 +16,23 @@ MIB = 2**20
 PROMPT = [17, 4, 88, 23, 61, 9]
 GREEDY = {"temperature": 0, "max_new_tokens": 48, "ignore_eos": True}
 # What no tag covers: the server's CUDA context, loaded kernels, the libraries' workspaces.
-LEFT_ASLEEP_MIB = 3072
+LEFT_ASLEEP_MIB = 2048
 
 
-def used_mib() -> float:
-    """Of the whole GPU, by all processes."""
-    free, total = torch.cuda.mem_get_info()
-    return (total - free) / MIB
+def used_mib(server) -> float:
+    """Of the GPU, by the server's processes: others come and go."""
+    import psutil
+    import pynvml
 
-
-@pytest.fixture(scope="module")
-def others_mib() -> float:
-    """Held before the server starts, by other processes and by the CUDA context of this one."""
-    torch.cuda.init()
-    return used_mib()
+    root = psutil.Process(server.process.pid)
+    pids = {process.pid for process in [root, *root.children(recursive=True)]}
+    pynvml.nvmlInit()
+    gpu = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(0).uuid}")
+    used = [
+        process.usedGpuMemory for process in pynvml.nvmlDeviceGetComputeRunningProcesses(gpu) if process.pid in pids
+    ]
+    assert used, "NVML shows none of the server's processes: it counts in another PID namespace"
+    return sum(used) / MIB
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +49,7 @@ def policies(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def trainer(policies, others_mib, tmp_path_factory):
+def trainer(policies, tmp_path_factory):
     """The client of a server of A."""
     from er_sglang.config import CONFIG_ENV
     from tests.host.servers import HostServer
@@ -91,25 +94,24 @@ def test_graphs_replay_across_updates(trainer, policies) -> None:
     assert server.self_quant()["refreshes"] == refreshes + 2
 
 
-def test_sleep_and_wake(trainer, policies, others_mib) -> None:
+def test_sleep_and_wake(trainer, policies) -> None:
     """The order is slime's: everything goes; weights, update, continue; then KV cache and graphs."""
     server = trainer.server
     first, refreshes = answer(server), server.self_quant()["refreshes"]
     drafter_mib = server.self_quant()["drafter_bytes"] / MIB
     policy_mib = sum(file.stat().st_size for file in policies[0].glob("*.safetensors")) / MIB
     server.empty()
-    used = {"awake": used_mib()}
+    used = {"awake": used_mib(server)}
     trainer.release("weights")
-    used["without weights"] = used_mib()
+    used["without weights"] = used_mib(server)
     trainer.release("kv_cache", "cuda_graph")
-    used["asleep"] = used_mib()
+    used["asleep"] = used_mib(server)
     trainer.reclaim("weights")
     update(trainer, policies[0])
-    used["weights back, updated"] = used_mib()
+    used["weights back, updated"] = used_mib(server)
     trainer.reclaim("kv_cache", "cuda_graph")
     assert answer(server) == first
-    used["awake again"] = used_mib()
-    used = {state: mib - others_mib for state, mib in used.items()}
+    used["awake again"] = used_mib(server)
     print(f"\npolicy {policy_mib:.0f} MiB, drafter {drafter_mib:.0f} MiB")
     print("\n".join(f"{state:>22}: {mib:8.0f} MiB" for state, mib in used.items()))
 

@@ -9,9 +9,14 @@ import torch
 
 from tests.host.oracle import Oracle
 from tests.host.policies import make_policy
-from tests.host.servers import self_quant
+from tests.host.servers import BULK, SABOTAGE, self_quant
 
 torch.set_num_threads(1)  # tiny matrices; and the servers need the cores
+
+
+def pytest_addoption(parser) -> None:
+    parser.addoption("--minutes", type=float, default=3.0, help="how long to soak (tests/host/test_soak.py)")
+    parser.addoption("--seed", type=int, help="what to ask in the soak; by default another one each time")
 
 
 @pytest.fixture(scope="package", autouse=True)
@@ -43,7 +48,7 @@ def switching(qwen3, folder):
     """gamma changes at every step, between 0 and 7."""
     config = {"policy": {"mode": "cycle", "cycle": [3, 1, 7, 0, 2, 7]}}
     args = {"enable-custom-logit-processor": True}
-    with self_quant(qwen3, folder / "switching.log", config, 7, args) as server:
+    with self_quant(qwen3, folder / "switching.log", config, 7, args, plugins=[BULK]) as server:
         yield server
 
 
@@ -62,6 +67,6 @@ class Saboteur:
 def saboteur(qwen3, folder):
     rule_file = folder / "sabotage.txt"
     rule_file.write_text("none")
-    env = {"PYTHONPATH": str(Path(__file__).parent / "sabotage"), "ER_SABOTAGE_FILE": str(rule_file)}
-    with self_quant(qwen3, folder / "sabotage.log", {"policy": {"mode": "always"}}, 3, env=env) as server:
+    env, log = {"ER_SABOTAGE_FILE": str(rule_file)}, folder / "sabotage.log"
+    with self_quant(qwen3, log, {"policy": {"mode": "always"}}, 3, env=env, plugins=[SABOTAGE, BULK]) as server:
         yield Saboteur(server, rule_file)

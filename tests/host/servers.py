@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from er_sglang.config import CONFIG_ENV
@@ -29,6 +29,10 @@ ENV = {
     "CUDA_VISIBLE_DEVICES": "",  # float32 on CPU everywhere: outputs are compared token by token
     "TORCHDYNAMO_DISABLE": "1",  # SGLang compiles its repetition penalty, for half a minute
 }
+# SGLang plugins, for tests only: what each does, its module says.
+PLUGINS = Path(__file__).parent
+BULK, SABOTAGE = PLUGINS / "bulk_plugin", PLUGINS / "sabotage"
+TRAINER, TWINS = PLUGINS / "trainer_plugin", PLUGINS / "twins_plugin"
 CORES = sorted(os.sched_getaffinity(0))
 # For a server with tp-size 2.
 TWO_RANKS = {
@@ -54,14 +58,14 @@ class HostServer(Server):
     def metrics(self) -> str:
         return self._request("/metrics")
 
-    def stream(self, payload: dict, path: str = "/generate") -> Iterator[dict]:
+    def stream(self, payload: dict, path: str = "/generate", timeout_s: float = REQUEST_TIMEOUT_S) -> Iterator[dict]:
         """POST with ``stream``; its chunks, as they come."""
         request = urllib.request.Request(
             f"{self.base_url}{path}",
             json.dumps({**payload, "stream": True}).encode(),
             {"Content-Type": "application/json"},
         )
-        with urllib.request.urlopen(request, timeout=REQUEST_TIMEOUT_S) as response:
+        with urllib.request.urlopen(request, timeout=timeout_s) as response:
             for line in response:
                 if line.startswith(b"data: {"):
                     yield json.loads(line[len(b"data: ") :])
@@ -83,12 +87,14 @@ def self_quant(
     gamma_max: int,
     args: Mapping[str, object] = {},
     env: Mapping[str, str] = {},
+    plugins: Sequence[Path] = (),
 ) -> HostServer:
-    """``config``: SELF_QUANT's settings, as the user writes them in JSON."""
+    """``config``: SELF_QUANT's settings, as the user writes them in JSON. ``plugins``: folders of SGLang plugins."""
+    path = os.pathsep.join([*map(str, plugins), *filter(None, [os.environ.get("PYTHONPATH")])])
     return HostServer(
         policy,
         {**ARGS, "speculative-algorithm": "SELF_QUANT", "speculative-num-steps": gamma_max, **args},
-        env={**ENV, CONFIG_ENV: json.dumps({"max_draft_batch": 2048, **config}), **env},
+        env={**ENV, "PYTHONPATH": path, CONFIG_ENV: json.dumps({"max_draft_batch": 2048, **config}), **env},
         log_path=log_path,
         start_timeout_s=START_TIMEOUT_S,
     )

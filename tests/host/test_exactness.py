@@ -10,7 +10,7 @@ from sglang.srt.sampling.custom_logit_processor import DisallowedTokensLogitsPro
 
 from tests.host.goodness import assert_exact, cells
 from tests.host.oracle import Sampling
-from tests.host.servers import self_quant, tokens
+from tests.host.servers import BULK, self_quant, tokens
 
 PROMPT = [17, 4, 88, 23, 61, 9]
 SAMPLES = 1600
@@ -38,8 +38,8 @@ PENALTIES = {
 @pytest.fixture(scope="module")
 def longest(qwen3, folder):
     """gamma = 7 in every step, overlap scheduling on."""
-    overlap = {"disable-overlap-schedule": False}
-    with self_quant(qwen3, folder / "longest.log", {"policy": {"mode": "always"}}, 7, overlap) as server:
+    overlap, log = {"disable-overlap-schedule": False}, folder / "longest.log"
+    with self_quant(qwen3, log, {"policy": {"mode": "always"}}, 7, overlap, plugins=[BULK]) as server:
         yield server
 
 

@@ -4,11 +4,10 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-from tests.host.servers import ENV, START_TIMEOUT_S, self_quant
+from tests.host.servers import ENV, SABOTAGE, START_TIMEOUT_S, self_quant
 
 # What loading the plugin costs a process that has imported SGLang, and what it has put into SGLang's functions.
 SCRIPT = """
@@ -83,7 +82,7 @@ def test_a_plain_process_runs_sglangs_own_functions(found):
     hooked = {name: max(depths) for name, depths in result["plain"].items()}
     assert hooked == {"gate": 1, "front end": 0, "scheduler": 0, "cpu": 0}
     assert not result["sources_checked"]
-    assert result["cost_s"] < 0.2
+    assert result["cost_s"] < 0.5  # of the processor, which a core that others want stretches
 
 
 def test_a_front_end_is_hooked_for_a_self_quant_server_only(found):
@@ -109,8 +108,8 @@ def test_a_hook_that_does_not_fit_is_an_error(found):
 
 def test_a_server_one_of_whose_hooks_does_not_apply_does_not_start(qwen3, folder):
     """Here the one by which the drafter learns of an update."""
-    env = {"PYTHONPATH": str(Path(__file__).parent / "sabotage"), "ER_SABOTAGE_UNHOOKABLE": "update_weights_from_ipc"}
-    server = self_quant(qwen3, folder / "unhookable.log", {"policy": {"mode": "always"}}, 3, env=env)
+    env, log = {"ER_SABOTAGE_UNHOOKABLE": "update_weights_from_ipc"}, folder / "unhookable.log"
+    server = self_quant(qwen3, log, {"policy": {"mode": "always"}}, 3, env=env, plugins=[SABOTAGE])
     with pytest.raises(RuntimeError, match="the server stopped with exit code"), server:
         pass
     log = server.log_path.read_text()

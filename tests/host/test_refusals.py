@@ -186,8 +186,8 @@ def test_a_class_of_the_right_name_that_is_not_sglangs(qwen3, tmp_path):
         "from sglang.srt.models import qwen3\nclass Qwen3ForCausalLM(qwen3.Qwen3ForCausalLM): pass\n"
         "EntryClass = Qwen3ForCausalLM\n"
     )
-    env = {"PYTHONPATH": str(tmp_path), "SGLANG_EXTERNAL_MODEL_PACKAGE": "other_models"}
-    server = self_quant(qwen3, tmp_path / "server.log", {"policy": {"mode": "always"}}, 3, env=env)
+    env, log = {"SGLANG_EXTERNAL_MODEL_PACKAGE": "other_models"}, tmp_path / "server.log"
+    server = self_quant(qwen3, log, {"policy": {"mode": "always"}}, 3, env=env, plugins=[tmp_path])
     with pytest.raises(RuntimeError, match="the server stopped with exit code"), server:
         pass
-    assert "ConfigError: The policy was loaded as other_models.qwen3.Qwen3ForCausalLM" in server.log_path.read_text()
+    assert "ConfigError: The policy was loaded as other_models.qwen3.Qwen3ForCausalLM" in log.read_text()

@@ -5,18 +5,16 @@ import pytest
 from tests.host.goodness import assert_exact, cells
 from tests.host.oracle import Oracle, Sampling
 from tests.host.policies import make_policy
-from tests.host.servers import TWO_RANKS, greedy, self_quant, tokens
+from tests.host.servers import BULK, TRAINER, TWO_RANKS, greedy, self_quant, tokens
 from tests.host.test_exactness import PROMPT, sample
-from tests.host.test_updates import PLUGIN
 from tests.host.trainer_client import SLIME, TrainerClient
 
 
 @pytest.fixture(scope="module")
 def server(qwen3, folder):
     config = {"policy": {"mode": "cycle", "cycle": [3, 0, 1, 2]}}
-    with self_quant(
-        qwen3, folder / "tensor-parallel.log", config, 3, {"tp-size": 2}, {**TWO_RANKS, **PLUGIN}
-    ) as server:
+    log, args = folder / "tensor-parallel.log", {"tp-size": 2}
+    with self_quant(qwen3, log, config, 3, args, TWO_RANKS, [TRAINER, BULK]) as server:
         yield server
 
 

@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import os
 import re
 from pathlib import Path
 
 import pytest
 
 from tests.host.policies import make_policy
-from tests.host.servers import greedy, self_quant
+from tests.host.servers import TWINS, greedy, self_quant
 
-TESTS = Path(__file__).parents[1]
-PLUGINS = (TESTS / "host" / "twins_plugin", TESTS / "gpu" / "plugin")
+PLUGINS = (TWINS, Path(__file__).parents[1] / "gpu" / "plugin")
 
 
 @pytest.mark.parametrize("family", ["qwen3", "llama"])
 def test_twins_draft_what_the_policys_own_modules_draft(folder, family):
     """The plugin compares logits, keys and values at start-up and stops the server unless they are close."""
-    path = os.pathsep.join([*map(str, PLUGINS), os.environ.get("PYTHONPATH", "")])
     log = folder / f"twins-{family}.log"
     policy = make_policy(folder / f"twins-{family}", family, seed=3)
-    with self_quant(policy, log, {"policy": {"mode": "always"}}, 3, env={"PYTHONPATH": path}) as server:
+    with self_quant(policy, log, {"policy": {"mode": "always"}}, 3, plugins=PLUGINS) as server:
         answer = server.generate({"input_ids": [5, 6, 7], "sampling_params": greedy(12)})
     assert answer["meta_info"]["spec_accept_length"] > 1
     text = log.read_text()

@@ -22,11 +22,10 @@ from er_sglang.quantize import create_format
 from tests.host.goodness import assert_exact, cells
 from tests.host.oracle import Oracle, Sampling
 from tests.host.policies import VOCAB, make_policy
-from tests.host.servers import REQUEST_TIMEOUT_S, greedy, self_quant, tokens
+from tests.host.servers import REQUEST_TIMEOUT_S, TRAINER, greedy, self_quant, tokens
 from tests.host.trainer_client import AREAL, SLIME, TrainerClient, buckets_of, die_in_the_middle
 from tests.host.trainer_plugin.er_trainer import digest
 
-PLUGIN = {"PYTHONPATH": str(Path(__file__).parent / "trainer_plugin")}
 PROMPTS = [[5, 6, 7], [12] * 9, [90, 8, 71, 15, 33], [64, 2]]
 NEW_TOKENS = 24
 SAMPLES = 300
@@ -87,7 +86,7 @@ def policies(folder):
 def rollouts(policies, folder):
     config, args = {"policy": {"mode": "always"}}, {"disable-overlap-schedule": False, "disable-radix-cache": True}
     log = folder / "transports.log"
-    with self_quant(policies["A"].path, log, config, 3, args, PLUGIN) as server:
+    with self_quant(policies["A"].path, log, config, 3, args, plugins=[TRAINER]) as server:
         yield Rollouts(server, policies)
 
 

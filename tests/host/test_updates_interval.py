@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from tests.host.policies import make_policy
-from tests.host.servers import greedy, self_quant, tokens
-from tests.host.test_updates import PLUGIN, Policy
+from tests.host.servers import TRAINER, greedy, self_quant, tokens
+from tests.host.test_updates import Policy
 from tests.host.trainer_client import TrainerClient
 
 PROMPTS = [[5, 6, 7], [12] * 9, [90, 8, 71, 15, 33], [64, 2]]
@@ -33,7 +33,7 @@ def policy(folder):
 @pytest.fixture(scope="module")
 def server(policy, folder):
     config = {"policy": {"mode": "always"}, "updates": UPDATES}
-    with self_quant(policy.path, folder / "interval.log", config, 3, env=PLUGIN) as server:
+    with self_quant(policy.path, folder / "interval.log", config, 3, plugins=[TRAINER]) as server:
         yield server
 
 

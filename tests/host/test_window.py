@@ -12,7 +12,7 @@ from er_sglang.quantize import rtn
 from tests.host.goodness import assert_exact, cells
 from tests.host.oracle import Sampling
 from tests.host.policies import VOCAB
-from tests.host.servers import greedy, self_quant, tokens
+from tests.host.servers import BULK, greedy, self_quant, tokens
 
 RECENT = 24
 PROMPT = [random.Random(5).randrange(2, VOCAB) for _ in range(150)]
@@ -21,7 +21,8 @@ PROMPT = [random.Random(5).randrange(2, VOCAB) for _ in range(150)]
 @pytest.fixture(scope="module")
 def server(qwen3, folder):
     config = {"policy": {"mode": "cycle", "cycle": [3, 1, 0, 2]}, "drafter": {"attention_window": RECENT}}
-    with self_quant(qwen3, folder / "window.log", config, 3, {"disable-overlap-schedule": False}) as server:
+    args, log = {"disable-overlap-schedule": False}, folder / "window.log"
+    with self_quant(qwen3, log, config, 3, args, plugins=[BULK]) as server:
         yield server
 
 

@@ -283,9 +283,10 @@ def test_table():
     ]
 
 
-def test_environment_names_command_hardware_and_versions():
+def test_environment_names_command_hardware_and_versions(monkeypatch):
+    monkeypatch.setattr("sys.orig_argv", ["python", "-m", "bench", "two words"])
     found = environment()
-    assert "pytest" in found["command"]
+    assert found["command"] == "python -m bench 'two words'"
     assert found["hardware"]["cpu_cores"] >= 1 and found["versions"]["torch"]
     json.dumps(found)
 

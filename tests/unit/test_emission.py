@@ -30,15 +30,18 @@ def request(stream=False, **sampling) -> Req:
 
 
 def finish(tokens: list[int], width: int, **sampling):
-    """Emit ``tokens``, ``width`` at each step, until the request ends: why, and with what."""
+    """Emit ``tokens``, ``width`` at each step, until the request ends: why, with what, and how many thoughts (all
+    of it: no token ends them)."""
     req = request(**sampling)
     for start in range(0, len(tokens), width):
         step = tokens[start : start + width]
         req.output_ids.extend(step)
+        req.update_reasoning_tokens(step, think_end_id=len(TOKENIZER))
         emission._finish_token_by_token(Req.update_finish_state, req, len(step))
         if req.finished():
             break
-    return req.finished_reason and req.finished_reason.to_json(), list(req.output_ids_through_stop)
+    reason = req.finished_reason and req.finished_reason.to_json()
+    return reason, list(req.output_ids_through_stop), req.reasoning_tokens
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,8 @@ def _install(result, scheduler) -> None:
 
     judge, residual, verify = reference.ReferenceSampler.judge, reference.residual, Verifier.forward
     cycle, shaped = SelfQuantWorker.cycle, penalties.shaped
+    runner = scheduler.tp_worker.model_runner
+    update = runner.update_weights_from_disk
 
     def wrong_judge(self, logits_BNV, draft, params, random, rides_B=None):
         self.simulated_acceptance = 1.0 if _rule() == "accept-always" else None
@@ -63,6 +65,13 @@ def _install(result, scheduler) -> None:
             fill_kv(slots_NB[~accepted_NB], float("nan"))
         if _rule() == "poison-accepted":
             fill_kv(slots_NB[accepted_NB], 3.0)
+        if _rule() == "token-repeated":
+            emitted_BN = result.next_token_ids.view(-1, rung.gamma + 1)
+            emitted_BN[:, 1:] = torch.where(result.accept_lens.view(-1, 1) > 1, emitted_BN[:, :1], emitted_BN[:, 1:])
+        if _rule() == "slots-leaked":
+            scheduler.token_to_kv_pool_allocator.alloc(scheduler.page_size)
+        if _rule() == "requests-lost" and scheduler.waiting_queue:
+            scheduler.waiting_queue.pop()
         return result
 
     def wrongly_shaped(logits_BV, words_BW, lens_B, drafted_JB):
@@ -77,6 +86,10 @@ def _install(result, scheduler) -> None:
         for buffer in (*kv.k_buffer, *kv.v_buffer):
             buffer[slots] = value
 
+    def wrong_update(*args, **more):
+        return (True, "") if _rule() == "updates-ignored" else update(*args, **more)
+
+    runner.update_weights_from_disk = wrong_update
     reference.ReferenceSampler.judge = wrong_judge
     reference.residual = wrong_residual
     Verifier.forward = wrong_verify
