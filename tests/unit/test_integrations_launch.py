@@ -1,4 +1,4 @@
-"""The files in launch/slime and launch/areal say what we understand."""
+"""The files in launch/slime, launch/verl and launch/areal say what we understand."""
 
 import pkgutil
 import subprocess
@@ -11,9 +11,9 @@ from er_sglang.config import load_config
 LAUNCH = Path(__file__).parents[2] / "launch"
 
 
-@pytest.mark.parametrize("trainer, gamma_max", [("slime", 7), ("areal", None)])
+@pytest.mark.parametrize("trainer, gamma_max", [("slime", 7), ("verl", 7), ("areal", None)])
 def test_settings(trainer, gamma_max):
-    """slime gives gamma_max by a flag, AReaL's servers have the default."""
+    """slime and veRL give gamma_max by a flag, AReaL's servers have the default."""
     config = load_config(str(LAUNCH / trainer / "self_quant.json"), gamma_max, env={})
     assert config.gamma_max == 7
 
@@ -32,3 +32,17 @@ def test_slime_arguments():
     assert Path(arguments["--sglang-speculative-adaptive-config"]) == LAUNCH / "slime/self_quant.json"
     log_function, _, name = arguments["--custom-rollout-log-function-path"].rpartition(".")
     assert callable(pkgutil.resolve_name(f"{log_function}:{name}"))
+
+
+def test_verl_overrides():
+    """Hydra's words for the arguments of SGLang's ServerArgs."""
+    script = f'set -eu; source {LAUNCH}/verl/self_quant.sh; printf "%s\n" "${{SELF_QUANT[@]}}"'
+    words = subprocess.run(["bash", "-c", script], check=True, capture_output=True, text=True, cwd="/").stdout.split()
+    overrides = dict(
+        word.removeprefix("++actor_rollout_ref.rollout.engine_kwargs.sglang.").split("=") for word in words
+    )
+    assert overrides == {
+        "speculative_algorithm": "SELF_QUANT",
+        "speculative_num_steps": "7",
+        "speculative_adaptive_config": str(LAUNCH / "verl/self_quant.json"),
+    }
