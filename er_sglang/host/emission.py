@@ -18,10 +18,11 @@ _RESULTS = "sglang.srt.managers.scheduler_components."
 def _finish_token_by_token(original, req, new_accepted_len=1):
     """SGLang looks at all tokens of a step at once, which is right for one token only: it looks at the length limit before
     it looks for stop tokens, for stop strings before end-of-sequence tokens, for the first stop string of the request
-    before the first of the text, and for a stop regex at the end of the step."""
+    before the first of the text, and for a stop regex at the end of the step. It ends an aborted request with all of
+    them, though an end or the length limit is among them."""
     params = req.sampling_params
     any_order = len(req.output_ids) < params.max_new_tokens and not (params.stop_strs or params.stop_regex_strs)
-    if new_accepted_len == 1 or any_order:
+    if new_accepted_len == 1 or any_order and not req.to_finish:
         original(req, new_accepted_len)
     else:
         emitted = req.output_ids[-new_accepted_len:]
@@ -30,6 +31,8 @@ def _finish_token_by_token(original, req, new_accepted_len=1):
             req.output_ids.append(token)
             original(req, 1)
             if req.finished():
+                if req.finished_len is None:
+                    req.finished_len = len(req.output_ids)
                 break
         req.output_ids.extend(emitted[count:])  # SGLang cuts them off at finished_len
     if req.finished():  # SGLang has counted the whole step

@@ -97,7 +97,7 @@ def draw(rng: random.Random, rid: str, known: deque[list[int]]) -> Ask:
         settings["logit_bias"] = tuple(
             (token, rng.choice((-100.0, -2.0, 3.0))) for token in rng.sample(range(VOCAB), 5)
         )
-    if chance(0.07):
+    if chance(0.2):
         for name, values in (
             ("frequency_penalty", (0.05, 0.8)),
             ("presence_penalty", (0.5,)),
@@ -120,6 +120,8 @@ def draw(rng: random.Random, rid: str, known: deque[list[int]]) -> Ask:
     else:
         if chance(0.2):
             params["stop_token_ids"] = rng.sample(range(2, VOCAB), 3)
+        if chance(0.1):
+            params["min_new_tokens"] = min(params["max_new_tokens"], rng.choice((5, 20)))
         if chance(0.15):
             params["stop"] = ["".join(rng.choices(STOP_LETTERS, k=rng.randint(1, 2))) for _ in range(2)]
     copies = rng.choice((2, 3)) if chance(0.08) else 1
@@ -157,7 +159,8 @@ class Policy:
     def logits(self, ask: Ask, output: list[int]) -> torch.Tensor:
         """Of each output token, penalised and biased, [T, V]."""
         sequence = torch.tensor([ask.prompt + output])
-        raw_TV = self.oracle.logits(sequence)[0, len(ask.prompt) - 1 : -1]
+        raw_TV = self.oracle.logits(sequence)[0, len(ask.prompt) - 1 : -1].clone()
+        raw_TV[: ask.params.get("min_new_tokens", 0), [EOS, *ask.params.get("stop_token_ids", ())]] = -torch.inf
         if not ask.penalised:
             return ask.sampling.penalised(raw_TV, torch.empty(len(output), 0, dtype=torch.int64))
         rows = [
@@ -272,8 +275,7 @@ def about(ask: Ask, answer: dict) -> Iterator[None]:
 
 
 class Soak:
-    """``exact_penalties``: SGLang applies penalties to the latest token, too (it does not under overlap scheduling).
-    ``ranks``: tensor-parallel ranks of the server, which serves the first of ``policies``. ``timeout_s``: after which a
+    """``ranks``: tensor-parallel ranks of the server, which serves the first of ``policies``. ``timeout_s``: after which a
     request is lost."""
 
     def __init__(
@@ -282,11 +284,10 @@ class Soak:
         policies: list[Path],
         seed: int,
         *,
-        exact_penalties: bool,
         ranks: int = 1,
         timeout_s: float = REQUEST_TIMEOUT_S,
     ) -> None:
-        self.server, self.seed, self.ranks, self.exact_penalties = server, seed, ranks, exact_penalties
+        self.server, self.seed, self.ranks = server, seed, ranks
         self.timeout_s = timeout_s
         self.trainer = TrainerClient(server)
         self.policies = [Policy(path) for path in policies]
@@ -426,8 +427,7 @@ class Soak:
             self.seen["aborted" if reason["type"] == "abort" else "answered"] += 1
             expect(reason["type"] in ("stop", "length", "abort"), f"finished by {reason}")
         self.seen["retracted"] += meta["num_retractions"] > 0
-        inexact = ask.penalised and (not self.exact_penalties or meta["num_retractions"])
-        if "regex" in ask.params or inexact:
+        if "regex" in ask.params:
             return
         with self._lock:  # one at a time: the server needs the cores
             found, wrongs = [], []

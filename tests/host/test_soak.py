@@ -59,7 +59,7 @@ def test_soak(policies, folder, name, request):
     seed = int(time.time()) if seed is None else seed
     with serve(policies, folder, name) as server:
         ranks = 2 if name == "two ranks" else 1
-        soak = Soak(server, policies, seed, exact_penalties=name == "no overlap", ranks=ranks)
+        soak = Soak(server, policies, seed, ranks=ranks)
         soak.run(60 * minutes / (3 if minutes >= LONG_MINUTES else 2))
     print(f"\nseed {seed}: {dict(soak.seen)}")
     assert all(soak.seen[kind] for kind in ("answered", "aborted", "left", "retracted", "completions", "_update"))
@@ -84,7 +84,7 @@ def saboteur(policies, folder):
 )
 def test_a_soak_fails_when(saboteur, policies, rule, words):
     TrainerClient(saboteur.server).send_disk(policies[0])
-    soak = Soak(saboteur.server, policies, seed=1, exact_penalties=True, timeout_s=20.0)
+    soak = Soak(saboteur.server, policies, seed=1, timeout_s=20.0)
     saboteur.obey(rule)
     try:
         with pytest.raises(AssertionError, match=f"(?s)({words}).*seed 1"):

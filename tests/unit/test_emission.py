@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 from sglang.srt.entrypoints.openai.protocol import Function, Tool
 from sglang.srt.function_call.function_call_parser import FunctionCallParser
-from sglang.srt.managers.schedule_batch import Req
+from sglang.srt.managers.schedule_batch import FINISH_ABORT, Req
 from sglang.srt.managers.scheduler_components.output_streamer import _GenerationStreamAccumulator
 from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
@@ -61,6 +61,17 @@ def test_ends_where_it_would_end_token_by_token(text, sampling):
     expected = finish(tokens, width=1, **sampling)
     for width in range(2, len(tokens) + 1):
         assert finish(tokens, width, **sampling) == expected
+
+
+@pytest.mark.parametrize("limit", [3, 20])
+@pytest.mark.parametrize("width", [1, 2, 4])
+def test_an_aborted_request_ends_with_the_next_token(width, limit):
+    req = request(max_new_tokens=limit)
+    req.output_ids.extend([7, 8])
+    req.to_finish = FINISH_ABORT("Aborted")
+    req.output_ids.extend([9, EOS, 9, 9][:width])
+    emission._finish_token_by_token(Req.update_finish_state, req, width)
+    assert req.finished_reason.to_json()["type"] == "abort" and list(req.output_ids_through_stop) == [7, 8, 9]
 
 
 def pieces(text):
