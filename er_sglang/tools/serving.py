@@ -20,6 +20,8 @@ from urllib.error import HTTPError, URLError
 import torch
 from tqdm import tqdm
 
+from er_sglang.steering.control import as_name
+
 ON_CPU = not torch.cuda.is_available()
 LOG_TAIL_LINES = 40
 HEALTH_POLL_S = 0.25
@@ -134,7 +136,7 @@ class Server:
 
     def change_self_quant(self, settings: dict) -> None:
         """Change SELF_QUANT's policy, now. Raises RuntimeError with the reason if the server refuses."""
-        if not all(self._request("/set_internal_state", {"server_args": {"self_quant": settings}})):
+        if not all(self._request("/set_internal_state", {"server_args": {as_name(settings): 1}})):
             raise RuntimeError(f"the server refused {settings}: {self.self_quant()['refused_change']}")
 
     def flush_cache(self) -> None:
