@@ -26,7 +26,7 @@ from er_sglang.host.seams import ALGORITHM, UnsupportedHost
 from er_sglang.host.served import ServedWorker
 from er_sglang.steering.control import KEY, spelled_out
 
-_control, _settings, _slots, _updates = map(adapter, ("control", "settings", "slots", "updates"))
+_control, _pause, _settings, _slots, _updates = map(adapter, ("control", "pause", "settings", "slots", "updates"))
 
 _UPDATER = "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager."
 _SCHEDULER = "sglang.srt.managers.scheduler.Scheduler."
@@ -51,7 +51,7 @@ def _settle(scheduler) -> None:
     batches = [batch for batch in (scheduler.running_batch, scheduler.last_batch) if batch]
     if scheduler.chunked_req or not all(req.finished() for batch in batches for req in batch.reqs):
         return
-    before = {name: getattr(scheduler, name) for name in _updates.PAUSED}
+    before = {name: getattr(scheduler, name) for name in _pause.STATE}
     scheduler.pause_generation(PauseGenerationReqInput(mode="retract"))  # of these requests there is nothing to retract
     vars(scheduler).update(before)
 

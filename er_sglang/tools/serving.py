@@ -20,6 +20,7 @@ from urllib.error import HTTPError, URLError
 import torch
 from tqdm import tqdm
 
+from er_sglang.host.releases import adapter
 from er_sglang.steering.control import as_name
 
 ON_CPU = not torch.cuda.is_available()
@@ -99,6 +100,9 @@ class Server:
         self._args = {**(CPU_ARGS if ON_CPU else {}), **args}
         self._extra_words = extra_words
         self.env = {**os.environ, **(CPU_ENV if ON_CPU else {}), **env}
+        if ON_CPU:
+            paths = [*adapter("cpu_kernels").PATHS, *filter(None, [self.env.get("PYTHONPATH")])]
+            self.env["PYTHONPATH"] = os.pathsep.join(paths)
         # SGLang imports for 20 s from source and for 8 s from cached bytecode, twice at every start.
         self.env.pop("PYTHONDONTWRITEBYTECODE", None)
         self.start_timeout_s = start_timeout_s

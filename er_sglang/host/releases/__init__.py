@@ -20,7 +20,7 @@ from functools import cache
 from pathlib import Path
 from types import ModuleType
 
-RELEASES = ("0.5.15.post1", "0.5.17", "0.5.23")
+RELEASES = ("0.5.15.post1", "0.5.17", "0.5.19", "0.5.20", "0.5.21", "0.5.23")
 # pip installs it where nothing else is asked for: what we tested longest.
 DEFAULT_RELEASE = RELEASES[0]
 

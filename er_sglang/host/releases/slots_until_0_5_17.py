@@ -25,4 +25,5 @@ def set_committed(req, tokens: int) -> None:
 
 
 def allocated(req) -> int:
-    return req.kv.kv_allocated_len
+    """Also of one that has given its slots back, as the last step of an overlapped schedule finds it."""
+    return committed(req) if req.kv is None else req.kv.kv_allocated_len

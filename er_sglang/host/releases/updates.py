@@ -24,8 +24,6 @@ HOOKS = {
     f"{_UPDATER}begin_weight_update": (HookType.AFTER, _begin),
     f"{_UPDATER}end_weight_update": (HookType.AFTER, _end),
 }
-# What a pause leaves in the scheduler.
-PAUSED = ("_engine_paused", "_pause_started_at")
 
 
 class TakesUpdates:

@@ -5,8 +5,6 @@ managers.tp_worker:BaseTpWorker.update_weights_from_tensor self recv_req
 """
 
 HOOKS = {}
-# What a pause leaves in the scheduler.
-PAUSED = ("_engine_paused",)
 
 
 class TakesUpdates:
