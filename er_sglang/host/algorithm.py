@@ -11,7 +11,7 @@ from er_sglang.host.cpu import CPU_HOOKS
 from er_sglang.host.machine import check_machine
 from er_sglang.host.refusals import check_drafter, check_model, check_server_args, check_simulated_acceptance
 from er_sglang.host.releases import adapter
-from er_sglang.host.seams import ALGORITHM, check_host
+from er_sglang.host.seams import ALGORITHM, check_host, warn_if_never_run_on_gpu
 
 
 class SelfQuantAlgorithm(CustomSpecAlgo):
@@ -65,6 +65,8 @@ def _create_worker_class(server_args) -> type:
     hooks.bind(hooks.SCHEDULER_HOOKS)
     if adapter("settings").published().device == "cpu":
         hooks.bind(CPU_HOOKS)
+    else:
+        warn_if_never_run_on_gpu()
     from er_sglang.worker import SelfQuantWorker
 
     return SelfQuantWorker

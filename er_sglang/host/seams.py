@@ -220,6 +220,11 @@ def check_host() -> None:
         )
 
 
+def warn_if_never_run_on_gpu() -> None:
+    if (version := releases.installed_version()).partition("+")[0] not in releases.RUN_ON_GPU:
+        logger.warning("%s was never run on a GPU with SGLang %s, only on CPU.", ALGORITHM, version)
+
+
 def _differences(version: str) -> list[str]:
     """How this SGLang differs from the release, of which it says to be."""
     files = list(_sources(version))
