@@ -8,7 +8,7 @@ import time
 from sglang.srt.plugins.hook_registry import HookType
 
 from er_sglang.host.releases import adapter
-from er_sglang.host.seams import ALGORITHM
+from er_sglang.host.seams import asks_for_us
 
 _streams = adapter("streams")
 
@@ -51,7 +51,7 @@ def _score_prompts_only(result, processor, i, req, *_, **__):
 
 
 def _serves(openai) -> bool:
-    return openai.tokenizer_manager.server_args.speculative_algorithm == ALGORITHM
+    return asks_for_us(openai.tokenizer_manager.server_args)
 
 
 async def _log_probabilities_without_text(original, chat, *, content, index, request, choice_logprobs, **more):

@@ -22,7 +22,7 @@ from er_sglang.host.processes import PROCESS_HOOKS
 from er_sglang.host.releases import adapter
 from er_sglang.host.reservation import RESERVATION_HOOKS
 from er_sglang.host.riders import reason_to_ride
-from er_sglang.host.seams import ALGORITHM, UnsupportedHost
+from er_sglang.host.seams import ALGORITHM, UnsupportedHost, asks_for_us
 from er_sglang.host.served import ServedWorker
 from er_sglang.steering.control import KEY, spelled_out
 
@@ -175,7 +175,7 @@ FRONT_END_HOOKS: Hooks = {
 
 
 def _serves(manager) -> bool:
-    return manager.server_args.speculative_algorithm == ALGORITHM
+    return asks_for_us(manager.server_args)
 
 
 def _bind_front_end(manager) -> None:

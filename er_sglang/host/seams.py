@@ -41,6 +41,11 @@ SUPPORTED_ARCHITECTURES = {
 }
 
 
+def asks_for_us(server_args) -> bool:
+    """Whether a server is to serve SELF_QUANT; its ServerArgs may be as the user wrote them."""
+    return (server_args.speculative_algorithm or "").upper() == ALGORITHM
+
+
 class UnsupportedHost(RuntimeError):
     """This SGLang is not the one we know; the message says what differs and what to do."""
 

@@ -4,7 +4,7 @@ chunk the alternatives of its first."""
 from sglang.srt.plugins.hook_registry import HookType
 
 from er_sglang.host.releases.streams_until_0_5_21 import SCHEDULER_HOOKS
-from er_sglang.host.seams import ALGORITHM
+from er_sglang.host.seams import asks_for_us
 
 __all__ = ["FRONT_END_HOOKS", "SCHEDULER_HOOKS"]
 
@@ -14,8 +14,8 @@ entrypoints.openai.serving_chat:OpenAIServingChat._process_logprobs_tokens self 
 
 
 def _alternatives_of_each_token(original, chat, logprobs, use_token_index=False):
-    serves = chat.tokenizer_manager.server_args.speculative_algorithm == ALGORITHM
-    return original(chat, logprobs, use_token_index=use_token_index or serves)
+    use_token_index = use_token_index or asks_for_us(chat.tokenizer_manager.server_args)
+    return original(chat, logprobs, use_token_index=use_token_index)
 
 
 FRONT_END_HOOKS = {
