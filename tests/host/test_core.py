@@ -18,7 +18,7 @@ from er_sglang.cli import main
 from tests.host.goodness import assert_exact, cells, is_exact
 from tests.host.oracle import Oracle, Sampling
 from tests.host.policies import make_policy
-from tests.host.servers import ENV, START_TIMEOUT_S, greedy, self_quant, tokens
+from tests.host.servers import ENV, SABOTAGE, START_TIMEOUT_S, TRAINER, greedy, self_quant, tokens
 from tests.host.trainer_client import SLIME, TrainerClient, buckets_of
 
 pytestmark = pytest.mark.core
@@ -66,14 +66,10 @@ class Core:
 def core(qwen3, folder):
     rule_file = folder / "core-sabotage.txt"
     rule_file.write_text("none")
-    here = Path(__file__).parent
-    env = {
-        "PYTHONPATH": os.pathsep.join([str(here / "sabotage"), str(here / "trainer_plugin")]),
-        "ER_SABOTAGE_FILE": str(rule_file),
-    }
+    env = {"ER_SABOTAGE_FILE": str(rule_file)}
     args = {"disable-overlap-schedule": False, "enable-metrics": True}
     config = {"policy": {"mode": "cycle", "cycle": [GAMMA, 1, GAMMA, 0]}}
-    with self_quant(qwen3, folder / "core.log", config, GAMMA, args, env) as server:
+    with self_quant(qwen3, folder / "core.log", config, GAMMA, args, env, (SABOTAGE, TRAINER)) as server:
         yield Core(server, rule_file, qwen3, make_policy(folder, "qwen3", seed=3, spread=0.7))
 
 
