@@ -6,7 +6,6 @@ import copy
 import dataclasses
 import logging
 from collections.abc import Mapping
-from types import SimpleNamespace
 
 import torch
 from sglang.srt.constants import GPU_MEMORY_TYPE_KV_CACHE, GPU_MEMORY_TYPE_WEIGHTS
@@ -32,6 +31,7 @@ from er_sglang.host.machine import needs_memory
 from er_sglang.host.penalties import PenalisedRequests
 from er_sglang.host.refusals import check_model_class, check_simulated_acceptance
 from er_sglang.host.relay import SelfQuantDraftInput
+from er_sglang.host.releases import adapter
 from er_sglang.host.riders import reason_to_refuse, riders
 from er_sglang.host.served import ServedWorker
 from er_sglang.policy.profile import Rung
@@ -43,6 +43,7 @@ from er_sglang.steering.metrics import named
 from er_sglang.steering.steering import create_steering
 
 logger = logging.getLogger(__name__)
+_settings, _slots, _spec_worker = map(adapter, ("settings", "slots", "spec_worker"))
 
 # Batch sizes with draft and verify graphs: padding a batch to the next one costs little where drafting pays.
 GRAPH_BATCHES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
@@ -59,7 +60,9 @@ class SelfQuantWorker(ServedWorker):
     gamma = 0 are SGLang's own code and graphs; drafting and verifying run on views of it.
     """
 
-    def __init__(self, server_args, gpu_id, tp_rank, target_worker, dp_rank, **_ranks) -> None:
+    def __init__(self, server_args, target_worker, **ranks) -> None:
+        super().__init__()
+        self.server_args = server_args = _settings.published()
         self.config = load_config(server_args.speculative_adaptive_config, server_args.speculative_num_steps)
         simulated = simulated_acceptance(self.config.drafter.windows)
         tp_group = get_tp_group()
@@ -69,16 +72,12 @@ class SelfQuantWorker(ServedWorker):
         )
         check_simulated_acceptance(simulated, server_args.load_format)
         check_model_class(type(target_worker.model_runner.model))
-        self.server_args = server_args
-        self._dp_rank = dp_rank
+        self._dp_rank = dp_rank = _spec_worker.dp_rank(ranks)
         self._target_worker = target_worker
         self.runner = runner = target_worker.model_runner
         self._algorithm = runner.spec_algorithm
         runner.spec_algorithm = SpeculativeAlgorithm.NONE
         self.device = torch.device(runner.device)
-        # kv_cache_builder.get_draft_kv_pool looks here for a draft's own KV pool. Not named _draft_worker, where
-        # SGLang's weights checker would look for a draft's own weights: the drafter's are derived.
-        self._poolless = SimpleNamespace(draft_runner=SimpleNamespace(token_to_kv_pool=None))
 
         drafter = self.config.drafter
         formats = {
@@ -90,7 +89,7 @@ class SelfQuantWorker(ServedWorker):
                 formats[drafter.weights],
                 formats.get(drafter.head),
                 runner.memory_saver_adapter.region(GPU_MEMORY_TYPE_WEIGHTS, enable_cpu_backup=False),
-                progress=tp_rank == 0,
+                progress=tp_group.rank_in_group == 0,
             )
         self.freshness = Freshness(
             self.config.updates,
@@ -118,15 +117,9 @@ class SelfQuantWorker(ServedWorker):
     def target_worker(self):
         return self._target_worker
 
-    @property
-    def draft_worker(self):
-        return self._poolless
-
-    @property
-    def war_fastpath_runner(self):
-        # The scheduler may write the request table once this runner has read it; a cycle reads it up front, but on
-        # views, so the target's event is only set by a plain decode and otherwise the scheduler waits for the cycle.
-        return self.runner
+    # SGLang may write the request table once the runner of a step's last phase has read it: the target's, unless a
+    # worker says otherwise. A cycle reads it up front, but on views, so the target's event is only set by a plain decode
+    # and otherwise the scheduler waits for the cycle.
 
     def clear_cache_pool(self) -> None:
         """The drafter has no cache of its own; SGLang flushes only when no request is left."""
@@ -196,16 +189,6 @@ class SelfQuantWorker(ServedWorker):
             )
         self.steering = create_steering(self.config, profile, self.server_args, self._dp_rank)
 
-    def update_weights_from_disk(self, recv_req) -> tuple[bool, str]:
-        return True, "the drafter follows the policy's weights in memory"
-
-    def update_weights_from_ipc(self, recv_req) -> tuple[bool, str]:
-        return True, "the drafter follows the policy's weights in memory"
-
-    def update_weights_from_tensor(self, recv_req) -> tuple[bool, str]:
-        # SGLang sends tensors to the draft worker alone, which must pass them on to the policy.
-        return self._target_worker.update_weights_from_tensor(recv_req)
-
     def post_process_weights(self, recv_req) -> tuple[bool, str]:
         # slime's patch of SGLang calls this once it has repacked the policy's weights, before or after their update.
         with self.freshness.receiving("post-processing") as report:
@@ -225,7 +208,7 @@ class SelfQuantWorker(ServedWorker):
 
     # -- the step ----------------------------------------------------------------------------------------------
 
-    def forward_batch_generation(self, batch, on_publish=_ignore) -> GenerationBatchResult:
+    def forward_batch_generation(self, batch, on_publish=_ignore, **_) -> GenerationBatchResult:
         """Run one step for ``batch``, a ScheduleBatch whose fields the scheduler restores afterwards.
 
         on_publish: called with the new sequence lengths as soon as they are known on the device.
@@ -236,7 +219,7 @@ class SelfQuantWorker(ServedWorker):
         self.freshness.close_update()
         blocker = self.freshness.blocker or reason_to_refuse(batch)
         riding = riders(batch)
-        launched = self.steering.launch([req.kv_committed_len for req in batch.reqs], blocker, riding)
+        launched = self.steering.launch([_slots.committed(req) for req in batch.reqs], blocker, riding)
         rung = launched.rung
         if rung.gamma > 0:
             self.freshness.ensure()

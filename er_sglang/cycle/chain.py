@@ -12,7 +12,7 @@ import copy
 
 import torch
 from sglang.srt.constants import GPU_MEMORY_TYPE_KV_CACHE
-from sglang.srt.distributed import get_tensor_model_parallel_rank
+from sglang.srt.distributed import get_tp_group
 from sglang.srt.distributed.parallel_state import graph_capture
 from sglang.srt.model_executor.forward_batch_info import CaptureHiddenMode, ForwardBatch, ForwardMode
 from sglang.srt.model_executor.forward_context import ForwardContext, forward_context
@@ -27,8 +27,11 @@ from tqdm import tqdm
 from er_sglang.cycle.step import Step
 from er_sglang.cycle.window import AttentionWindow
 from er_sglang.drafting.attention import DraftAttention, can_attend
+from er_sglang.host.releases import adapter
 from er_sglang.policy.profile import Rung
 from er_sglang.sampling import Draft, RandomState, Sampler, SamplingParams, Shaper
+
+_settings = adapter("settings")
 
 
 class DraftChain:
@@ -63,17 +66,18 @@ class DraftChain:
         gamma_max = max(gammas)
         first_row = len(target.req_to_token_pool.req_to_token)
         self._windows = {
-            recent: AttentionWindow(recent, gamma_max, req_to_token, first_row, target.server_args.page_size)
+            recent: AttentionWindow(recent, gamma_max, req_to_token, first_row, _settings.published().page_size)
             for recent in windows
             if recent
         }
         # SGLang's graph backend asks its owner for model_runner and device_module.
         self.model_runner = view = _decode_view(target, req_to_token)
         self.device_module = torch.get_device_module(view.device)
-        if can_attend(view, max_batch):
-            self._backends = [DraftAttention(view, max_batch)] * gamma_max
-        else:
-            self._backends = [view._get_attention_backend() for _ in range(gamma_max)]
+        with _as_plain_decoder(view):
+            if can_attend(view, max_batch):
+                self._backends = [DraftAttention(view, max_batch)] * gamma_max
+            else:
+                self._backends = [view._get_attention_backend() for _ in range(gamma_max)]
 
         def buffer(*shape: int, dtype=torch.int64, fill: float = 0) -> torch.Tensor:
             return torch.full(shape, fill, dtype=dtype, device=view.device)
@@ -209,11 +213,11 @@ class DraftChain:
         for backend in self._backends:
             backend.init_cuda_graph_state(max(self._graph_batches), max(self._graph_batches))
         sizes = tqdm(
-            self._graph_batches[::-1], desc="Capturing draft chains", disable=get_tensor_model_parallel_rank() != 0
+            self._graph_batches[::-1], desc="Capturing draft chains", disable=get_tp_group().rank_in_group != 0
         )
         with (
             model_capture_mode(),
-            freeze_gc(self.model_runner.server_args.enable_cudagraph_gc),
+            freeze_gc(_settings.published().enable_cudagraph_gc),
             graph_capture() as capture,
             self._graphs.capture_session(capture.stream),
         ):
@@ -240,13 +244,19 @@ def _key(bs: int, gamma: int) -> ShapeKey:
 def _decode_view(target: ModelRunner, req_to_token: torch.Tensor) -> ModelRunner:
     """The target as a server without speculation would have it: its backends allocate for plain decode alone."""
     view = copy.copy(target)
-    view.server_args = copy.copy(target.server_args)
-    view.server_args.speculative_algorithm = None
-    view.server_args.speculative_num_steps = None
-    view.server_args.speculative_num_draft_tokens = None
-    view.server_args.speculative_eagle_topk = None
     view.spec_algorithm = SpeculativeAlgorithm.NONE
     view.req_to_token_pool = copy.copy(target.req_to_token_pool)
     view.req_to_token_pool.req_to_token = req_to_token
-    view.init_attention_backend()
+    with _as_plain_decoder(view):
+        view.attn_backend = view._get_attention_backend()
     return view
+
+
+def _as_plain_decoder(view: ModelRunner):
+    return _settings.overridden(
+        view,
+        speculative_algorithm=None,
+        speculative_num_steps=None,
+        speculative_num_draft_tokens=None,
+        speculative_eagle_topk=None,
+    )

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
-from functools import cache
-
 import torch
 from sglang.srt.environ import envs
-from sglang.srt.layers.utils.logprob import compute_spec_v2_logprobs
 
+from er_sglang.host.releases import adapter
 from er_sglang.sampling import Sampler, Verdict
+
+_logprobs = adapter("logprobs")
 
 
 def attach_logprobs(batch, output, verdict: Verdict, sampler: Sampler) -> None:
@@ -36,7 +34,7 @@ def _needs_rows(batch) -> bool:
     return (
         any(batch.top_logprobs_nums or ())
         or any(ids is not None for ids in batch.token_ids_logprobs or ())
-        or (_is_slimes(compute_spec_v2_logprobs) and batch.sampling_info.need_return_top_p_token_ids)
+        or _logprobs.returns_kept_tokens(batch)
     )
 
 
@@ -44,13 +42,4 @@ def _attach_by_rows(batch, output, verdict: Verdict) -> None:
     width = verdict.emitted_BN.shape[1]
     rows = torch.arange(verdict.emitted_BN.numel(), device=verdict.emitted_BN.device).view(-1, width)
     index = torch.where(rows % width < verdict.accept_lens_B.view(-1, 1), rows, -1)
-    arguments = [batch, output, verdict.emitted_BN.view(-1), index, width - 1]
-    if _is_slimes(compute_spec_v2_logprobs):
-        arguments.insert(4, verdict.accept_lens_B)
-    compute_spec_v2_logprobs(*arguments)
-
-
-@cache
-def _is_slimes(function: Callable) -> bool:
-    """slime's top-p patch inserts an argument, and returns the tokens that top-p kept."""
-    return "accept_lens" in inspect.signature(function).parameters
+    _logprobs.attach(batch, output, verdict.emitted_BN.view(-1), index, verdict.accept_lens_B, width - 1)

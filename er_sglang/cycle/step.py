@@ -6,9 +6,11 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
-from sglang.srt.runtime_context import get_flags
 
+from er_sglang.host.releases import adapter
 from er_sglang.sampling import Penalties, SamplingParams
+
+_settings, _slots = adapter("settings"), adapter("slots")
 
 
 @dataclass(slots=True)
@@ -59,11 +61,11 @@ class Step:
         if batch.seq_lens_cpu is not None:
             seq_lens_cpu_B = batch.seq_lens_cpu
         else:
-            seq_lens_cpu_B = torch.tensor([req.kv_committed_len for req in batch.reqs]) + host_slack_tokens
+            seq_lens_cpu_B = torch.tensor([_slots.committed(req) for req in batch.reqs]) + host_slack_tokens
         positions_NB = seq_lens_B + torch.arange(width, device=seq_lens_B.device).view(-1, 1)
         info = batch.sampling_info
         # SGLang's CUDA sampler (sampler.py) filters every row of a batch in sequence while one has min-p.
-        sequential = info.need_min_p_sampling and get_flags().sampling_backend == "flashinfer"
+        sequential = info.need_min_p_sampling and _settings.sampling_backend() == "flashinfer"
         rides_B = None
         if riding:
             rides_B = torch.tensor([row in riding for row in range(len(batch.reqs))]).to(

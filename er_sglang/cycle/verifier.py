@@ -21,6 +21,9 @@ from sglang.srt.speculative.dflash_utils import resolve_dflash_verify_mask_polic
 
 from er_sglang.cycle.step import Step
 from er_sglang.errors import ConfigError
+from er_sglang.host.releases import adapter
+
+_forward, _settings = adapter("forward"), adapter("settings")
 
 
 def chain_input(tokens: torch.Tensor | None, positions: torch.Tensor | None, width: int) -> DFlashVerifyInput:
@@ -80,7 +83,7 @@ class Verifier:
         batch.seq_lens_cpu = step.seq_lens_cpu_B
         batch.seq_lens_sum = int(step.seq_lens_cpu_B.sum())
         batch.spec_info = chain_input(batch.input_ids, positions.reshape(-1), width)
-        forward_batch = ForwardBatch.init_new(batch, runner)
+        forward_batch = _forward.forward_batch(batch, runner)
         if runner.decode_cuda_graph_runner.can_run_graph(forward_batch):
             runner.decode_cuda_graph_runner.load_batch(forward_batch)
             forward_batch.mark_forward_metadata_ready()
@@ -100,21 +103,25 @@ class Verifier:
 
 def _verify_view(target: ModelRunner, algorithm, gamma: int, graph_batches: list[int]) -> ModelRunner:
     view = copy.copy(target)
-    view.server_args = copy.copy(target.server_args)
-    view.server_args.speculative_num_steps = gamma
-    view.server_args.speculative_num_draft_tokens = gamma + 1
     view.spec_algorithm = algorithm
-    view.init_attention_backend()
-    view.eager_runner = copy.copy(target.eager_runner)
-    view.eager_runner.model_runner = view
-    view.decode_cuda_graph_runner = view.eager_runner
+    graphs = copy.deepcopy(_settings.published().cuda_graph_config)
     if graph_batches:
-        view.server_args.cuda_graph_config = copy.deepcopy(target.server_args.cuda_graph_config)
-        view.server_args.cuda_graph_config.decode.bs = graph_batches
-        view.graph_shared_output = GraphSharedOutput.create_for_model_runner(view)
-        view.decode_cuda_graph_runner = VerifyGraphRunner(
-            view, attn_backend=view.attn_backend, speculative_num_steps=gamma, speculative_num_draft_tokens=gamma + 1
-        )
+        graphs.decode.bs = graph_batches
+    with _settings.overridden(
+        view, speculative_num_steps=gamma, speculative_num_draft_tokens=gamma + 1, cuda_graph_config=graphs
+    ):
+        view.attn_backend = view._get_attention_backend()
+        view.eager_runner = copy.copy(target.eager_runner)
+        view.eager_runner.model_runner = view
+        view.decode_cuda_graph_runner = view.eager_runner
+        if graph_batches:
+            view.graph_shared_output = GraphSharedOutput.create_for_model_runner(view)
+            view.decode_cuda_graph_runner = VerifyGraphRunner(
+                view,
+                attn_backend=view.attn_backend,
+                speculative_num_steps=gamma,
+                speculative_num_draft_tokens=gamma + 1,
+            )
     return view
 
 

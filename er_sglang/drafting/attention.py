@@ -5,14 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from sglang.jit_kernel.utils import cache_once, load_jit, make_cpp_args
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
 from sglang.srt.mem_cache.memory_pool import KVCache, MHATokenToKVPool
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 from sglang.srt.model_executor.model_runner import ModelRunner
 
+from er_sglang.host.releases import adapter
 from er_sglang.quantize.hopper import is_hopper
+
+_kernels = adapter("kernels")
 
 HEAD_DIMS = (64, 128)
 DTYPES = (torch.bfloat16, torch.float16)
@@ -113,11 +115,11 @@ def _computes_plainly(layer: RadixAttention) -> bool:
     )
 
 
-@cache_once
+@_kernels.cache_once
 def load(dtype: torch.dtype):
     """The kernel for activations of ``dtype``, compiled at the first call."""
-    args = make_cpp_args(dtype)
-    return load_jit(
+    args = _kernels.make_cpp_args(dtype)
+    return _kernels.load_jit(
         "er_sglang_decode_attention",
         *args,
         cuda_files=[str(Path(__file__).with_name("decode_attention.cuh"))],

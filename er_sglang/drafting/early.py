@@ -4,7 +4,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from sglang.jit_kernel.utils import cache_once, load_jit, make_cpp_args
+
+from er_sglang.host.releases import adapter
+
+_kernels = adapter("kernels")
 
 WIDTH = 8  # elements that a thread reads at once
 MAX_HIDDEN = 1024 * WIDTH
@@ -18,11 +21,11 @@ class HeadNorms(NamedTuple):
     eps: float
 
 
-@cache_once
+@_kernels.cache_once
 def load(dtype: torch.dtype):
     """The kernels for activations of ``dtype``, compiled at the first call."""
-    args = make_cpp_args(dtype)
-    return load_jit(
+    args = _kernels.make_cpp_args(dtype)
+    return _kernels.load_jit(
         "er_sglang_small_kernels",
         *args,
         cuda_files=[str(Path(__file__).with_name("small_kernels.cuh"))],

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 import types
 from collections.abc import Callable
 
-from sglang.srt.layers.communicator import LayerCommunicator
 from torch import nn
+
+from er_sglang.host.releases import adapter
+
+_layers = adapter("layers")
 
 
 def shadow(root: nn.Module, convert: Callable[[nn.Module], nn.Module | None]) -> nn.Module:
@@ -45,11 +47,9 @@ def shallow_copy(module: nn.Module) -> nn.Module:
 
 def _rebind(module: nn.Module, replaced: dict[nn.Module, nn.Module]) -> None:
     """What a module holds besides its children follows the replaced ones too: bound methods (MultiPlatformOp) and
-    the norms of a LayerCommunicator."""
+    what `releases/layers.py` knows."""
     for name, value in list(module.__dict__.items()):
         if isinstance(value, types.MethodType) and isinstance(value.__self__, nn.Module):
             module.__dict__[name] = types.MethodType(value.__func__, replaced.get(value.__self__, value.__self__))
-        elif isinstance(value, LayerCommunicator):
-            module.__dict__[name] = communicator = copy.copy(value)
-            for norm in ("input_layernorm", "post_attention_layernorm"):
-                setattr(communicator, norm, replaced[getattr(value, norm)])
+        elif (followed := _layers.followed(value, replaced)) is not None:
+            module.__dict__[name] = followed

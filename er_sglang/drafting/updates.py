@@ -8,6 +8,8 @@ succeeds.
 
     receiving() ...   continued() or close_update() ensure()
     update open  -->  update ended             -->  refreshed, if due
+
+Where a trainer marks the begin and the end of an update (SGLang since 0.5.21), it ends there: began() ... ended().
 """
 
 from __future__ import annotations
@@ -74,6 +76,8 @@ class Freshness:
         self._on_update = on_update
         self._acceptance = acceptance
         self._open = False
+        self._marked = False  # the open update will have its end marked
+        self._ended = False  # its end was marked, and no step came since
         self._failed = False  # the update that is open, or the last one
         self._resident = True
         self._whole = True
@@ -136,6 +140,17 @@ class Freshness:
                     message,
                 )
 
+    def began(self) -> None:
+        """An update begins whose end will be marked."""
+        self._open, self._failed, self._marked = True, False, True
+
+    def ended(self) -> None:
+        """The end of an update."""
+        self._marked = False
+        self._end_update()
+        self.ensure()
+        self._ended = True
+
     def released(self) -> None:
         """The weights' memory was given back; what returns on resume is garbage."""
         self._resident = self._whole = False
@@ -146,13 +161,16 @@ class Freshness:
 
     def continued(self) -> None:
         """Generation continues after a pause, in which weights may have been written without any call: an update
-        ends."""
-        self._end_update()
+        ends, unless its end was marked or will be."""
+        if not (self._ended or self._marked):
+            self._end_update()
+        self._ended = False
         self.ensure()
 
     def close_update(self) -> None:
-        """A decode step comes next, so an update that is open ends; nothing if none is."""
-        if self._open:
+        """A decode step comes next, so an update that is open ends, unless its end will be marked."""
+        self._ended = False
+        if self._open and not self._marked:
             self._end_update()
 
     def ensure(self) -> None:

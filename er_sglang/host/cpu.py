@@ -1,4 +1,4 @@
-"""Stand-ins for Triton kernels of SGLang that its CPU engine would launch, so that SELF_QUANT serves on a CPU too.
+"""Stand-ins for what SGLang's CPU engine would ask of a GPU, so that SELF_QUANT serves on a CPU too.
 
 Bound where SELF_QUANT is served on a CPU, and nowhere else.
 """
@@ -8,9 +8,15 @@ from __future__ import annotations
 import torch
 from sglang.srt.plugins.hook_registry import HookType
 
+from er_sglang.host.releases import adapter
+
 
 def _skip_kv_copy(pool) -> None:
     """A Triton kernel that compacts rejected branches of a draft tree; a chain has none."""
+
+
+def _nothing_to_wait_for(*_) -> None:
+    """A release of memory waits for the GPU that torch was built for, be there one or not."""
 
 
 def _assign_slots(req_pool_indices, req_to_token, start_offset, end_offset, out_cache_loc, batch_size):
@@ -50,7 +56,8 @@ def _alloc_extend(
 
 
 CPU_HOOKS = {
+    "torch.cuda.synchronize": (HookType.REPLACE, _nothing_to_wait_for),
     "sglang.srt.mem_cache.memory_pool.MHATokenToKVPool._init_kv_copy_and_warmup": (HookType.REPLACE, _skip_kv_copy),
-    "sglang.srt.speculative.triton_ops.cache_locs.assign_req_to_token_pool_func": (HookType.REPLACE, _assign_slots),
+    adapter("slots").ASSIGN: (HookType.REPLACE, _assign_slots),
     "sglang.srt.mem_cache.allocator.paged.PagedTokenToKVPoolAllocator.alloc_extend": (HookType.REPLACE, _alloc_extend),
 }

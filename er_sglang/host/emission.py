@@ -7,7 +7,10 @@ import time
 
 from sglang.srt.plugins.hook_registry import HookType
 
-from er_sglang.host.seams import ALGORITHM
+from er_sglang.host.releases import adapter
+from er_sglang.host.seams import asks_for_us
+
+_streams = adapter("streams")
 
 _CHAT = "sglang.srt.entrypoints.openai.serving_chat.OpenAIServingChat."
 _RESULTS = "sglang.srt.managers.scheduler_components."
@@ -39,22 +42,6 @@ def _finish_token_by_token(original, req, new_accepted_len=1):
         req.reasoning_tokens = min(req.reasoning_tokens, len(req.output_ids_through_stop))
 
 
-def _send_at_intervals(original, accumulator, *, req):
-    """SGLang sends a stream's next chunk when the number of its tokens is a multiple of the interval, plus one. Steps of
-    several tokens jump over most such numbers."""
-    params = req.sampling_params
-    interval = params.stream_interval or accumulator.default_stream_interval
-    if interval == 1 or not req.stream or req.finished():
-        return original(accumulator, req=req)
-    if 0 < req.send_token_offset and len(req.output_ids) < req.send_token_offset + interval:
-        return None
-    given, params.stream_interval = params.stream_interval, 1
-    try:
-        return original(accumulator, req=req)
-    finally:
-        params.stream_interval = given
-
-
 def _score_prompts_only(result, processor, i, req, *_, **__):
     """A request for no new tokens gets a token nevertheless, whose log-probability is nobody's business. Without
     speculation SGLang does not compute it."""
@@ -67,12 +54,7 @@ def _score_prompts_only(result, processor, i, req, *_, **__):
 
 
 def _serves(openai) -> bool:
-    return openai.tokenizer_manager.server_args.speculative_algorithm == ALGORITHM
-
-
-def _alternatives_of_each_token(original, chat, logprobs, use_token_index=False):
-    """SGLang gives all tokens of a streamed chunk the alternatives of its first."""
-    return original(chat, logprobs, use_token_index=use_token_index or _serves(chat))
+    return asks_for_us(openai.tokenizer_manager.server_args)
 
 
 async def _log_probabilities_without_text(original, chat, *, content, index, request, choice_logprobs, **more):
@@ -110,14 +92,14 @@ def _parse_in_pieces(original, parser, chunk_text):
 
 SCHEDULER_EMISSION_HOOKS = {
     "sglang.srt.managers.schedule_batch.Req.update_finish_state": (HookType.AROUND, _finish_token_by_token),
-    f"{_RESULTS}output_streamer._GenerationStreamAccumulator.accept": (HookType.AROUND, _send_at_intervals),
+    **_streams.SCHEDULER_HOOKS,
     f"{_RESULTS}logprob_result_processor.SchedulerLogprobResultProcessor.add_logprob_return_values": (
         HookType.AFTER,
         _score_prompts_only,
     ),
 }
 FRONT_END_EMISSION_HOOKS = {
-    f"{_CHAT}_process_logprobs_tokens": (HookType.AROUND, _alternatives_of_each_token),
+    **_streams.FRONT_END_HOOKS,
     f"{_CHAT}_generate_stream_content": (HookType.AROUND, _log_probabilities_without_text),
     "sglang.srt.function_call.function_call_parser.FunctionCallParser.parse_stream_chunk": (
         HookType.AROUND,

@@ -19,11 +19,14 @@ from sglang.srt.plugins.hook_registry import HookRegistry, HookSource, HookType
 from er_sglang.host.emission import FRONT_END_EMISSION_HOOKS, SCHEDULER_EMISSION_HOOKS
 from er_sglang.host.penalties import PENALTY_HOOKS
 from er_sglang.host.processes import PROCESS_HOOKS
+from er_sglang.host.releases import adapter
 from er_sglang.host.reservation import RESERVATION_HOOKS
 from er_sglang.host.riders import reason_to_ride
-from er_sglang.host.seams import ALGORITHM, UnsupportedHost
+from er_sglang.host.seams import ALGORITHM, UnsupportedHost, asks_for_us
 from er_sglang.host.served import ServedWorker
-from er_sglang.steering.control import KEY
+from er_sglang.steering.control import KEY, spelled_out
+
+_control, _pause, _settings, _slots, _updates = map(adapter, ("control", "pause", "settings", "slots", "updates"))
 
 _UPDATER = "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager."
 _SCHEDULER = "sglang.srt.managers.scheduler.Scheduler."
@@ -48,9 +51,9 @@ def _settle(scheduler) -> None:
     batches = [batch for batch in (scheduler.running_batch, scheduler.last_batch) if batch]
     if scheduler.chunked_req or not all(req.finished() for batch in batches for req in batch.reqs):
         return
-    paused = scheduler._engine_paused
+    before = {name: getattr(scheduler, name) for name in _pause.STATE}
     scheduler.pause_generation(PauseGenerationReqInput(mode="retract"))  # of these requests there is nothing to retract
-    scheduler._engine_paused = paused
+    vars(scheduler).update(before)
 
 
 def _receive_update(transport: str):
@@ -100,12 +103,10 @@ def _internal_state(result, scheduler, recv_req):
 def _set_internal_state(original, scheduler, recv_req):
     """A change of our policy is ours; all else is SGLang's. The HTTP answer is the list of ``updated``, one a
     replica."""
-    from sglang.srt.managers.io_struct import SetInternalStateReqOutput
-
-    if KEY not in recv_req.server_args:
+    wanted = spelled_out(recv_req.server_args)
+    if KEY not in wanted:
         return original(scheduler, recv_req)
-    updated = scheduler.draft_worker.set_policy(recv_req.server_args)
-    return SetInternalStateReqOutput(updated=updated, server_args={})
+    return _control.answer(scheduler.draft_worker.set_policy(wanted))
 
 
 def _count_drafts(result, processor, step, batch) -> None:
@@ -139,11 +140,11 @@ def _report_drafts(result, manager, meta_info, recv_obj, i) -> None:
         del meta_info["spec_accept_rate"]
 
 
-def _request_row_headroom(result, server_args):
+def _request_row_headroom(result, *_):
     """Columns of the request table beyond the context length. SGLang reserves KV slots for two cycles at every step but
     counts one: from gamma 8 on, a request that nears the limit would write into the row of another. Rounded up: page
     tables are made as wide as a row, and kernels fill them faster if they are aligned, as they are without us."""
-    return ceil((result + server_args.speculative_num_draft_tokens) / 16) * 16
+    return ceil((result + _settings.published().speculative_num_draft_tokens) / 16) * 16
 
 
 Hooks = Mapping[str, tuple[HookType, Callable]]
@@ -160,10 +161,8 @@ SCHEDULER_HOOKS: Hooks = {
     f"{_SCHEDULER}get_internal_state": (HookType.AFTER, _internal_state),
     f"{_SCHEDULER}set_internal_state": (HookType.AROUND, _set_internal_state),
     f"{_RESULTS}_resolve_spec_v2_tokens": (HookType.AFTER, _count_drafts),
-    "sglang.srt.model_executor.model_runner_kv_cache_mixin.get_req_to_token_extra_context_len": (
-        HookType.AFTER,
-        _request_row_headroom,
-    ),
+    _slots.ROW_HEADROOM: (HookType.AFTER, _request_row_headroom),
+    **_updates.HOOKS,
     **SCHEDULER_EMISSION_HOOKS,
     **RESERVATION_HOOKS,
     **PENALTY_HOOKS,
@@ -176,7 +175,7 @@ FRONT_END_HOOKS: Hooks = {
 
 
 def _serves(manager) -> bool:
-    return manager.server_args.speculative_algorithm == ALGORITHM
+    return asks_for_us(manager.server_args)
 
 
 def _bind_front_end(manager) -> None:

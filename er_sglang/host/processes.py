@@ -7,7 +7,7 @@ from functools import partial
 from sglang.srt.plugins import load_plugins
 from sglang.srt.plugins.hook_registry import HookRegistry, HookSource, HookType
 
-from er_sglang.host.seams import ALGORITHM
+from er_sglang.host.seams import asks_for_us
 
 # -- the detokenizer -------------------------------------------------------------------------------------------
 
@@ -29,7 +29,7 @@ def _run_detokenizer(main, *args) -> None:
 
 
 def _launch_detokenizers(original, engine, *, server_args, run_detokenizer_process_func, **more):
-    if server_args.speculative_algorithm == ALGORITHM:
+    if asks_for_us(server_args):
         run_detokenizer_process_func = partial(_run_detokenizer, run_detokenizer_process_func)
     return original(engine, server_args=server_args, run_detokenizer_process_func=run_detokenizer_process_func, **more)
 
@@ -54,7 +54,7 @@ def _load_plugins_first(value):
 
 def _write_worker_args(original, port_args, server_args, scheduler_info):
     """``--tokenizer-worker-num`` above 1: the workers read these from shared memory, then ask for our algorithm."""
-    if server_args.speculative_algorithm == ALGORITHM:
+    if asks_for_us(server_args):
         scheduler_info = _WithPlugins(scheduler_info)
     return original(port_args, server_args, scheduler_info)
 

@@ -50,19 +50,22 @@ _FIELDS = (
 _FP8_BLOCKS = (None, [128, 128])  # weight_block_size of a checkpoint
 
 
-def check_server_args(args: Any) -> None:
+def check_server_args(args: Any, more: tuple = (), gone: tuple = ()) -> None:
     """Raise ConfigError naming every setting of ``args`` that SELF_QUANT cannot honour.
+
+    more: fields besides ours that this release has. gone: those of ours that it has not.
 
     Raises UnsupportedHost for a field that is gone: what it refused may go by another name.
     """
-    if gone := [field for field, _, _ in _FIELDS if not hasattr(args, field)]:
+    fields = [row for row in (*_FIELDS, *more) if row[0] not in gone]
+    if unknown := [field for field, _, _ in fields if not hasattr(args, field)]:
         raise UnsupportedHost(
-            f"ServerArgs of this SGLang has no {', '.join(gone)}, so what {ALGORITHM} cannot serve with goes unseen. "
+            f"ServerArgs of this SGLang has no {', '.join(unknown)}, so what {ALGORITHM} cannot serve with goes unseen. "
             "Use the released sources or a matching er_sglang."
         )
     problems = [
         f"{field} is {value!r}: {remedy}"
-        for field, fine, remedy in _FIELDS
+        for field, fine, remedy in fields
         if (value := getattr(args, field)) not in fine
     ]
     # SGLang copies --quantization here, for a draft checkpoint.

@@ -22,11 +22,13 @@ class SelfQuantDraftInput(SpecInput):
     future_indices: torch.Tensor | None = None
     capture_hidden_mode: CaptureHiddenMode = CaptureHiddenMode.NULL
 
-    # RelayPayload.from_draft_input reads these.
+    # RelayPayload.from_draft_input reads these, and the scheduler sets the last one.
     topk_p = None
     topk_index = None
     hidden_states = None
     draft_probs = None
+    dsa_topk_indices = None
+    future_dsa_topk_indices_available = False
 
     def __post_init__(self) -> None:
         super().__init__(SpecInputType.EAGLE_DRAFT)
@@ -34,7 +36,7 @@ class SelfQuantDraftInput(SpecInput):
     def get_spec_adjust_token_coefficient(self) -> tuple[int, int]:
         return 1, 1
 
-    def filter_batch(self, new_indices: torch.Tensor, has_been_filtered: bool = True) -> None:
+    def filter_batch(self, new_indices: torch.Tensor, *_, **__) -> None:
         if self.future_indices is not None:
             self.future_indices = self.future_indices[new_indices]
         else:

@@ -11,9 +11,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from sglang.srt.mem_cache.common import get_alloc_reserve_per_decode
 from sglang.srt.plugins.hook_registry import HookType
 from sglang.srt.utils.common import is_pin_memory_available
+
+from er_sglang.host.releases import adapter
+
+_slots = adapter("slots")
 
 
 def _limit(req) -> int:
@@ -27,15 +30,15 @@ def _reserving_within_limits(reqs: Sequence) -> Iterator[bool]:
 
     Yields whether any request is near its limit.
     """
-    reserve = get_alloc_reserve_per_decode()
-    near = [(req, req.kv_committed_len) for req in reqs if req.kv_committed_len + reserve > _limit(req)]
+    reserve = _slots.get_alloc_reserve_per_decode()
+    near = [(req, tokens) for req in reqs if (tokens := _slots.committed(req)) + reserve > _limit(req)]
     for req, _ in near:
-        req.kv_committed_len = _limit(req) - reserve
+        _slots.set_committed(req, _limit(req) - reserve)
     try:
         yield bool(near)
     finally:
-        for req, committed in near:
-            req.kv_committed_len = committed
+        for req, tokens in near:
+            _slots.set_committed(req, tokens)
 
 
 def _count_needed(original, batch, requests, page_size):
@@ -48,16 +51,16 @@ def _reserve(original, batch):
         original(batch)
     if near:
         reserved_B = torch.tensor(
-            [req.kv_allocated_len for req in batch.reqs], pin_memory=is_pin_memory_available(batch.device)
+            [_slots.allocated(req) for req in batch.reqs], pin_memory=is_pin_memory_available(batch.device)
         ).to(batch.device, non_blocking=True)
-        beyond_BN = reserved_B.view(-1, 1) + torch.arange(get_alloc_reserve_per_decode(), device=batch.device)
+        beyond_BN = reserved_B.view(-1, 1) + torch.arange(_slots.get_alloc_reserve_per_decode(), device=batch.device)
         batch.req_to_token_pool.req_to_token[batch.req_pool_indices.view(-1, 1), beyond_BN] = 0
 
 
 def _commit_what_has_slots(outputs, processor, *, batch, **_):
     """Tokens beyond the limit count as accepted, but the radix cache must not be given their KV."""
     for req in batch.reqs:
-        req.kv_committed_len = min(req.kv_committed_len, req.kv_allocated_len)
+        _slots.set_committed(req, min(_slots.committed(req), _slots.allocated(req)))
 
 
 RESERVATION_HOOKS = {

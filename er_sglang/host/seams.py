@@ -1,4 +1,4 @@
-"""What we know of SGLang: supported versions, what we take from it, and the check of both.
+"""What we know of SGLang: what we take from it in every release, and the check of that and of what differs by release.
 
 The version is checked wherever plugins load, in a few milliseconds. The seams are checked where SELF_QUANT is served:
 where its ServerArgs are built, before anything is loaded, and in each scheduler. That takes 0.06 s of CPU a process: it
@@ -12,7 +12,10 @@ import ast
 import dis
 import importlib.metadata
 import importlib.util
-from collections.abc import Iterator
+import logging
+import os
+import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from importlib.machinery import SourceFileLoader
@@ -20,8 +23,13 @@ from itertools import pairwise
 from pathlib import Path
 from types import CodeType
 
+from er_sglang.host import releases
+
+logger = logging.getLogger(__name__)
+
 ALGORITHM = "SELF_QUANT"
-SUPPORTED_VERSIONS = ("0.5.15.post1",)
+# The version of an SGLang that is to be served on though it was never tested.
+UNTESTED_ENV = "ER_SGLANG_UNTESTED_RELEASE"
 
 # The drafter's shadow copy and the plain-decode sequence of the chain were checked with these model classes, each of
 # the module of SGLang given.
@@ -31,6 +39,11 @@ SUPPORTED_ARCHITECTURES = {
     "Qwen2ForCausalLM": "sglang.srt.models.qwen2",
     "Qwen3ForCausalLM": "sglang.srt.models.qwen3",
 }
+
+
+def asks_for_us(server_args) -> bool:
+    """Whether a server is to serve SELF_QUANT; its ServerArgs may be as the user wrote them."""
+    return (server_args.speculative_algorithm or "").upper() == ALGORITHM
 
 
 class UnsupportedHost(RuntimeError):
@@ -49,7 +62,7 @@ class Seam:
     parameters: tuple[str, ...]
 
 
-def _seam(path: str, parameters: str) -> Seam:
+def _seam(path: str, parameters: str = "") -> Seam:
     module, name = path.split(":")
     return Seam(f"sglang.srt.{module}", name, tuple(parameters.split()))
 
@@ -68,7 +81,6 @@ SEAMS = (
     _seam("speculative.spec_registry:CustomSpecAlgo.handle_server_args", "self server_args"),
     # the step
     _seam("managers.scheduler:Scheduler.maybe_init_draft_worker", "self"),
-    _seam("managers.scheduler:Scheduler._relay_forward_payload", "self future_indices batch_result"),
     _seam(
         "speculative.base_spec_worker:BaseSpecWorker.on_verify_complete_cpu",
         "self num_correct_drafts_per_req batch_size",
@@ -76,14 +88,12 @@ SEAMS = (
     _seam("managers.overlap_utils:FutureMap.__init__", "self device spec_algo req_to_token_pool needs_cpu_seq_lens"),
     _seam("managers.overlap_utils:FutureMap._resolve_spec_extras", "self batch"),
     _seam("speculative.eagle_utils:eagle_prepare_for_decode", "batch"),
-    _seam("mem_cache.common:get_req_to_token_extra_context_len", "server_args"),
     _seam("managers.tp_worker:TpModelWorker.forward_batch_generation", "self batch forward_batch"),
     _seam("model_executor.model_runner:ModelRunner.forward", "self forward_batch"),
     _seam("model_executor.model_runner:ModelRunner._get_attention_backend", "self init_new_workspace"),
     _seam("speculative.dflash_utils:resolve_dflash_verify_mask_policy", "attn_backend"),
     _seam("layers.logits_processor:LogitsProcessor._compute_lm_head", "self hidden_states lm_head embedding_bias"),
     _seam("layers.logits_processor:should_apply_lm_head_quant_method", "lm_head quant_method"),
-    _seam("layers.utils.logprob:compute_spec_v2_logprobs", "batch logits_output predict accept_index"),
     # penalties
     _seam("sampling.penaltylib.orchestrator:_BatchedPenalizer.prepare_if_required", "self"),
     _seam("sampling.sampling_batch_info:SamplingBatchInfo.copy_for_forward", "self"),
@@ -94,15 +104,11 @@ SEAMS = (
     _seam("layers.activation:SiluAndMul.forward_cuda", "self x"),
     _seam("layers.rotary_embedding.base:RotaryEmbedding.forward_cuda", "self positions query key"),
     _seam("layers.radix_attention:RadixAttention.forward", "self q k v forward_batch save_kv_cache"),
-    _seam(
-        "layers.communicator:LayerCommunicator.__init__",
-        "self layer_scatter_modes input_layernorm post_attention_layernorm",
-    ),
     _seam("model_executor.forward_context:get_token_to_kv_pool", ""),
     _seam("models.qwen3:Qwen3Attention.forward_prepare_native", "self positions hidden_states"),
     _seam("models.utils:apply_qk_norm", "q k q_norm k_norm head_dim"),
     # graphs
-    _seam("model_executor.runner.base_cuda_graph_runner:get_batch_sizes_to_capture", "model_runner num_tokens_per_bs"),
+    _seam("model_executor.runner.base_cuda_graph_runner:get_batch_sizes_to_capture", "model_runner"),
     _seam(
         "model_executor.runner.decode_cuda_graph_runner:DecodeCudaGraphRunner.__init__",
         "self model_runner attn_backend speculative_num_steps speculative_num_draft_tokens",
@@ -136,7 +142,6 @@ SEAMS = (
             "resume_memory_occupation",
         )
     ),
-    _seam("managers.scheduler_components.output_streamer:_GenerationStreamAccumulator.accept", "self req"),
     _seam(
         "managers.scheduler_components.logprob_result_processor:"
         "SchedulerLogprobResultProcessor.add_logprob_return_values",
@@ -148,11 +153,8 @@ SEAMS = (
         "self batch result logits_output next_token_ids",
     ),
     _seam(
-        "entrypoints.openai.serving_chat:OpenAIServingChat._process_logprobs_tokens", "self logprobs use_token_index"
-    ),
-    _seam(
         "entrypoints.openai.serving_chat:OpenAIServingChat._generate_stream_content",
-        "self content index request stream_offsets",
+        "self content index request",
     ),
     _seam("function_call.function_call_parser:FunctionCallParser.parse_stream_chunk", "self chunk_text"),
     _seam(
@@ -163,10 +165,6 @@ SEAMS = (
     _seam("managers.scheduler:Scheduler.on_idle", "self"),
     _seam("managers.scheduler:Scheduler.is_fully_idle", "self"),
     _seam("mem_cache.memory_pool:MHATokenToKVPool._init_kv_copy_and_warmup", "self"),
-    _seam(
-        "speculative.triton_ops.cache_locs:assign_req_to_token_pool_func",
-        "req_pool_indices req_to_token start_offset end_offset out_cache_loc batch_size",
-    ),
     _seam(
         "mem_cache.allocator.paged:alloc_extend_naive",
         "prefix_lens seq_lens last_loc free_pages out_indices page_size device",
@@ -180,42 +178,94 @@ SEAMS = (
 
 
 def check_version() -> str:
-    """The version of this SGLang; raises UnsupportedHost unless it is a supported release.
+    """The version of this SGLang; raises UnsupportedHost unless it is a supported release, or one that the user asks for
+    and in which nothing differs of what we know.
 
     A local build of a release ("0.5.15.post1+cu129") is that release; what it changed, the seams tell.
     """
     try:
-        version = importlib.metadata.version("sglang")
+        version = releases.installed_version()
     except importlib.metadata.PackageNotFoundError as error:
-        raise UnsupportedHost(f"SGLang is not installed: pip install sglang=={SUPPORTED_VERSIONS[0]}.") from error
-    if version.partition("+")[0] not in SUPPORTED_VERSIONS:
+        raise UnsupportedHost(f"SGLang is not installed: pip install sglang=={releases.DEFAULT_RELEASE}.") from error
+    if version.partition("+")[0] in releases.RELEASES:
+        return version
+    if differences := _differences(version):
         raise UnsupportedHost(
-            f"SGLang {version} is not supported; install one of {', '.join(SUPPORTED_VERSIONS)} "
-            f"(pip install sglang=={SUPPORTED_VERSIONS[0]}). If this is a checkout of that release under another "
-            f"version, state it: SETUPTOOLS_SCM_PRETEND_VERSION_FOR_SGLANG={SUPPORTED_VERSIONS[0]} "
-            "pip install --no-deps -e python"
+            f"SGLang {version} is not supported, and differs where SELF_QUANT attaches: {'; '.join(differences)}. "
+            + _remedy()
         )
+    if os.environ.get(UNTESTED_ENV) != version:
+        raise UnsupportedHost(
+            f"SGLang {version} is not supported: nothing differs where SELF_QUANT attaches, but it was never tested. "
+            f"To serve all the same, set {UNTESTED_ENV}={version}. {_remedy()}"
+        )
+    logger.warning(
+        "%s serves on SGLang %s, on which it was never tested, as %s asks.", ALGORITHM, version, UNTESTED_ENV
+    )
     return version
+
+
+def _remedy() -> str:
+    default = releases.DEFAULT_RELEASE
+    return (
+        f"Install one of {', '.join(releases.RELEASES)} (pip install sglang=={default}). If this is a checkout of such a "
+        f"release under another version, state it: SETUPTOOLS_SCM_PRETEND_VERSION_FOR_SGLANG={default} "
+        "pip install --no-deps -e python"
+    )
 
 
 @cache
 def check_host() -> None:
     """Raise UnsupportedHost unless this SGLang is a supported release and has all that we take from it, unchanged."""
     version = check_version()
-    if problems := [problem for seam in (*imported_names(), *SEAMS) if (problem := _compare(seam))]:
+    if differences := _differences(version):
         raise UnsupportedHost(
-            f"SGLang {version} was changed where SELF_QUANT attaches: {'; '.join(problems)}. "
+            f"SGLang {version} was changed where SELF_QUANT attaches: {'; '.join(differences)}. "
             "Use the released sources (slime's own patches are fine) or a matching er_sglang."
         )
 
 
-def imported_names() -> Iterator[tuple[str, str]]:
-    """(module, name) of all that our sources import from SGLang."""
-    for file in sorted(Path(__file__).parents[1].rglob("*.py")):
+def warn_if_never_run_on_gpu() -> None:
+    if (version := releases.installed_version()).partition("+")[0] not in releases.RUN_ON_GPU:
+        logger.warning("%s was never run on a GPU with SGLang %s, only on CPU.", ALGORITHM, version)
+
+
+def _differences(version: str) -> list[str]:
+    """How this SGLang differs from the release, of which it says to be."""
+    files = list(_sources(version))
+    seams = [*imported_names(files), *SEAMS, *drift_seams(files)]
+    return [difference for seam in dict.fromkeys(seams) if (difference := _compare(seam))]
+
+
+def _sources(version: str) -> Iterator[Path]:
+    """Our sources, but of releases/ those for this version of SGLang alone."""
+    package, drifts = Path(__file__).parents[1], Path(releases.__file__).parent
+    yield from (file for file in sorted(package.rglob("*.py")) if file.parent != drifts)
+    needed = list(releases.chosen(version).values())
+    for name in needed:  # grows on the way
+        text = (drifts / f"{name}.py").read_text()
+        needed += [
+            other for other in re.findall(rf"from {releases.__name__}\.(\w+) import", text) if other not in needed
+        ]
+        yield drifts / f"{name}.py"
+
+
+def imported_names(files: Iterable[Path]) -> Iterator[tuple[str, str]]:
+    """(module, name) of all that these sources of ours import from SGLang."""
+    for file in files:
         if "from sglang" in (text := file.read_text()):
             for node in ast.walk(ast.parse(text)):
                 if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "sglang":
                     yield from ((node.module, alias.name) for alias in node.names)
+
+
+def drift_seams(files: Iterable[Path]) -> Iterator[Seam]:
+    """What modules of releases/ write down as ``SEAMS``, a line each."""
+    for file in files:
+        if file.parent == Path(releases.__file__).parent:
+            for node in ast.parse(file.read_text()).body:
+                if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "SEAMS":
+                    yield from (_seam(*line.split(" ", 1)) for line in ast.literal_eval(node.value).split("\n") if line)
 
 
 def _compare(seam: Seam | tuple[str, str]) -> str | None:

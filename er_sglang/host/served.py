@@ -5,12 +5,11 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping
 
-from sglang.srt.speculative.base_spec_worker import BaseSpecWorker
-
 from er_sglang.drafting.updates import Freshness
+from er_sglang.host.releases import adapter
 
 
-class ServedWorker(BaseSpecWorker):
+class ServedWorker(adapter("updates").TakesUpdates, adapter("spec_worker").SpecWorker):
     """What a hook may ask of the SELF_QUANT worker of its scheduler.
 
     freshness: told of everything that happens to the policy's weights.

@@ -3,31 +3,33 @@
 from pathlib import Path
 
 import torch
-from sglang.jit_kernel.utils import cache_once, load_jit, make_cpp_args, override_jit_cuda_arch
 
+from er_sglang.host.releases import adapter
 from er_sglang.quantize.base import Packed
 from er_sglang.quantize.blocks import MAX_SPLITS, SMALL_BATCH, Blocks, choose_blocks, choose_splits
+
+_kernels = adapter("kernels")
 
 
 def is_hopper(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
 
 
-@cache_once
+@_kernels.cache_once
 def _small_batch_module(dtype: torch.dtype, symmetric: bool, group_size: int):
     return _load("small_batch_gemm", "SmallBatchGemm", {"gemm": "run"}, dtype, symmetric, group_size)
 
 
-@cache_once
+@_kernels.cache_once
 def _wgmma_module(dtype: torch.dtype, symmetric: bool, group_size: int):
-    with override_jit_cuda_arch(9, 0, "a"):  # wgmma exists for sm_90a alone
+    with _kernels.override_jit_cuda_arch(9, 0, "a"):  # wgmma exists for sm_90a alone
         exports = {"gemm": "run", "resident_clusters": "resident_clusters"}
         return _load("wgmma_gemm", "WgmmaGemm", exports, dtype, symmetric, group_size)
 
 
 def _load(source: str, struct: str, exports: dict[str, str], dtype: torch.dtype, symmetric: bool, group_size: int):
-    args = make_cpp_args(dtype, symmetric, group_size)
-    return load_jit(
+    args = _kernels.make_cpp_args(dtype, symmetric, group_size)
+    return _kernels.load_jit(
         f"er_sglang_{source}",
         *args,
         cuda_files=[str(Path(__file__).with_name(f"{source}.cuh"))],

@@ -12,8 +12,8 @@ the order of arrival; we do without it, so that a replayed graph and an eager ca
 
 import torch
 from sgl_kernel.scalar_type import scalar_types
-from sglang.jit_kernel.gptq_marlin import _jit_gptq_marlin_module
 
+from er_sglang.host.releases import adapter
 from er_sglang.quantize import marlin_layout, rtn
 from er_sglang.quantize.base import Format, Packed
 from er_sglang.quantize.blocks import MAX_ROWS
@@ -57,7 +57,7 @@ class MarlinInt4(Format):
         return None
 
     def allocate(self, n: int, k: int, dtype: torch.dtype, device: torch.device) -> Packed:
-        self._gemm[dtype] = _jit_gptq_marlin_module(dtype).gptq_marlin_gemm
+        self._gemm[dtype] = adapter("marlin")._jit_gptq_marlin_module(dtype).gptq_marlin_gemm
         if self._on_hopper and dtype not in self._hopper_gemm:
             self._hopper_gemm[dtype] = HopperGemm(
                 dtype=dtype, symmetric=self.symmetric, group_size=self.group_size, device=device

@@ -1,7 +1,9 @@
 """What may change while serving, and what may not.
 
     POST /set_internal_state {"server_args": {"self_quant": {"mode": "auto", "ladder": [1, 2, 3]}}}
+    POST /set_internal_state {"server_args": {"self_quant={\"mode\": \"auto\", \"ladder\": [1, 2, 3]}": 1}}
 
+The second is the same, for SGLang since 0.5.16, which lets only numbers through: the settings are part of a name.
 Any settings of the policy; those not named stay as they are, except that `cycle` goes with its mode. On a server that
 was started with a simulated acceptance, "simulate_acceptance" sets another one, for all attention windows or (an object)
 for each; no request can start to simulate.
@@ -11,6 +13,7 @@ would: acceptance estimate at its prior, no hysteresis, no probes owed. Counters
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
@@ -27,6 +30,26 @@ class Control:
 
     policy: PolicyConfig
     simulated_acceptance: dict[int, float] | None
+
+
+def spelled_out(server_args: Mapping[str, object]) -> dict[str, object]:
+    """`server_args` of a request in the first form; settings that are no JSON stay a string, to be refused."""
+    return dict(_spelled_out(name, value) for name, value in server_args.items())
+
+
+def _spelled_out(name: str, value: object) -> tuple[str, object]:
+    key, _, text = name.partition("=")
+    if key != KEY or not text:
+        return name, value
+    try:
+        return KEY, json.loads(text)
+    except ValueError:
+        return KEY, text
+
+
+def as_name(settings: Mapping[str, object]) -> str:
+    """The name that stands for these settings in the second form."""
+    return f"{KEY}={json.dumps(settings)}"
 
 
 def replaced(

@@ -20,6 +20,9 @@ from urllib.error import HTTPError, URLError
 import torch
 from tqdm import tqdm
 
+from er_sglang.host.releases import adapter
+from er_sglang.steering.control import as_name
+
 ON_CPU = not torch.cuda.is_available()
 LOG_TAIL_LINES = 40
 HEALTH_POLL_S = 0.25
@@ -97,6 +100,9 @@ class Server:
         self._args = {**(CPU_ARGS if ON_CPU else {}), **args}
         self._extra_words = extra_words
         self.env = {**os.environ, **(CPU_ENV if ON_CPU else {}), **env}
+        if ON_CPU:
+            paths = [*adapter("cpu_kernels").PATHS, *filter(None, [self.env.get("PYTHONPATH")])]
+            self.env["PYTHONPATH"] = os.pathsep.join(paths)
         # SGLang imports for 20 s from source and for 8 s from cached bytecode, twice at every start.
         self.env.pop("PYTHONDONTWRITEBYTECODE", None)
         self.start_timeout_s = start_timeout_s
@@ -134,7 +140,7 @@ class Server:
 
     def change_self_quant(self, settings: dict) -> None:
         """Change SELF_QUANT's policy, now. Raises RuntimeError with the reason if the server refuses."""
-        if not all(self._request("/set_internal_state", {"server_args": {"self_quant": settings}})):
+        if not all(self._request("/set_internal_state", {"server_args": {as_name(settings): 1}})):
             raise RuntimeError(f"the server refused {settings}: {self.self_quant()['refused_change']}")
 
     def flush_cache(self) -> None:

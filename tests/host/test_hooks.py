@@ -31,8 +31,10 @@ tables = {"gate": hooks.GATE, "front end": hooks.FRONT_END_HOOKS, "scheduler": h
 depths = lambda: {name: [depth(target) for target in table] for name, table in tables.items()}
 plain = depths()
 functions = [pkgutil.resolve_name(target) for table in tables.values() for target in table]
-signed = {f"{seam.module}.{seam.name}" for seam in seams.SEAMS}
-unsigned = sorted({f"{function.__module__}.{function.__qualname__}" for function in functions} - signed)
+known = (*seams.SEAMS, *seams.drift_seams(seams._sources(seams.check_version())))
+signed = {f"{seam.module}.{seam.name}" for seam in known}
+sglangs = {f"{function.__module__}.{function.__qualname__}" for function in functions}
+unsigned = sorted(name for name in sglangs - signed if name.startswith("sglang."))
 sources_checked = seams._code.cache_info().currsize > 0
 
 class Manager:

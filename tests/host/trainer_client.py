@@ -23,12 +23,14 @@ import torch.distributed as dist
 from sglang.srt.utils import MultiprocessingSerializer, init_custom_process_group
 from sglang.srt.weight_sync.tensor_bucket import FlattenedTensorBucket
 
+from er_sglang.host.releases import adapter
 from er_sglang.tools.serving import free_port
 from tests.host.servers import HostServer
 
 Bucket = Sequence[tuple[str, torch.Tensor]]
 SLIME = {"flush_cache": False}
 AREAL = {"abort_all_requests": True}
+MARKS = bool(adapter("updates").HOOKS)  # SGLang wants updates that come in buckets to be marked
 
 
 def buckets_of(weights: Mapping[str, torch.Tensor]) -> list[Bucket]:
@@ -59,6 +61,15 @@ class TrainerClient:
         self.server.empty()
         yield
         self.resume()
+
+    @contextmanager
+    def marked(self) -> Iterator[None]:
+        """An update in buckets."""
+        if MARKS:
+            self.server.post("/begin_weight_update", {})
+        yield
+        if MARKS:
+            self.server.post("/end_weight_update", {})
 
     def send_disk(self, path: Path, **options) -> dict:
         return self.server.post("/update_weights_from_disk", {"model_path": str(path), **options})

@@ -6,7 +6,7 @@ import pytest
 
 from er_sglang.errors import ConfigError
 from er_sglang.policy.config import PolicyConfig
-from er_sglang.steering.control import Control, replaced
+from er_sglang.steering.control import Control, as_name, replaced, spelled_out
 
 AUTO = Control(policy=PolicyConfig(mode="auto", ladder=(1, 2, 3), threshold_batch=9), simulated_acceptance=None)
 SIMULATED = replace(AUTO, simulated_acceptance={0: 0.9, 256: 0.8})
@@ -30,6 +30,15 @@ def change(settings, now=AUTO, prepared=(1, 2, 3), measured=(1, 2, 3)):
 def test_settings_named_change_and_the_others_stay(settings):
     wanted = {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
     assert change(settings) == replace(AUTO, policy=replace(AUTO.policy, **wanted))
+
+
+def test_settings_in_a_name():
+    """The form for SGLang that lets only numbers through."""
+    settings = {"mode": "cycle", "cycle": [0, 3]}
+    assert spelled_out({as_name(settings): 1}) == spelled_out({"self_quant": settings}) == {"self_quant": settings}
+    assert spelled_out({"pp_max_micro_batch_size": 8}) == {"pp_max_micro_batch_size": 8}
+    with pytest.raises(ConfigError, match="must be a JSON object"):
+        change(spelled_out({"self_quant={mode: off}": 1})["self_quant"])
 
 
 def test_the_cycle_goes_with_its_mode():

@@ -14,6 +14,7 @@ from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
 from er_sglang.host import emission
+from er_sglang.host.releases import streams_until_0_5_21 as streams
 from tests.byte_tokenizer import make_byte_tokenizer
 
 TOKENIZER = make_byte_tokenizer()
@@ -98,7 +99,7 @@ def test_a_stream_keeps_its_interval(width, interval):
     )
     for _ in range(1 + 96 // width):
         req.output_ids.extend([5] * (width if req.output_ids else 1))
-        emission._send_at_intervals(_GenerationStreamAccumulator.accept, accumulator, req=req)
+        streams._send_at_intervals(_GenerationStreamAccumulator.accept, accumulator, req=req)
     first, *others = map(len, accumulator.output_ids)
     assert first == 1 and req.sampling_params.stream_interval == interval
     assert len(others) > 1 and all(interval <= count < interval + width for count in others)

@@ -2,10 +2,12 @@
 
 import importlib.metadata
 import importlib.util
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+from er_sglang.host import releases
 from er_sglang.host import seams as host
 from tests.unit.test_imports import FOUND
 
@@ -23,20 +25,36 @@ def check(monkeypatch):
     return check
 
 
-@pytest.mark.parametrize("version", ["0.5.15.post1", "0.5.15.post1+cu129", "0.5.15.post1+g1a2b3c4.d20260821"])
-def test_release_and_its_local_builds(check, version):
-    check(version)
+@pytest.mark.parametrize("release", releases.RELEASES)
+@pytest.mark.parametrize("build", ["", "+cu129", "+g1a2b3c4.d20260821"])
+def test_release_and_its_local_builds(check, release, build):
+    check(release + build)
 
 
 @pytest.mark.parametrize(
     "version",
-    ["0.5.15", "0.5.15.post2", "0.5.15.post10", "0.5.15.post2.dev3+g1a2b3c4", "0.5.15.post1.dev0", "0.0.0.dev0"],
+    ["0.5.15", "0.5.15.post2", "0.5.15.post10", "0.5.15.post2.dev3+g1a2b3c4", "0.5.15.post1.dev0", "0.0.0.dev0", "9.9"],
 )
-def test_other_versions(check, version):
-    """A development version is some commit after the release: not refused for good, if its user knows better."""
-    with pytest.raises(host.UnsupportedHost, match="is not supported") as refused:
+def test_other_versions_that_differ(check, changed, version):
+    """The user is told how. A development version is some commit after the release: its user may know better."""
+    changed()
+    with pytest.raises(host.UnsupportedHost, match="is not supported, and differs") as refused:
         check(version)
+    assert "module sglang.srt.managers.schedule_batch is missing" in str(refused.value)
     assert "SETUPTOOLS_SCM_PRETEND_VERSION_FOR_SGLANG=0.5.15.post1" in str(refused.value)
+
+
+def test_another_version_in_which_nothing_differs(check, monkeypatch, caplog):
+    """Served, with a warning, if it is asked for by name, and refused with that remedy else."""
+    monkeypatch.setattr(host, "_compare", lambda seam: None)
+    with pytest.raises(host.UnsupportedHost, match="set ER_SGLANG_UNTESTED_RELEASE=0.9.0"):
+        check("0.9.0")
+    monkeypatch.setenv(host.UNTESTED_ENV, "0.8.0")
+    with pytest.raises(host.UnsupportedHost, match="set ER_SGLANG_UNTESTED_RELEASE=0.9.0"):
+        check("0.9.0")
+    monkeypatch.setenv(host.UNTESTED_ENV, "0.9.0")
+    check("0.9.0")
+    assert "on which it was never tested" in caplog.text
 
 
 @needs_sglang
@@ -46,7 +64,7 @@ def test_installed_release_is_unchanged():
 
 def test_every_import_from_sglang_is_a_seam():
     imports = {name for names in FOUND.values() for name in names if name.partition(".")[0] == "sglang"}
-    seams = set(host.imported_names())
+    seams = set(host.imported_names(Path(host.__file__).parents[1].rglob("*.py")))
     assert len(seams) > 40
     assert imports == {module for module, _ in seams} | {f"{module}.{name}" for module, name in seams}
 

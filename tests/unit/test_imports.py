@@ -22,6 +22,7 @@ PURE = {
 # Rooms that may import SGLang.
 HOSTED = {
     "host": "*",
+    "host.releases": "*",
     "cycle": "*",
     "calibration": "*",
     "drafting": "attention drafter early policy_weight shadow twins",

@@ -17,7 +17,7 @@ POOL = 64
 
 @pytest.fixture(autouse=True)
 def sglang(monkeypatch):
-    for module in (schedule_batch, eagle_utils, reservation):
+    for module in (schedule_batch, eagle_utils, reservation._slots):
         monkeypatch.setattr(module, "get_alloc_reserve_per_decode", lambda: RESERVE)
     monkeypatch.setattr(
         eagle_utils, "alloc_token_slots", lambda pool, count: torch.tensor([pool.pop() for _ in range(count)])

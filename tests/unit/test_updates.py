@@ -147,3 +147,34 @@ def test_settings_arrive():
     )
     assert config.updates == UpdatesConfig(refresh_interval=4, refresh_on_acceptance_drop=0.2)
     assert load_config(None, None, {}).updates.refresh_interval == 1
+
+
+def test_an_update_whose_end_is_marked():
+    """No step between its calls ends it, nor does the continuation afterwards count as another."""
+    done, drafter = freshness()
+    drafter.began()
+    for _ in range(2):
+        call(drafter)
+        assert decode_step(drafter) is None
+        drafter.ensure()
+    assert drafter.dirty and done == []
+    drafter.ended()
+    assert done == ["changed", "refresh"] and not drafter.dirty
+    drafter.continued()
+    assert done == ["changed", "refresh"] and drafter.updates == 1
+    decode_step(drafter)
+    drafter.continued()  # after a pause without marks, in which weights may have been written
+    assert done == ["changed", "refresh"] * 2
+
+
+def test_a_marked_update_that_fails_blocks_until_the_next():
+    done, drafter = freshness()
+    drafter.began()
+    call(drafter, success=False)
+    call(drafter)
+    drafter.ended()
+    assert decode_step(drafter) == "update-failed" and done == ["changed"]
+    drafter.began()
+    call(drafter)
+    drafter.ended()
+    assert decode_step(drafter) is None and done == ["changed"] * 2 + ["refresh"]

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import torch
 from sglang.srt.managers.schedule_batch import ScheduleBatch
+from sglang.srt.model_executor.forward_batch_info import CaptureHiddenMode
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
 from er_sglang.cycle.step import Step
@@ -153,6 +154,7 @@ def _batch(step: Step):
         req_pool_indices=step.req_pool_indices_B,
         return_logprob=False,
         return_hidden_states=False,
+        return_hidden_states_mode=CaptureHiddenMode.NULL,
         has_grammar=False,
         model_config=SimpleNamespace(is_generation=True),
     )

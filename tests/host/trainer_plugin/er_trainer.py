@@ -50,8 +50,9 @@ def _cpu_engine(updater, recv_req) -> None:
     from sglang.srt.checkpoint_engine.checkpoint_engine_worker import (
         SGLangCheckpointEngineWorkerExtensionImpl as Engine,
     )
+    from sglang.srt.distributed import get_tp_group
 
-    Engine.get_device_uuid = lambda self: f"cpu-{self.model_runner.tp_rank}"
+    Engine.get_device_uuid = lambda self: f"cpu-{get_tp_group().rank_in_group}"
     Engine.get_device_id = lambda self: 0
 
 

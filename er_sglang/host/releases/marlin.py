@@ -1,0 +1,5 @@
+"""Where Marlin's kernel is."""
+
+from sglang.kernels.ops.gemm.gptq_marlin import _jit_gptq_marlin_module
+
+__all__ = ["_jit_gptq_marlin_module"]

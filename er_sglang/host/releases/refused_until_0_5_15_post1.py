@@ -1,0 +1,4 @@
+"""Settings of ServerArgs that came or went, to be refused beside those of host/refusals.py."""
+
+GONE = ()
+FIELDS = ()

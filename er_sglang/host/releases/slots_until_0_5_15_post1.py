@@ -1,0 +1,27 @@
+"""KV slots of a request: how many it has, how many SGLang reserves, and who says so."""
+
+from sglang.srt.mem_cache.common import get_alloc_reserve_per_decode
+
+__all__ = ["ASSIGN", "ROW_HEADROOM", "allocated", "committed", "get_alloc_reserve_per_decode", "set_committed"]
+
+SEAMS = """
+mem_cache.common:get_req_to_token_extra_context_len server_args
+speculative.triton_ops.cache_locs:assign_req_to_token_pool_func req_pool_indices req_to_token start_offset end_offset out_cache_loc batch_size
+"""
+
+# Who says how many columns a row of the request table has beyond the context length.
+ROW_HEADROOM = "sglang.srt.mem_cache.common.get_req_to_token_extra_context_len"
+# Who writes slots into the request table.
+ASSIGN = "sglang.srt.speculative.triton_ops.cache_locs.assign_req_to_token_pool_func"
+
+
+def committed(req) -> int:
+    return req.kv_committed_len
+
+
+def set_committed(req, tokens: int) -> None:
+    req.kv_committed_len = tokens
+
+
+def allocated(req) -> int:
+    return req.kv_allocated_len
