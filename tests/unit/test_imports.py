@@ -28,7 +28,7 @@ HOSTED = {
     "drafting": "attention drafter early policy_weight shadow twins",
     "steering": "steering",
     "quantize": "marlin scaled_mm hopper",
-    "bench": "sampling",
+    "bench": "attention sampling",
     ".": "worker autoload",
 }
 

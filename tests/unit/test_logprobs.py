@@ -9,7 +9,6 @@ import torch
 
 pytest.importorskip("sglang", reason="compares with SGLang's own function")
 from sglang.srt.environ import envs
-from sglang.srt.layers.utils.logprob import compute_spec_v2_logprobs
 
 from er_sglang.cycle import logprobs
 from er_sglang.sampling import Draft, RandomState
@@ -52,7 +51,7 @@ def sglangs(batch, output, verdict) -> SimpleNamespace:
     rows = torch.arange(REQUESTS * (GAMMA + 1)).view(REQUESTS, -1)
     index = torch.where(torch.arange(GAMMA + 1) < verdict.accept_lens_B.view(-1, 1), rows, -1)
     theirs = SimpleNamespace(next_token_logits=output.next_token_logits)
-    compute_spec_v2_logprobs(batch, theirs, verdict.emitted_BN.view(-1), index, GAMMA)
+    logprobs._logprobs.attach(batch, theirs, verdict.emitted_BN.view(-1), index, verdict.accept_lens_B, GAMMA)
     return theirs
 
 
@@ -63,7 +62,7 @@ def test_they_are_sglangs_without_its_passes(monkeypatch, original, all_greedy):
     assert verdict.accept_lens_B.unique().numel() > 1
     with envs.SGLANG_RETURN_ORIGINAL_LOGPROB.override(original):
         expected = sglangs(batch, output, verdict).next_token_logprobs
-        monkeypatch.setattr(logprobs, "compute_spec_v2_logprobs", lambda *_: pytest.fail("SGLang's passes"))
+        monkeypatch.setattr(logprobs._logprobs, "attach", lambda *_: pytest.fail("SGLang's passes"))
         logprobs.attach_logprobs(batch, output, verdict, sampler)
     emitted = torch.arange(GAMMA + 1) < verdict.accept_lens_B.view(-1, 1)
     assert output.next_token_logprobs.shape == expected.shape
@@ -94,7 +93,9 @@ def test_slimes_kept_tokens_take_its_function(monkeypatch, returns_kept_tokens):
     def patched(batch, logits_output, predict, accept_index, accept_lens, speculative_num_steps):
         received.append((predict, accept_index, accept_lens, speculative_num_steps))
 
-    monkeypatch.setattr(logprobs, "compute_spec_v2_logprobs", patched)
+    if not hasattr(logprobs._logprobs, "compute_spec_v2_logprobs"):
+        pytest.skip("slime patches SGLang 0.5.15.post1")
+    monkeypatch.setattr(logprobs._logprobs, "compute_spec_v2_logprobs", patched)
     logprobs.attach_logprobs(batch, output, verdict, sampler)
     assert len(received) == returns_kept_tokens
     for predict, index, lens, gamma in received:

@@ -6,8 +6,7 @@ import pytest
 import torch
 
 pytest.importorskip("sglang", reason="reads SGLang's flags")
-from sglang.srt.runtime_context import get_flags
-
+from er_sglang.cycle import step as module
 from er_sglang.cycle.step import Step
 
 
@@ -17,7 +16,7 @@ from er_sglang.cycle.step import Step
 )
 def test_filters_apply_in_the_order_of_sglangs_sampler(monkeypatch, backend, min_p_in_batch, sequential):
     """Its CUDA sampler filters in sequence while the batch says that min-p is needed, whoever needs it; the other jointly."""
-    monkeypatch.setattr(get_flags(), "sampling_backend", backend)
+    monkeypatch.setattr(module._settings, "sampling_backend", lambda: backend)
     ones = torch.ones(2, dtype=torch.int64)
     info = SimpleNamespace(
         temperatures=torch.ones(2, 1),
