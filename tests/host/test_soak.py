@@ -73,15 +73,16 @@ def saboteur(policies, folder):
         yield Saboteur(server, rule_file)
 
 
-@pytest.mark.parametrize(
-    ("rule", "words"),
-    [
-        ("token-repeated", "token [0-9]+ is|filtered out|log-probability"),
-        ("updates-ignored", "token [0-9]+ is|filtered out|log-probability"),
-        ("requests-lost", "timed out"),
-        ("slots-leaked", ""),  # SGLang's own check, or ours at the end
-    ],
-)
+ANOTHER_POLICY = "token [0-9]+ is|filtered out|log-probability"
+SABOTAGES = {
+    "token-repeated": ANOTHER_POLICY,
+    "updates-ignored": ANOTHER_POLICY,
+    "requests-lost": "timed out",
+    "slots-leaked": "",  # SGLang's own check, or ours at the end
+}
+
+
+@pytest.mark.parametrize(("rule", "words"), SABOTAGES.items(), ids=SABOTAGES)
 def test_a_soak_fails_when(saboteur, policies, rule, words):
     TrainerClient(saboteur.server).send_disk(policies[0])
     soak = Soak(saboteur.server, policies, seed=1, timeout_s=20.0)
