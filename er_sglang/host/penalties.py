@@ -13,7 +13,10 @@ from itertools import count
 import torch
 from sglang.srt.plugins.hook_registry import HookType
 
+from er_sglang.host.releases import adapter
 from er_sglang.sampling.penalties import Penalties, PenaltyTable, RequestPenalties
+
+_slots = adapter("slots")
 
 
 def penalties_of(req) -> RequestPenalties | None:
@@ -52,7 +55,7 @@ class PenalisedRequests:
     def admit(self, reqs: Sequence) -> None:
         """``reqs`` are about to be prefilled: for the first time, in their next chunk, or after a retraction."""
         self._row_of = {
-            req: row for req, row in self._row_of.items() if not (req.finished() or req.req_pool_idx is None)
+            req: row for req, row in self._row_of.items() if not (req.finished() or _slots.row(req) is None)
         }
         taken = set(self._row_of.values())
         free = (row for row in count(1) if row not in taken)

@@ -31,6 +31,7 @@ SETTINGS = {
     "T=1": Sampling(),
     "top_k+top_p+min_p": Sampling(temperature=1.3, top_k=20, top_p=0.85, min_p=0.02),
     "logit_bias": Sampling(logit_bias=((5, 3.0), (9, -4.0), (40, 1.5))),
+    "penalties": Sampling(temperature=0.8, frequency_penalty=0.5, presence_penalty=0.5, repetition_penalty=1.3),
 }
 
 

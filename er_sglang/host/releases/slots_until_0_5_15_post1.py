@@ -2,7 +2,7 @@
 
 from sglang.srt.mem_cache.common import get_alloc_reserve_per_decode
 
-__all__ = ["ASSIGN", "ROW_HEADROOM", "allocated", "committed", "get_alloc_reserve_per_decode", "set_committed"]
+__all__ = ["ASSIGN", "ROW_HEADROOM", "allocated", "committed", "get_alloc_reserve_per_decode", "row", "set_committed"]
 
 SEAMS = """
 mem_cache.common:get_req_to_token_extra_context_len server_args
@@ -13,6 +13,11 @@ speculative.triton_ops.cache_locs:assign_req_to_token_pool_func req_pool_indices
 ROW_HEADROOM = "sglang.srt.mem_cache.common.get_req_to_token_extra_context_len"
 # Who writes slots into the request table.
 ASSIGN = "sglang.srt.speculative.triton_ops.cache_locs.assign_req_to_token_pool_func"
+
+
+def row(req) -> int | None:
+    """Of the request table; None if it has none, so far or any more."""
+    return req.req_pool_idx
 
 
 def committed(req) -> int:

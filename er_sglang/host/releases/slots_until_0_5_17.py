@@ -2,7 +2,7 @@
 
 from sglang.srt.mem_cache.allocation_sizing import get_alloc_reserve_per_decode
 
-__all__ = ["ASSIGN", "ROW_HEADROOM", "allocated", "committed", "get_alloc_reserve_per_decode", "set_committed"]
+__all__ = ["ASSIGN", "ROW_HEADROOM", "allocated", "committed", "get_alloc_reserve_per_decode", "row", "set_committed"]
 
 SEAMS = """
 mem_cache.allocation_sizing:get_alloc_reserve_per_decode server_args
@@ -14,6 +14,11 @@ mem_cache.allocation:assign_req_to_token_pool_func req_pool_indices req_to_token
 ROW_HEADROOM = "sglang.srt.mem_cache.allocation_sizing.get_req_to_token_extra_context_len"
 # Who writes slots into the request table.
 ASSIGN = "sglang.srt.mem_cache.allocation.assign_req_to_token_pool_func"
+
+
+def row(req) -> int | None:
+    """Of the request table; None if it has none, so far or any more."""
+    return req.req_pool_idx
 
 
 def committed(req) -> int:

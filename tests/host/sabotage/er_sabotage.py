@@ -36,7 +36,8 @@ def _install(result, scheduler) -> None:
     judge, residual, verify = reference.ReferenceSampler.judge, reference.residual, Verifier.forward
     cycle, shaped = SelfQuantWorker.cycle, penalties.shaped
     runner = scheduler.tp_worker.model_runner
-    update = runner.update_weights_from_disk
+    updater = type(getattr(runner, "weight_updater", runner))  # a part of it since SGLang 0.5.16
+    update = updater.update_weights_from_disk
 
     def wrong_judge(self, logits_BNV, draft, params, random, rides_B=None):
         self.simulated_acceptance = 1.0 if _rule() == "accept-always" else None
@@ -86,10 +87,10 @@ def _install(result, scheduler) -> None:
         for buffer in (*kv.k_buffer, *kv.v_buffer):
             buffer[slots] = value
 
-    def wrong_update(*args, **more):
-        return (True, "") if _rule() == "updates-ignored" else update(*args, **more)
+    def wrong_update(self, *args, **more):
+        return (True, "") if _rule() == "updates-ignored" else update(self, *args, **more)
 
-    runner.update_weights_from_disk = wrong_update
+    updater.update_weights_from_disk = wrong_update
     reference.ReferenceSampler.judge = wrong_judge
     reference.residual = wrong_residual
     Verifier.forward = wrong_verify
