@@ -210,7 +210,9 @@ def waited(answer: dict) -> bool:
     """Aborted before it ran, or after it was retracted: SGLang then says nothing but that, or gives a token of nothing."""
     meta = answer["meta_info"]
     reason = meta["finish_reason"]
-    return bool(reason) and reason["type"] == "abort" and ("prompt_tokens" not in meta or "status_code" in reason)
+    return (
+        bool(reason) and reason["type"] == "abort" and ("prompt_tokens" not in meta or bool(reason.get("status_code")))
+    )
 
 
 def check_counts(ask: Ask, answer: dict) -> None:

@@ -240,25 +240,34 @@ def test_abort(case):
     prompts = {"victim-0": [3, 4, 5], "victim-1": [3, 4, 5]}
     prompts |= {f"other-{i}": prompt for i, prompt in enumerate(make_prompts(3, seed=6, longest=10))}
     lengths = {rid: 120 if "victim" in rid else 50 for rid in prompts}  # all fit into the memory of any of the servers
-    all_run = threading.Barrier(len(prompts) + 1, timeout=REQUEST_TIMEOUT_S)
 
-    def ask(rid):
-        chunks = case.server.stream({"rid": rid, "input_ids": prompts[rid], "sampling_params": greedy(lengths[rid])})
-        first = next(chunks)
-        all_run.wait()
-        return [first, *chunks][-1]
+    def abort_victims() -> dict[str, dict]:
+        all_run = threading.Barrier(len(prompts) + 1, timeout=REQUEST_TIMEOUT_S)
 
-    with ThreadPoolExecutor(len(prompts)) as pool:
-        answers = {rid: pool.submit(ask, rid) for rid in prompts}
-        all_run.wait()
-        for rid in ("victim-0", "victim-1"):
-            case.server.post("/abort_request", {"rid": rid})
+        def ask(rid):
+            params = greedy(lengths[rid])
+            chunks = case.server.stream({"rid": rid, "input_ids": prompts[rid], "sampling_params": params})
+            first = next(chunks)
+            all_run.wait()
+            return [first, *chunks][-1]
+
+        with ThreadPoolExecutor(len(prompts)) as pool:
+            answers = {rid: pool.submit(ask, rid) for rid in prompts}
+            all_run.wait()
+            for rid in ("victim-0", "victim-1"):
+                case.server.post("/abort_request", {"rid": rid})
+        return {rid: answer.result() for rid, answer in answers.items()}
+
+    for _ in range(5):  # on a busy machine a victim may end before it is aborted
+        answers = abort_victims()
+        reasons = {answers[rid]["meta_info"]["finish_reason"]["type"] for rid in ("victim-0", "victim-1")}
+        if reasons == {"abort"}:
+            break
     for rid, prompt in prompts.items():
-        answer = answers[rid].result()
-        output = answer["output_ids"]
+        output = answers[rid]["output_ids"]
         assert output == case.greedy(prompt, lengths[rid])[: len(output)]
         if "victim" in rid:
-            assert answer["meta_info"]["finish_reason"]["type"] == "abort" and 0 < len(output) < lengths[rid]
+            assert reasons == {"abort"} and 0 < len(output) < lengths[rid]
         else:
             assert len(output) == lengths[rid]
 
