@@ -24,6 +24,8 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "../quantize/mma.cuh"
+
 namespace er_sglang {
 
 constexpr int kWarps = 4;
@@ -58,22 +60,6 @@ SGL_DEVICE uint32_t pack2(float low, float high) {
   } else {
     const fp16x2_t v = __floats2half2_rn(low, high);
     return reinterpret_cast<const uint32_t&>(v);
-  }
-}
-
-// c[16, 8] += a[16, 16] @ b[16, 8]
-template <typename T>
-SGL_DEVICE void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  if constexpr (std::is_same_v<T, bf16_t>) {
-    asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-  } else {
-    asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
   }
 }
 
