@@ -32,8 +32,6 @@ def measure(shape: dict, points: list[str], bandwidth: float) -> Iterator[dict]:
     heads_q, heads_k = shape["num_attention_heads"], shape["num_key_value_heads"]
     head_dim = shape.get("head_dim", shape["hidden_size"] // heads_q)
     device, scale = torch.device("cuda"), head_dim**-0.5
-    share = 4 + head_dim // 4 // attention.WARPS
-    parts = torch.empty(attention.resident_blocks(device), 2, attention.WARPS, share, 32, device=device)
     for point in tqdm(points, desc="points"):
         batch, tokens = map(int, point.split("x"))
         kv_bytes = 2 * batch * tokens * heads_k * head_dim * DTYPE.itemsize
@@ -42,9 +40,9 @@ def measure(shape: dict, points: list[str], bandwidth: float) -> Iterator[dict]:
         q = torch.randn(batch, heads_q, head_dim, dtype=DTYPE, device=device)
         req_to_token = torch.arange(batch * tokens, dtype=torch.int32, device=device).view(batch, tokens)
         rows, lengths = torch.arange(batch, device=device), torch.full((batch,), tokens, device=device)
-        arrivals = torch.zeros(batch * heads_k, dtype=torch.int32, device=device)
+        scratch = attention.scratch(batch, heads_k, head_dim, device)
         ours_us = graph_us(
-            lambda i: attention.attend(q, k[i], v[i], req_to_token, rows, lengths, parts, arrivals, scale), layers
+            lambda i: attention.attend(q, k[i], v[i], req_to_token, rows, lengths, *scratch, scale), layers
         )
         lengths = lengths.int()
         cu_seqlens_q = torch.arange(batch + 1, dtype=torch.int32, device=device)

@@ -11,13 +11,12 @@ from sglang.srt.mem_cache.memory_pool import KVCache, MHATokenToKVPool
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 from sglang.srt.model_executor.model_runner import ModelRunner
 
+from er_sglang.drafting.early import DTYPES, HEAD_DIMS
 from er_sglang.host.releases import adapter
 from er_sglang.quantize.hopper import is_hopper
 
 _kernels = adapter("kernels")
 
-HEAD_DIMS = (64, 128)
-DTYPES = (torch.bfloat16, torch.float16)
 MAX_GROUP = 8  # query heads that share a KV head
 MAX_REQUESTS = 512
 BLOCKS = 2  # of a multiprocessor
@@ -38,9 +37,7 @@ class DraftAttention(AttentionBackend):
         self.token_to_kv_pool = runner.token_to_kv_pool
         self.req_to_token_pool = runner.req_to_token_pool
         layer = next(_layers(runner))
-        shape = (resident_blocks(runner.device), 2, WARPS, 4 + layer.head_dim // 4 // WARPS, 32)
-        self._parts = torch.empty(shape, dtype=torch.float32, device=runner.device)
-        self._arrivals = torch.zeros(max_batch * layer.tp_k_head_num, dtype=torch.int32, device=runner.device)
+        self._scratch = scratch(max_batch, layer.tp_k_head_num, layer.head_dim, torch.device(runner.device))
 
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
         """Nothing is planned, in graphs neither."""
@@ -67,8 +64,7 @@ class DraftAttention(AttentionBackend):
             self.req_to_token_pool.req_to_token,
             forward_batch.req_pool_indices,
             forward_batch.seq_lens,
-            self._parts,
-            self._arrivals,
+            *self._scratch,
             layer.scaling,
         )
         return out_BHD.flatten(1)
@@ -92,9 +88,16 @@ def is_plain(pool: KVCache, dtype: torch.dtype) -> bool:
     return type(pool) is MHATokenToKVPool and pool.kv_cache_layout == "nhd" and pool.store_dtype == dtype
 
 
-def resident_blocks(device: torch.device | str) -> int:
+def resident_blocks(device: torch.device) -> int:
     """Thread blocks that the chip runs at once."""
     return BLOCKS * torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def scratch(batch: int, heads_k: int, head_dim: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """``parts`` and ``arrivals`` of `attend`, for up to ``batch`` requests."""
+    shape = (resident_blocks(device), 2, WARPS, 4 + head_dim // 4 // WARPS, 32)
+    parts = torch.empty(shape, dtype=torch.float32, device=device)
+    return parts, torch.zeros(batch * heads_k, dtype=torch.int32, device=device)
 
 
 def _layers(runner: ModelRunner):

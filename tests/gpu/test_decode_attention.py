@@ -31,11 +31,8 @@ class Case:
         order = 1 + torch.randperm(slots - 1, device=CUDA, generator=generator).int()
         for row, of_request in zip(self.rows.tolist(), order.split(lengths)):
             self.req_to_token[row, : len(of_request)] = of_request
-        share = 4 + head_dim // 4 // attention.WARPS
-        self.parts = torch.full(
-            (attention.resident_blocks(CUDA), 2, attention.WARPS, share, 32), torch.nan, device=CUDA
-        )
-        self.arrivals = torch.zeros(batch * heads_k, dtype=torch.int32, device=CUDA)
+        self.parts, self.arrivals = attention.scratch(batch, heads_k, head_dim, CUDA)
+        self.parts.fill_(torch.nan)
         self.scale = head_dim**-0.5
 
     def attend(self) -> torch.Tensor:
