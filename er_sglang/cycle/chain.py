@@ -9,6 +9,7 @@ verify forward before anything else reads it.
 from __future__ import annotations
 
 import copy
+import logging
 
 import torch
 from sglang.srt.constants import GPU_MEMORY_TYPE_KV_CACHE
@@ -31,6 +32,7 @@ from er_sglang.host.releases import adapter
 from er_sglang.policy.profile import Rung
 from er_sglang.sampling import Draft, RandomState, Sampler, SamplingParams, Shaper
 
+logger = logging.getLogger(__name__)
 _settings = adapter("settings")
 
 
@@ -78,6 +80,7 @@ class DraftChain:
                 self._backends = [DraftAttention(view, max_batch)] * gamma_max
             else:
                 self._backends = [view._get_attention_backend() for _ in range(gamma_max)]
+        logger.info("Drafts attend by %s.", type(self._backends[0]).__name__)
 
         def buffer(*shape: int, dtype=torch.int64, fill: float = 0) -> torch.Tensor:
             return torch.full(shape, fill, dtype=dtype, device=view.device)
