@@ -243,7 +243,7 @@ def check_end(ask: Ask, answer: dict) -> None:
     output, reason = answer["output_ids"], answer["meta_info"]["finish_reason"]
     text = TOKENIZER.decode(output, skip_special_tokens=True)
     kind, matched = reason["type"], reason.get("matched")
-    inner = output if kind == "abort" else output[:-1]  # at the limit, it is the limit that ends an answer
+    inner = output[:-1]  # the last one may be a stop: then a limit or an abort has come first
     expect(not set(inner) & ask.stop_tokens or "regex" in ask.params, "it goes on after a stop token")
     if kind == "length":
         expect(len(output) == ask.params["max_new_tokens"], "it ended too early")
