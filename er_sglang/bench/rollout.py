@@ -48,8 +48,8 @@ Models given by shape have random weights; acceptance is then stated, not measur
 probability --acceptance, given that those before it were. All computation is done, its verdict is replaced. An arm that
 drafts is run at every --acceptance, one that does not (plain, self_quant:0) once.
 
-"x plain" is the time of the same rollout in the arm plain, over this one. "predicted s" is what the simulator makes of
-the same lengths and acceptance with the server's own profile, or that of --profile.
+"x plain" is the time of the same rollout in the first arm, which is plain by default, over this one. "predicted s" is
+what the simulator makes of the same lengths and acceptance with the server's own profile, or that of --profile.
 
 examples
   python -m er_sglang.bench.rollout --model 14b --arms plain self_quant:3 paper:11 auto:7 --acceptance 0.6 0.8 0.9 0.95
@@ -135,42 +135,54 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     exit_on_sigterm()
-    args.out.mkdir(parents=True, exist_ok=True)
-    runs: list[dict] = []
-    traces: list[Path] = []
-    settings = {
-        **vars(args),
-        "arms": [str(arm) for arm in args.arms],
-        "profile": args.profile and str(args.profile),
-        "out": str(args.out),
-    }
-    record = {"environment": environment(), "settings": settings, "rows": [], "runs": runs}
-    profile = Profile.read(args.profile) if args.profile else None
-    with tempfile.TemporaryDirectory() as scratch, tqdm(total=count_runs(args), desc="rollouts") as bar:
+    record = begin(args)
+    with tempfile.TemporaryDirectory() as scratch, tqdm(total=count(args), desc="rollouts") as bar:
         for arms in servers(args.arms):
             with start_server(arms, args, Path(scratch)) as server:
                 bar.set_postfix_str(f"{server_name(arms)}, started in {server.start_s:.0f} s")
-                if arms[0].self_quant and (path := server.self_quant()["profile"]):
-                    profile = Profile.load(path)
-                    profile.save(args.out / "profile.json")
-                for run in measure_server(server, arms, args):
-                    runs.append(run)
-                    write_json(args.out / "results.json", record)
-                    bar.update()
-            if arms[0].self_quant:
-                traces = split_trace(args.out / "trace.jsonl", runs)
-    record["rows"] = rows = table_rows(runs, profile, args)
+                measure(server, arms, args, record, bar)
+    finish(args, record)
+    return 0
+
+
+def begin(args: argparse.Namespace) -> dict:
+    """The record of a benchmark: what it is, and no run yet."""
+    args.out.mkdir(parents=True, exist_ok=True)
+    arms, profile = [str(arm) for arm in args.arms], args.profile and str(args.profile)
+    settings = {**vars(args), "arms": arms, "profile": profile, "out": str(args.out)}
+    return {"environment": environment(), "settings": settings, "rows": [], "runs": []}
+
+
+def measure(server: Server, arms: Sequence[Arm], args: argparse.Namespace, record: dict, bar: tqdm) -> None:
+    """Append what `arms` do on their server, which traces its steps. Kept beside results.json, which has each run as soon
+    as it is measured: the server's profile, and the steps by arm."""
+    if arms[0].self_quant and (path := server.self_quant()["profile"]):
+        Profile.load(path).save(args.out / "profile.json")
+    measured = []
+    for run in runs(server, arms, args):
+        measured.append(run)
+        record["runs"].append(run)
+        write_json(args.out / "results.json", record)
+        bar.update()
+    if arms[0].self_quant:
+        split_trace(Path(server.self_quant()["trace"]), args.out, measured)
+
+
+def finish(args: argparse.Namespace, record: dict) -> None:
+    """Table with predictions, and a timeline for each arm."""
+    own = args.out / "profile.json"
+    profile = Profile.read(own) if own.exists() else Profile.read(args.profile) if args.profile else None
+    record["rows"] = rows = table_rows(record["runs"], profile, args)
     write_json(args.out / "results.json", record)
     text = table(rows)
     (args.out / "table.md").write_text(text + "\n")
     if not args.no_plot:
-        for trace in tqdm(traces, desc="plots", disable=not traces):
+        for trace in tqdm(sorted(args.out.glob("trace-*.jsonl")), desc="plots"):
             steps = plots.read_trace(trace)
             plots.plot_timeline(
                 plots.binned(steps, min(plots.BINS, len(steps) // 2)), trace.stem, trace.with_suffix(".png")
             )
     print(f"\n{text}\n\nRaw data, table and traces: {args.out}/")
-    return 0
 
 
 def acceptances(arm: Arm, args: argparse.Namespace) -> Sequence[float | None]:
@@ -178,7 +190,8 @@ def acceptances(arm: Arm, args: argparse.Namespace) -> Sequence[float | None]:
     return args.acceptance if arm.drafts else [None]
 
 
-def count_runs(args: argparse.Namespace) -> int:
+def count(args: argparse.Namespace) -> int:
+    """How many runs there are."""
     return args.rollouts * len(args.options) * sum(len(acceptances(arm, args)) for arm in args.arms)
 
 
@@ -187,9 +200,14 @@ def lengths_of(index: int, args: argparse.Namespace) -> list[int]:
     return draw_lengths(args.lengths, args.requests, seed=SEED + index)
 
 
+def size(args: argparse.Namespace) -> tuple[int, int]:
+    """Requests at once, and tokens of the longest, prompt and response."""
+    return args.requests, args.prompt_tokens + max(max(lengths_of(index, args)) for index in range(args.rollouts))
+
+
 def start_server(arms: Sequence[Arm], args: argparse.Namespace, scratch: Path) -> Server:
-    longest = max(max(lengths_of(index, args)) for index in range(args.rollouts))
-    flags = {**shared_args(args.requests, args.prompt_tokens + longest), **server_args(arms, None, idle_gamma=3)}
+    """The server of `arms`, not yet entered."""
+    flags = {**shared_args(*size(args)), **server_args(arms, None, idle_gamma=3)}
     trace = args.out / "trace.jsonl"
     trace.unlink(missing_ok=True)
     return Server(
@@ -201,7 +219,7 @@ def start_server(arms: Sequence[Arm], args: argparse.Namespace, scratch: Path) -
     )
 
 
-def measure_server(server: Server, arms: Sequence[Arm], args: argparse.Namespace) -> Iterator[dict]:
+def runs(server: Server, arms: Sequence[Arm], args: argparse.Namespace) -> Iterator[dict]:
     """Yield a run per arm, acceptance, options and rollout."""
     prompts = random_prompts(
         args.requests, seed=SEED, tokens=args.prompt_tokens, vocab=SHAPES[args.model]["vocab_size"]
@@ -264,10 +282,10 @@ def by_running(result: LoadResult) -> list[dict]:
     ]
 
 
-def split_trace(trace: Path, runs: Sequence[dict]) -> list[Path]:
-    """A server's trace as one file per arm, acceptance and options, beside it and in its place."""
+def split_trace(trace: Path, folder: Path, runs: Sequence[dict]) -> list[Path]:
+    """Of a server's trace, the steps of these runs as one file per arm, acceptance and options, in `folder`."""
     names = {
-        run["self_quant_after"]["settings_version"]: f"{trace.stem}-{run['arm'].replace(':', '-')}"
+        run["self_quant_after"]["settings_version"]: f"trace-{run['arm'].replace(':', '-')}"
         + ("" if run["acceptance"] is None else f"-{run['acceptance']}")
         + ("" if run["options"] == "default" else f"-{run['options']}")
         for run in runs
@@ -278,26 +296,24 @@ def split_trace(trace: Path, runs: Sequence[dict]) -> list[Path]:
         lines.get(step["settings_version"], []).append(json.dumps(step) + "\n")  # the warm-up's belong to no arm
     paths = []
     for change, name in names.items():
-        paths.append(trace.with_name(f"{name}{trace.suffix}"))
+        paths.append(folder / f"{name}.jsonl")
         paths[-1].write_text("".join(lines[change]))
-    trace.unlink()
     return paths
 
 
 def table_rows(runs: Sequence[dict], profile: Profile | None, args: argparse.Namespace) -> list[dict]:
     """A row per run, in the order in which the arms were asked for."""
-    plain_s = {(run["options"], run["rollout"]): run["wall_s"] for run in runs if run["arm"] == "plain"}
     order = [str(arm) for arm in args.arms]
+    first_s = {(run["options"], run["rollout"]): run["wall_s"] for run in runs if run["arm"] == order[0]}
     rows = []
     for run in tqdm(sorted(runs, key=lambda run: order.index(run["arm"])), desc="predicting"):
-        baseline_s = plain_s.get((run["options"], run["rollout"]))
         rows.append(
             {
                 "arm": run["arm"],
                 "acceptance": run["acceptance"],
                 "options": run["options"],
                 "rollout s": run["wall_s"],
-                "x plain": baseline_s / run["wall_s"] if baseline_s else None,
+                f"x {order[0]}": first_s[run["options"], run["rollout"]] / run["wall_s"],
                 "predicted s": predict(run, profile, args) if profile else None,
                 "tokens/s": run["tokens_per_s"],
                 "accept length": run["accept_length"],

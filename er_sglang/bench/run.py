@@ -161,34 +161,57 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     exit_on_sigterm()
-    args.out.mkdir(parents=True, exist_ok=True)
-    points = []
-    record = {
-        "environment": environment(),
-        "settings": {**vars(args), "arms": [str(arm) for arm in args.arms], "out": str(args.out)},
-        "acceptance": stated_acceptance(args),
-        "points": points,
-    }
-    with (
-        tempfile.TemporaryDirectory() as scratch,
-        tqdm(total=len(args.arms) * len(args.options) * len(args.concurrency), desc="points") as bar,
-    ):
+    record = begin(args)
+    with tempfile.TemporaryDirectory() as scratch, tqdm(total=count(args), desc="points") as bar:
         for arms in servers(args.arms):
             with start_server(arms, args, Path(scratch)) as server:
                 bar.set_postfix_str(f"{server_name(arms)}, started in {server.start_s:.0f} s")
-                for point in measure_server(server, arms, args):
-                    points.append(point)
-                    write_json(args.out / "results.json", record)
-                    bar.update()
+                measure(server, arms, args, record, bar)
+    finish(args, record)
+    return 0
+
+
+def count(args: argparse.Namespace) -> int:
+    """How many points there are."""
+    return len(args.arms) * len(args.options) * len(args.concurrency)
+
+
+def begin(args: argparse.Namespace) -> dict:
+    """The record of a benchmark: what it is, and no point yet."""
+    args.out.mkdir(parents=True, exist_ok=True)
+    return {
+        "environment": environment(),
+        "settings": {**vars(args), "arms": [str(arm) for arm in args.arms], "out": str(args.out)},
+        "acceptance": stated_acceptance(args),
+        "points": [],
+    }
+
+
+def measure(server: Server, arms: Sequence[Arm], args: argparse.Namespace, record: dict, bar: tqdm) -> None:
+    """Append what `arms` do on their server; results.json has each point as soon as it is measured."""
+    for point in points(server, arms, args):
+        record["points"].append(point)
+        write_json(args.out / "results.json", record)
+        bar.update()
+
+
+def finish(args: argparse.Namespace, record: dict) -> None:
+    """Table and plot."""
     order = [str(arm) for arm in args.arms]
-    rows = sorted((point["row"] for point in points), key=lambda row: order.index(row["arm"]))
-    text = table(rows)
+    rows = sorted((point["row"] for point in record["points"]), key=lambda row: order.index(row["arm"]))
+    text = table(against_first(rows))
     title = describe(args, record["environment"])
     (args.out / "table.md").write_text(f"{title}\n\n`{record['environment']['command']}`\n\n{text}\n")
     if not args.no_plot:
         report.plot_grid(args.out / "plot.png", rows, title)
     print(f"\n{title}\n\n{text}\n\nRaw data, table and plot: {args.out}/")
-    return 0
+
+
+def against_first(rows: Sequence[dict]) -> list[dict]:
+    """With a column more: tokens/s over that of the first arm."""
+    first = rows[0]["arm"]
+    base = {(row.get("options"), row["concurrency"]): row["tokens/s"] for row in rows if row["arm"] == first}
+    return [{**row, f"x {first}": row["tokens/s"] / base[row.get("options"), row["concurrency"]]} for row in rows]
 
 
 def describe(args: argparse.Namespace, environment: dict) -> str:
@@ -206,6 +229,11 @@ def stated_acceptance(args: argparse.Namespace) -> str:
     return f"stated {args.acceptance}{windows}"
 
 
+def size(args: argparse.Namespace) -> tuple[int, int]:
+    """Requests at once, and tokens of each, prompt and response."""
+    return max(args.concurrency), args.context + args.output_tokens
+
+
 def start_server(arms: Sequence[Arm], args: argparse.Namespace, scratch: Path) -> Server:
     """The server of `arms`, not yet entered."""
     from_shape, standalone = args.model in SHAPES, arms[0].algorithm == "standalone"
@@ -216,7 +244,7 @@ def start_server(arms: Sequence[Arm], args: argparse.Namespace, scratch: Path) -
             "the standalone arm drafts with a dummy model of the same shape; with a checkpoint, leave it out"
         )
     flags = {
-        **shared_args(max(args.concurrency), args.context + args.output_tokens),
+        **shared_args(*size(args)),
         **({} if from_shape else {"load-format": None}),
         "cuda-graph-bs": None if ON_CPU else sorted(args.concurrency),
         **server_args(arms, draft_path, idle_gamma=max([a.gamma or 0 for a in args.arms]) or 3),
@@ -230,7 +258,7 @@ def start_server(arms: Sequence[Arm], args: argparse.Namespace, scratch: Path) -
     )
 
 
-def measure_server(server: Server, arms: Sequence[Arm], args: argparse.Namespace) -> Iterator[dict]:
+def points(server: Server, arms: Sequence[Arm], args: argparse.Namespace) -> Iterator[dict]:
     """Yield one point per arm, options and concurrency: its table row, its repeats, and SELF_QUANT's counters over them."""
     info = server.get_server_info()
     vocab = SHAPES[args.model]["vocab_size"] if args.model in SHAPES else vocab_size(Path(args.model))

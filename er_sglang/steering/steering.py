@@ -136,10 +136,15 @@ class Steering:
         self._agreement.add(config)
 
     def snapshot(self) -> dict:
-        """Counters for /server_info, and by what cycles are thought slower than the profile says; the trace holds the same steps by then."""
+        """Counters for /server_info. cycle_factor: by what cycles are thought slower than the profile says; trace: its
+        file, which holds the counted steps by then."""
         if self._trace:
             self._trace.flush()
-        return {**self.metrics.snapshot(), "cycle_factor": self.controller.cycle_factor}
+        return {
+            **self.metrics.snapshot(),
+            "cycle_factor": self.controller.cycle_factor,
+            "trace": self._trace and str(self._trace.path),
+        }
 
     def policy_updated(self) -> None:
         """The drafter follows new weights of the policy."""

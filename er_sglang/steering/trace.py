@@ -39,11 +39,11 @@ class Trace:
         """
         if path.endswith("/"):
             path += f"{socket.gethostname()}-{os.getpid()}.jsonl"
-        self._path = Path(path)
+        self.path = Path(path).absolute()
         self._lines: list[str] = []
         try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            with self._path.open("a") as file:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a") as file:
                 self._left_bytes = int(max_mb * 1e6) - file.tell()
         except OSError as error:
             raise ConfigError(f"trace: cannot write {path}: {error.strerror}.") from error
@@ -69,7 +69,7 @@ class Trace:
         }
         self._append(line)
         if self._left_bytes <= 0:
-            logger.warning("The trace %s ends: it has the %g MB of trace_max_mb.", self._path, self._max_mb)
+            logger.warning("The trace %s ends: it has the %g MB of trace_max_mb.", self.path, self._max_mb)
             self._append({"ended": f"trace_max_mb: {self._max_mb:g} MB"})
             self.flush()
         elif len(self._lines) >= FLUSH_LINES:
@@ -79,10 +79,10 @@ class Trace:
         """Write what was kept back; called when the server runs idle, too."""
         lines, self._lines = self._lines, []
         try:
-            with self._path.open("a") as file:
+            with self.path.open("a") as file:
                 file.writelines(lines)
         except OSError as error:
-            logger.warning("The trace %s ends: it cannot be written (%s).", self._path, error.strerror)
+            logger.warning("The trace %s ends: it cannot be written (%s).", self.path, error.strerror)
             self._left_bytes = 0
 
     def _append(self, line: dict) -> None:

@@ -506,7 +506,7 @@ def test_an_arm_that_drafts_is_run_at_every_acceptance_and_others_once():
     args = rollout_args(
         "--arms", "plain", "self_quant:0", "auto:7", "paper:11", "--acceptance", "0.6", "0.9", "--rollouts", "2"
     )
-    assert rollout.count_runs(args) == 2 * (1 + 1 + 2 + 2)
+    assert rollout.count(args) == 2 * (1 + 1 + 2 + 2)
 
 
 @pytest.mark.parametrize("words", [("--arms", "standalone:3"), ("--acceptance", "0.9", "1.5")])
@@ -552,11 +552,8 @@ def test_a_servers_trace_is_split_by_arm(tmp_path):
         + '{"ended": "trace_max_mb: 256 MB"}\n'
     )
     runs = [run_of("plain", None, 4.0), run_of("self_quant:0", None, 4.0, 1), run_of("auto:7", 0.8, 3.0, 2)]
-    paths = split_trace(trace, runs)
-    assert [path.name for path in paths] == [
-        "trace-self_quant-0.jsonl",
-        "trace-auto-7-0.8.jsonl",
-    ] and not trace.exists()
+    paths = split_trace(trace, tmp_path, runs)
+    assert [path.name for path in paths] == ["trace-self_quant-0.jsonl", "trace-auto-7-0.8.jsonl"]
     assert [[json.loads(line)["step"] for line in path.read_text().splitlines()] for path in paths] == [[1, 2], [3]]
 
 
@@ -575,3 +572,29 @@ def test_rollouts_are_compared_with_plain_and_with_the_prediction(tmp_path):
     assert rows[0]["predicted s"] == pytest.approx(40 * 10e-3)
     assert rows[1]["predicted s"] == pytest.approx(10 * 13e-3)  # four tokens a cycle
     assert rows[2]["predicted s"] is None  # its longest drafts were not measured
+
+
+# ---------------------------------------------------------------- the README's speeds
+
+
+def test_one_server_does_for_every_workload_of_the_readme(tmp_path, monkeypatch):
+    from er_sglang.bench import readme
+
+    monkeypatch.setattr(readme, "ON_CPU", False)
+    monkeypatch.setattr(readme, "Server", lambda model, args, **more: args)
+    args = readme.parse_args(["--out", str(tmp_path)])
+    planned = readme.plan(args)
+    assert [each.out.name for _, each in planned] == list(readme.WORKLOADS)
+    flags = readme.start_server(planned, args, tmp_path)
+    assert flags["max-running-requests"] == 128 and flags["context-length"] > 8000
+    assert flags["speculative-num-steps"] == 7
+
+
+def test_a_table_has_what_is_gained_over_the_first_arm():
+    from er_sglang.bench.run import against_first
+
+    rows = [
+        {"arm": arm, "options": options, "concurrency": 8, "tokens/s": rate}
+        for arm, options, rate in (("plain", "default", 10.0), ("plain", "top_p", 5.0), ("auto:7", "top_p", 10.0))
+    ]
+    assert [row["x plain"] for row in against_first(rows)] == [1.0, 1.0, 2.0]
