@@ -25,7 +25,7 @@ CONFIG_ENV = "ER_SGLANG_CONFIG"
 CACHE_ENV = "ER_SGLANG_CACHE"
 SIMULATE_ACCEPTANCE_ENV = "ER_SGLANG_SIMULATE_ACCEPTANCE"
 WEIGHT_FORMATS = ("int4", "int4_asym", "fp8")
-HEAD_FORMATS = ("int4", "policy")
+HEADS = ("int4", "int4_rescored", "policy")
 SINK_TOKENS = 64  # the first of a context, which a draft attends to whatever its attention window
 AUTO_WINDOWS = (0, 256, 512, 1024)  # recent tokens; 0: all
 
@@ -35,8 +35,9 @@ class DrafterConfig:
     """How the drafter's weights are made from the policy's, and what of a context it reads.
 
     weights: storage format of the Linear layers ("int4", "int4_asym" or "fp8").
-    head: of lm_head, "int4" or "policy": the policy's own weight, which a draft of few requests reads for up to a fifth of
-        its time. Drafts are exact with either; which is accepted more, and which pays, is for measurement.
+    head: of lm_head, "int4"; "int4_rescored", whose leading tokens are scored again with the policy's rows; or "policy", its
+        own weight, which a draft of few requests reads for up to a fifth of its time. Drafts are exact with each; which
+        is accepted more, and which pays, is for measurement.
     group_size: input channels that share one scale (int4 formats).
     attention_window: recent tokens that a draft attends to, besides the first SINK_TOKENS of the context; 0: all;
         "auto": at each step, the one of AUTO_WINDOWS that pays best by measurement (mode auto; all, in the others). In
@@ -51,8 +52,8 @@ class DrafterConfig:
     def __post_init__(self) -> None:
         if self.weights not in WEIGHT_FORMATS:
             raise ConfigError(f"drafter.weights is {self.weights!r}; choose one of {', '.join(WEIGHT_FORMATS)}.")
-        if self.head not in HEAD_FORMATS:
-            raise ConfigError(f"drafter.head is {self.head!r}; choose one of {', '.join(HEAD_FORMATS)}.")
+        if self.head not in HEADS:
+            raise ConfigError(f"drafter.head is {self.head!r}; choose one of {', '.join(HEADS)}.")
         if self.group_size not in (32, 64, 128):
             raise ConfigError(f"drafter.group_size is {self.group_size}; choose 32, 64 or 128.")
         if self.attention_window != "auto" and (type(self.attention_window) is str or self.attention_window < 0):
@@ -66,9 +67,14 @@ class DrafterConfig:
         return AUTO_WINDOWS if self.attention_window == "auto" else (self.attention_window,)
 
     @property
+    def head_format(self) -> str | None:
+        """Storage format of lm_head; None if it is the policy's."""
+        return None if self.head == "policy" else "int4"
+
+    @property
     def formats(self) -> set[str]:
         """The formats of all that is quantized."""
-        return {self.weights, self.head} - {"policy"}
+        return {self.weights, self.head_format} - {None}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -87,7 +87,8 @@ class SelfQuantWorker(ServedWorker):
             self._drafter = Drafter(
                 runner.model,
                 formats[drafter.weights],
-                formats.get(drafter.head),
+                formats.get(drafter.head_format),
+                drafter.head == "int4_rescored",
                 runner.memory_saver_adapter.region(GPU_MEMORY_TYPE_WEIGHTS, enable_cpu_backup=False),
                 progress=tp_group.rank_in_group == 0,
             )

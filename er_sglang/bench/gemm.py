@@ -18,6 +18,7 @@ import torch
 from tqdm import tqdm
 
 from er_sglang.bench.shapes import SHAPES
+from er_sglang.drafting.rescoring import rescore_
 from er_sglang.quantize import Packed, create_format
 from er_sglang.quantize import blocks as shapes
 from er_sglang.quantize.blocks import MAX_ROWS, SMALL_BATCH, Blocks
@@ -89,7 +90,8 @@ def measure(name: str, n: int, k: int, rows: Sequence[int], every_shape: bool, b
     device = torch.device("cuda")
     fmt = create_format("int4", group_size=128, device=device)
     first = fmt.allocate(n, k, DTYPE, device)
-    fmt.refresh_(first, torch.randn(n, k, device=device, dtype=DTYPE) * 0.02)
+    weight_NK = torch.randn(n, k, device=device, dtype=DTYPE) * 0.02
+    fmt.refresh_(first, weight_NK)
     copies = [first]
     for _ in range(4 * L2_BYTES // first.nbytes + 1):
         copies.append(dataclasses.replace(first, **{name: tensor.clone() for name, tensor in first.tensors().items()}))
@@ -116,7 +118,11 @@ def measure(name: str, n: int, k: int, rows: Sequence[int], every_shape: bool, b
             "Marlin us": product_us(lambda packed: marlin.apply(packed, x_MK, None)),
             "served us": product_us(lambda packed: fmt.apply(packed, x_MK, None)),
             "by": _text(chosen) or "Marlin",
+            "rescoring us": None,
         }
+        if name == "lm_head":  # so flat that each class has its leader scored again, the most there can be
+            logits_MN = fmt.apply(first, x_MK, None)
+            row["rescoring us"] = graph_us(lambda _: rescore_(logits_MN, x_MK, weight_NK), 3)
         if every_shape and ours:
             times_us = {shape: product_us(lambda packed: shaped(packed, shape)) for shape in all_shapes(m, k)}
             best = min(times_us, key=times_us.__getitem__, default=None)

@@ -3,6 +3,7 @@
 drafter.py         the quantized shadow of the live policy
 policy_weight.py   what the copy is made from: a layer's weight after loading, in bf16 or fp8
 shadow.py          a module tree with some modules replaced
+rescoring.py       the leading tokens of a quantized lm_head, scored again; rescoring_fused.py, its kernels
 twins.py           what replaces norms, activations and rotation on Hopper
 early.py           the kernels of these twins
 attention.py       attention of drafts on Hopper

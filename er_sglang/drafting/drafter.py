@@ -21,6 +21,7 @@ from torch import nn
 from tqdm import tqdm
 
 from er_sglang.drafting.policy_weight import policy_weight, unreadable
+from er_sglang.drafting.rescoring import rescore_
 from er_sglang.drafting.shadow import shadow, shallow_copy
 from er_sglang.drafting.twins import leave_head_norms_to_attention, small_twins
 from er_sglang.errors import ConfigError
@@ -48,6 +49,19 @@ class DraftLinearMethod(LinearMethodBase):
         return self.fmt.apply(self.packed, x, bias)
 
 
+class RescoredHeadMethod(DraftLinearMethod):
+    """lm_head's, whose leading tokens are scored again with the policy's rows."""
+
+    def __init__(self, fmt: Format, layer: nn.Module) -> None:
+        super().__init__(fmt, layer)
+        self._policy_head = layer
+
+    def apply(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        logits = super().apply(layer, x, bias)
+        rescore_(logits, x, policy_weight(self._policy_head))
+        return logits
+
+
 class Drafter:
     """Quantized copy of ``policy`` that is refreshed in place from its live weights.
 
@@ -60,12 +74,13 @@ class Drafter:
         policy: nn.Module,
         fmt: Format,
         head_fmt: Format | None,
+        rescored: bool,
         weights_region: AbstractContextManager,
         progress: bool,
     ) -> None:
         """Build and fill the shadow; raises ConfigError if no layer can be converted.
 
-        head_fmt: format of lm_head; None shares the policy's.
+        head_fmt: format of lm_head; None shares the policy's. rescored: its leading tokens are scored again.
         weights_region: memory region for the packed weights, so that sleep releases them with the policy's.
         progress: show a progress bar.
         """
@@ -73,23 +88,23 @@ class Drafter:
         self._methods: dict[nn.Module, DraftLinearMethod] = {}  # by the policy's layer
         kept: dict[str, str] = {}
 
-        def convert(name: str, layer: nn.Module, fmt: Format) -> None:
+        def convert(name: str, layer: nn.Module, fmt: Format, method: type[DraftLinearMethod]) -> None:
             if (reason := _unconvertible(layer, fmt)) is not None:
                 kept[name] = reason
             else:
-                self._methods[layer] = DraftLinearMethod(fmt, layer)
+                self._methods[layer] = method(fmt, layer)
 
         with weights_region:
             for name, layer in policy.named_modules():
                 if isinstance(layer, LinearBase):
-                    convert(name, layer, fmt)
+                    convert(name, layer, fmt, DraftLinearMethod)
             if not self._methods:
                 raise ConfigError(f"no Linear layer of this model can be converted: {sorted(set(kept.values()))}.")
             small = small_twins(policy)
             self.model = shadow(policy, lambda module: small.get(module, self._linear_twin(module)))
             leave_head_norms_to_attention(self.model)
             if head_fmt is not None:
-                convert("lm_head", policy.lm_head, head_fmt)
+                convert("lm_head", policy.lm_head, head_fmt, RescoredHeadMethod if rescored else DraftLinearMethod)
                 if (method := self._methods.get(policy.lm_head)) is not None:
                     self.model.lm_head = _head_twin(policy.lm_head, method)
         if kept:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch.func import functional_call
 from transformers import PreTrainedModel
 
+from er_sglang.drafting.rescoring import rescore_
 from er_sglang.errors import ConfigError
 from er_sglang.offline.chain import DraftPass, PolicyPass, chained_attention
 from er_sglang.quantize import create_format
@@ -34,7 +35,8 @@ class Weights:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Drafter:
-    """head: "int4" quantizes lm_head, too, symmetric; "policy" shares the policy's."""
+    """head: "int4" quantizes lm_head, too, symmetric; "int4_rescored" has its leading tokens scored again with the policy's
+    rows; "policy" shares the policy's."""
 
     weights: Weights
     attention_window: int = 0
@@ -112,10 +114,11 @@ class Policy:
         temperature: float,
         gamma: int,
         copy: Quantized,
-        heads: dict[str, Quantized | None],
+        int4_head: Quantized | None,
         drafters: Sequence[Drafter],
     ) -> dict[Drafter, Outcome]:
-        """What each drafter would have proposed for ``text[first:]``, the response; all have the weights of ``copy``."""
+        """What each drafter would have proposed for ``text[first:]``, the response; all have the weights of ``copy``, and
+        ``int4_head`` unless they share the policy's."""
         tokens = torch.tensor([list(text)], device=self.head.weight.device)
         with chained_attention(self.model):
             policy = PolicyPass()
@@ -136,11 +139,9 @@ class Policy:
             chunk = slice(begin, begin + CHUNK)
             p_TV = distribution(self.head(hidden_TH[chunk]), temperature)
             for drafter, (expected, ratio) in found.items():
-                hidden_GTH = drafted[drafter.attention_window][:, chunk]
-                head_VH = self.head.weight if (head := heads[drafter.head]) is None else head.weights["weight"]
                 rows = [
-                    compare(p_TV, distribution(F.linear(h, head_VH, self.head.bias), temperature), next_T[chunk])
-                    for h in hidden_GTH
+                    compare(p_TV, distribution(self._logits(h_TH, drafter.head, int4_head), temperature), next_T[chunk])
+                    for h_TH in drafted[drafter.attention_window][:, chunk]
                 ]
                 expected.append(torch.stack([row[0] for row in rows]))
                 ratio.append(torch.stack([row[1] for row in rows]))
@@ -148,6 +149,14 @@ class Policy:
             drafter: Outcome(torch.cat(expected, 1).double().cpu(), torch.cat(ratio, 1).double().cpu())
             for drafter, (expected, ratio) in found.items()
         }
+
+    def _logits(self, hidden_TH: torch.Tensor, head: str, int4_head: Quantized | None) -> torch.Tensor:
+        if head == "policy":
+            return self.head(hidden_TH)
+        logits_TV = F.linear(hidden_TH, int4_head.weights["weight"], self.head.bias)
+        if head == "int4_rescored":
+            rescore_(logits_TV, hidden_TH, self.head.weight)
+        return logits_TV
 
 
 def distribution(logits_TV: torch.Tensor, temperature: float) -> torch.Tensor:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 
-from er_sglang.config import HEAD_FORMATS, SINK_TOKENS, WEIGHT_FORMATS
+from er_sglang.config import HEADS, SINK_TOKENS, WEIGHT_FORMATS
 from er_sglang.errors import ConfigError
 
 _DESCRIPTION = f"""\
@@ -80,9 +80,10 @@ def add_command(subparsers: argparse._SubParsersAction) -> None:
     add("--group-sizes", type=_ints, default="128", help="of int4 formats: 128, 64 or 32 (default %(default)s)")
     add(
         "--heads",
-        type=_words(HEAD_FORMATS),
-        default=",".join(HEAD_FORMATS),
-        help="lm_head of the drafter: int4, or policy, which shares the policy's (default %(default)s)",
+        type=_words(HEADS),
+        default=",".join(HEADS),
+        help="lm_head of the drafter: int4, int4_rescored, whose leading tokens are scored again with the policy's rows, or "
+        "policy, which shares the policy's (default %(default)s)",
     )
     add(
         "--windows", type=_ints, default="0", help="recent tokens that a draft attends to, 0: all (default %(default)s)"
@@ -215,14 +216,14 @@ def measure(
     with tqdm(total=len(copies) * len(responses), desc=f"drafting, T={temperature:g}", unit="text") as bar:
         for weights in copies:
             chosen = [drafter for drafter in drafters if drafter.weights == weights]
-            copy, heads = policy.quantize(weights), {"policy": None}
-            if any(drafter.head == "int4" for drafter in chosen):
-                heads["int4"] = policy.quantize_head(weights.group_size)
+            copy, head = policy.quantize(weights), None
+            if any(drafter.head != "policy" for drafter in chosen):
+                head = policy.quantize_head(weights.group_size)
             for drafter in chosen:
-                head = heads[drafter.head]
-                sizes[drafter] = (copy.nbytes + (head.nbytes if head else 0), sorted(copy.kept))
+                head_bytes = 0 if drafter.head == "policy" else head.nbytes
+                sizes[drafter] = (copy.nbytes + head_bytes, sorted(copy.kept))
             for response in responses:
-                found = policy.outcomes(response.tokens, response.first, temperature, gamma, copy, heads, chosen)
+                found = policy.outcomes(response.tokens, response.first, temperature, gamma, copy, head, chosen)
                 for drafter, outcome in found.items():
                     tallies[drafter][response.prompt % prompts] += estimate.tally(outcome, response.first, EDGES)
                 bar.update()
@@ -264,8 +265,8 @@ def measure(
 def name_of(row: dict) -> str:
     """Of a row's drafter."""
     parts = [row["weights"] if row["weights"] == "fp8" else f"{row['weights']} g{row['group_size']}"]
-    if row["head"] == "policy":
-        parts.append("policy's head")
+    if row["head"] != "int4":
+        parts.append({"policy": "policy's head", "int4_rescored": "rescored head"}[row["head"]])
     if row["attention_window"]:
         parts.append(f"window {row['attention_window']}")
     return ", ".join(parts) + (

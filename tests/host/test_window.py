@@ -8,6 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from er_sglang.cycle.window import SINK_TOKENS
+from er_sglang.drafting.rescoring import rescore_reference_
 from er_sglang.quantize import rtn
 from tests.host.goodness import assert_exact, cells
 from tests.host.oracle import Sampling
@@ -57,12 +58,13 @@ def drafts(
 ) -> list[int]:
     """What a drafter proposes, greedily, after each prompt and the first token of its output.
 
-    recent: its window, by default all. head: its lm_head, "int4" or the "policy"'s.
+    recent: its window, by default all. head: its lm_head, "int4", "int4_rescored" or the "policy"'s.
     """
     model = AutoModelForCausalLM.from_pretrained(policy, dtype=torch.float32).eval()
     caches = [model(torch.tensor([prompt]), use_cache=True).past_key_values for prompt in prompts]
+    policy_head_VH = model.lm_head.weight.data
     for name, linear in model.named_modules():
-        if isinstance(linear, torch.nn.Linear) and (name != "lm_head" or head == "int4"):
+        if isinstance(linear, torch.nn.Linear) and (name != "lm_head" or head != "policy"):
             packed = rtn.quantize_int4(linear.weight.data, group_size=128, symmetric=True)
             linear.weight = torch.nn.Parameter(
                 rtn.dequantize_int4(*packed).float()
@@ -74,6 +76,10 @@ def drafts(
         cut = DynamicCache()
         for index, layer in enumerate(cache.layers):
             cut.update(layer.keys[:, :, seen], layer.values[:, :, seen], index)
-        logits = model(torch.tensor([[first]]), past_key_values=cut, position_ids=torch.tensor([[length]])).logits
-        found.append(int(logits[0, -1].argmax()))
+        position = torch.tensor([[length]])
+        hidden_1H = model.model(torch.tensor([[first]]), past_key_values=cut, position_ids=position)[0][0]
+        logits_1V = model.lm_head(hidden_1H)
+        if head == "int4_rescored":
+            rescore_reference_(logits_1V, hidden_1H, policy_head_VH)
+        found.append(int(logits_1V.argmax()))
     return found

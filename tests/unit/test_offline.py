@@ -7,9 +7,10 @@ import torch
 from transformers import DynamicCache
 
 from er_sglang.bench import toy
-from er_sglang.config import SINK_TOKENS
+from er_sglang.config import HEADS, SINK_TOKENS
 from er_sglang.cycle.step import Step
 from er_sglang.cycle.window import AttentionWindow, with_window_rows
+from er_sglang.drafting.rescoring import rescore_
 from er_sglang.offline import estimate
 from er_sglang.offline.chain import BLOCK, visible, visible_positions
 from er_sglang.offline.drafters import Drafter, Outcome, Policy, Weights, compare, distribution
@@ -33,8 +34,8 @@ def test_every_chain_is_that_of_a_decode_loop_on_the_policys_cache(policy, windo
     first, length = 70, 70 + BLOCK + 30
     text = torch.randint(2, 128, (length,), generator=torch.Generator().manual_seed(0)).tolist()
     copy, head = policy.quantize(INT4), policy.quantize_head(128)
-    drafters = [Drafter(weights=INT4, attention_window=window, head=name) for name in ("policy", "int4")]
-    found = policy.outcomes(text, first, 0.7, GAMMA, copy, {"policy": None, "int4": head}, drafters)
+    drafters = [Drafter(weights=INT4, attention_window=window, head=name) for name in HEADS]
+    found = policy.outcomes(text, first, 0.7, GAMMA, copy, head, drafters)
     for start in (first, first + 1, first + 60, first + BLOCK + 5, length - 1 - GAMMA):
         rows = looped(policy, copy, head, text, start, window)
         for drafter, (accepted, ratios) in zip(drafters, rows):
@@ -55,7 +56,7 @@ def looped(policy, copy, head, text, start, window):
     for index, layer in enumerate(cache.layers):
         cut.update(layer.keys[:, :, seen], layer.values[:, :, seen], index)
     p = distribution(model(torch.tensor([text])).logits[0], 0.7)
-    rows = [([], []), ([], [])]
+    rows = [([], []) for _ in HEADS]
     for depth in range(GAMMA):
         t = start + depth
         hidden = torch.func.functional_call(
@@ -64,8 +65,11 @@ def looped(policy, copy, head, text, start, window):
             (torch.tensor([[text[t]]]),),
             {"past_key_values": cut, "position_ids": torch.tensor([[t]]), "use_cache": True},
         ).last_hidden_state[0]
-        for (accepted, ratios), weight in zip(rows, (policy.head.weight, head.weights["weight"])):
-            q = distribution(hidden @ weight.T, 0.7)
+        by_policy, by_copy = hidden @ policy.head.weight.T, hidden @ head.weights["weight"].T
+        rescored = by_copy.clone()
+        rescore_(rescored, hidden, policy.head.weight)
+        for (accepted, ratios), logits in zip(rows, (by_copy, rescored, by_policy)):
+            q = distribution(logits, 0.7)
             expected, ratio = compare(p[t : t + 1], q, torch.tensor([text[t + 1]]))
             accepted.append(expected.item())
             ratios.append(ratio.item())
