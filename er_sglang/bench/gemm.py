@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from er_sglang.bench.shapes import SHAPES
 from er_sglang.drafting.rescoring import rescore_
-from er_sglang.quantize import Packed, create_format
+from er_sglang.quantize import Format, Packed, create_format
 from er_sglang.quantize import blocks as shapes
 from er_sglang.quantize.blocks import MAX_ROWS, SMALL_BATCH, Blocks
 from er_sglang.tools.results import environment, table, write_json
@@ -85,10 +85,11 @@ def all_shapes(m: int, k: int) -> Iterator[Blocks | int]:
         yield from range(1, min(shapes.MAX_SPLITS, k // shapes.UNIT_K) + 1)
 
 
-def measure(name: str, n: int, k: int, rows: Sequence[int], every_shape: bool, bandwidth: float) -> Iterator[dict]:
+def measure(
+    name: str, n: int, k: int, fmt: Format, rows: Sequence[int], every_shape: bool, bandwidth: float
+) -> Iterator[dict]:
     """A table row per number of rows; bandwidth in bytes per second."""
     device = torch.device("cuda")
-    fmt = create_format("int4", group_size=128, device=device)
     first = fmt.allocate(n, k, DTYPE, device)
     weight_NK = torch.randn(n, k, device=device, dtype=DTYPE) * 0.02
     fmt.refresh_(first, weight_NK)
@@ -146,6 +147,8 @@ def main(argv: list[str] | None = None) -> int:
         prog="python -m er_sglang.bench.gemm", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", default="14b", choices=list(SHAPES), help="default %(default)s")
+    parser.add_argument("--weights", default="int4", choices=("int4", "int4_asym"), help="default %(default)s")
+    parser.add_argument("--group-size", type=int, default=128, choices=(32, 64, 128), help="default %(default)s")
     parser.add_argument(
         "--rows",
         nargs="+",
@@ -162,9 +165,10 @@ def main(argv: list[str] | None = None) -> int:
     if ON_CPU:
         parser.error("needs a GPU: on a CPU int4 products are plain torch")
     bandwidth = copy_bandwidth()
+    fmt = create_format(args.weights, group_size=args.group_size, device=torch.device("cuda"))
     rows = []
     for name, (n, k) in tqdm(products(SHAPES[args.model]).items(), desc="products"):
-        rows += measure(name, n, k, args.rows, args.all_shapes, bandwidth)
+        rows += measure(name, n, k, fmt, args.rows, args.all_shapes, bandwidth)
     args.out.mkdir(parents=True, exist_ok=True)
     write_json(args.out / "results.json", {"environment": environment(), "bandwidth": bandwidth, "rows": rows})
     text = table(rows)

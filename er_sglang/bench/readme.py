@@ -1,6 +1,7 @@
 """Measure the speeds that the README states, on this card: one server, every workload."""
 
 import argparse
+import json
 import shlex
 import tempfile
 from pathlib import Path
@@ -55,6 +56,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="of the workloads below; default all",
     )
     add("--repeats", type=int, default=1, metavar="N", help="of decoding, and rollouts; default %(default)s")
+    add(
+        "--self-quant-config",
+        type=json.loads,
+        default={},
+        metavar="JSON",
+        help='other settings than the default ones, besides "policy"',
+    )
     add("--server-args", type=shlex.split, default=[], metavar="'--FLAG VALUE ...'", help="more flags for the server")
     add(
         "--out",
@@ -88,7 +96,7 @@ def start_server(planned: list[tuple], args: argparse.Namespace, scratch: Path) 
         write_model(scratch, args.model),
         {**flags, **server_args(ARMS, None, idle_gamma=0)},
         extra_words=args.server_args,
-        env=server_env(ARMS, ACCEPTANCE, {"trace": str(trace.absolute())}),
+        env=server_env(ARMS, ACCEPTANCE, {**args.self_quant_config, "trace": str(trace.absolute())}),
         log_path=args.out / "server.log",
     )
 

@@ -45,7 +45,7 @@ def test_drafts_are_those_of_the_quantized_head(served):
             h: [draft == second for draft, (_, second) in zip(drafts(policy, prompts, outputs, head=h), outputs)]
             for h in HEADS
         }
-        assert len(set(map(tuple, accepted.values()))) == len(HEADS), "another head would do as well"
+        assert accepted["int4"] != accepted["policy"] == accepted["int4_rescored"], "any head would do"
         answers = server.generate({"input_ids": prompts, "sampling_params": greedy(2)})
         assert tokens(answers) == outputs
         assert [answer["meta_info"]["spec_num_correct_drafts"] for answer in answers] == accepted[head]
