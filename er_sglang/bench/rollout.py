@@ -33,7 +33,7 @@ from er_sglang.steering.trace import read_steps
 from er_sglang.tools import plots
 from er_sglang.tools.results import environment, table, write_json
 from er_sglang.tools.serving import ON_CPU, Server, exit_on_sigterm
-from er_sglang.tools.simulate import simulate
+from er_sglang.tools.simulator import simulate
 from er_sglang.tools.workload import draw_lengths, make_requests
 
 DESCRIPTION = """\

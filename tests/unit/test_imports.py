@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[2] / "er_sglang"
 # Rooms that know neither torch nor SGLang, whoever they import; `.` is the package's own folder.
 PURE = {
     "policy": "*",
-    "tools": "patching plots simulate workload",
+    "tools": "patching plots simulate simulator workload",
     "steering": "control metrics trace",
     "host": "seams refusals",
     "drafting": "updates",

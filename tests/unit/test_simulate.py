@@ -13,7 +13,7 @@ from er_sglang.policy.acceptance import emitted
 from er_sglang.policy.config import PolicyConfig
 from er_sglang.policy.decide import Controller
 from er_sglang.policy.profile import Profile, Sample
-from er_sglang.tools.simulate import simulate
+from er_sglang.tools.simulator import simulate
 from er_sglang.tools.workload import Request, draw_lengths, make_requests
 
 LADDER = (1, 2, 3, 5, 7)
