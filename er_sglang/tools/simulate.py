@@ -54,7 +54,7 @@ def add_command(subparsers: argparse._SubParsersAction) -> None:
         f'attention: 256:0.96,1024:0.99; a draft sees so many recent tokens and the first {SINK_TOKENS} ("drafter": '
         '{"attention_window": "auto"} in a server\'s config). Default: full attention alone',
     )
-    add("--requests", type=int, default=128, help="requests of one rollout (default %(default)s)")
+    add("--requests", type=count, default=128, help="requests of one rollout (default %(default)s)")
     add(
         "--lengths",
         default="lognormal:1500:0.9:8192",
@@ -87,8 +87,8 @@ def add_command(subparsers: argparse._SubParsersAction) -> None:
         default=0.0,
         help="requests arrive evenly over so many seconds (default: all at once)",
     )
-    add("--max-running", type=int, default=1 << 30, help="requests decoded at once (default: all)")
-    add("--turns", type=int, default=1, help="turns that each request's tokens are split into (default %(default)s)")
+    add("--max-running", type=count, default=1 << 30, help="requests decoded at once (default: all)")
+    add("--turns", type=count, default=1, help="turns that each request's tokens are split into (default %(default)s)")
     add("--turn-wait-s", type=float, default=0.0, help="seconds in the environment between turns (default %(default)s)")
     add(
         "--turn-prompt-tokens",
@@ -99,7 +99,7 @@ def add_command(subparsers: argparse._SubParsersAction) -> None:
     add("--prefill-tokens-per-s", type=float, default=inf, help="prefill speed (default: instant)")
     add(
         "--rollouts",
-        type=int,
+        type=count,
         default=4,
         help="rollouts in a row, a policy update before each but the first; times are sums (default %(default)s)",
     )
@@ -123,6 +123,12 @@ def add_command(subparsers: argparse._SubParsersAction) -> None:
     add("--seed", type=int, default=0)
     add("--json", type=Path, help="also write all figures to this file")
     parser.set_defaults(run=run)
+
+
+def count(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is less than 1")
+    return number
 
 
 def alpha_list(text: str) -> tuple[float, ...]:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from er_sglang.cli import main
+from er_sglang.errors import ConfigError
 from er_sglang.policy.acceptance import emitted
 from er_sglang.policy.config import PolicyConfig
 from er_sglang.policy.decide import Controller
@@ -137,8 +138,10 @@ def test_length_distributions(tmp_path):
     assert lengths[1000] == pytest.approx(1000, rel=0.1) and lengths[-1] == 4000
     (tmp_path / "trace").write_text("3\n4\n")
     assert draw_lengths(str(tmp_path / "trace"), 3, seed=0) == [3, 4, 3]
-    with pytest.raises(ValueError, match="uniform:LOW:HIGH"):
-        draw_lengths("uniform:5", 3, seed=0)
+    (tmp_path / "empty").touch()
+    for text in ("uniform:5", "uniform:9:5", "fixed:many", str(tmp_path / "empty"), __file__):
+        with pytest.raises(ConfigError, match="uniform:LOW:HIGH"):
+            draw_lengths(text, 3, seed=0)
 
 
 def test_the_papers_ablation():
@@ -271,6 +274,14 @@ def test_command_line(tmp_path, capsys):
     assert [line.split()[0] for line in lines[1:6]] == ["off", "always", "threshold", "paper", "auto"]
     results = json.loads((tmp_path / "out.json").read_text())
     assert results["auto"]["time_s"] < results["off"]["time_s"]
+
+
+@pytest.mark.parametrize("flag", ["--requests", "--max-running", "--turns", "--rollouts"])
+def test_the_command_line_counts_from_one(flag, tmp_path, capsys):
+    flat_profile().save(tmp_path / "profile.json")
+    with pytest.raises(SystemExit):
+        main(["simulate", "--profile", str(tmp_path / "profile.json"), flag, "0"])
+    assert f"argument {flag}: 0 is less than 1" in capsys.readouterr().err
 
 
 def figures(profile: Profile, tmp_path: Path, *words: str) -> dict:
