@@ -131,11 +131,8 @@ class DraftChain:
             seq_lens_cpu_B = window.seen_on_host(seq_lens_cpu_B)
         else:
             self._req_pool_indices[:raw_bs] = step.req_pool_indices_B
-        self._params.temperature_B[:raw_bs] = step.params.temperature_B
-        self._params.top_k_B[:raw_bs] = step.params.top_k_B
-        self._params.top_p_B[:raw_bs] = step.params.top_p_B
-        self._params.min_p_B[:raw_bs] = step.params.min_p_B
-        self._params.sequential_B[:raw_bs] = step.params.sequential_B
+        for rows, values in zip(self._params, step.params):
+            rows[:raw_bs] = values
         self._shaper.load(step.penalties, step.bias_BV)
 
         seq_lens_cpu = torch.ones(bs, dtype=torch.int64)
@@ -187,13 +184,7 @@ class DraftChain:
 
     def _run(self, forward_batches: list[ForwardBatch]) -> None:
         bs = forward_batches[0].batch_size
-        params = SamplingParams(
-            self._params.temperature_B[:bs],
-            self._params.top_k_B[:bs],
-            self._params.top_p_B[:bs],
-            self._params.min_p_B[:bs],
-            self._params.sequential_B[:bs],
-        )
+        params = SamplingParams(*(rows[:bs] for rows in self._params))
         self._random.advance()
         for i, (backend, forward_batch) in enumerate(zip(self._backends, forward_batches)):
             with forward_context(ForwardContext(attn_backend=backend)):
