@@ -32,7 +32,7 @@ from er_sglang.host.penalties import PenalisedRequests
 from er_sglang.host.refusals import check_model_class, check_simulated_acceptance
 from er_sglang.host.relay import SelfQuantDraftInput
 from er_sglang.host.releases import adapter
-from er_sglang.host.riders import reason_to_refuse, riders
+from er_sglang.host.riders import batch_blocker, riders
 from er_sglang.host.served import ServedWorker
 from er_sglang.policy.profile import Rung
 from er_sglang.quantize import create_format
@@ -217,7 +217,7 @@ class SelfQuantWorker(ServedWorker):
             return self._prefill(batch, on_publish)
         slack_tokens = self.steering.in_flight_tokens
         self.freshness.close_update()
-        blocker = self.freshness.blocker or reason_to_refuse(batch)
+        blocker = self.freshness.blocker or batch_blocker(batch)
         riding = riders(batch)
         launched = self.steering.launch([_slots.committed(req) for req in batch.reqs], blocker, riding)
         rung = launched.rung
@@ -318,7 +318,7 @@ class SelfQuantWorker(ServedWorker):
 
     # -- the rest ----------------------------------------------------------------------------------------------
 
-    def set_policy(self, server_args: Mapping[str, object]) -> bool:
+    def change_settings(self, server_args: Mapping[str, object]) -> bool:
         controller = self.steering.controller
         now = Control(policy=controller.config, simulated_acceptance=self._simulated_acceptance)
         measured = controller.profile.gammas if controller.profile else ()
@@ -326,12 +326,12 @@ class SelfQuantWorker(ServedWorker):
             control = replaced(now, server_args, prepared=self.config.policy.gammas, measured=measured)
         except ValueError as error:
             self._refused_change = str(error)
-            logger.error("Refused to change the policy: %s", error)
+            logger.error("Refused to change settings: %s", error)
             return False
-        self.steering.set_policy(control.policy)
+        self.steering.change_settings(control.policy)
         self._simulated_acceptance = control.simulated_acceptance
         self._refused_change = None
-        logger.info("The policy was changed to %s.", control)
+        logger.info("Settings are changed to %s.", control)
         return True
 
     def snapshot(self) -> dict:

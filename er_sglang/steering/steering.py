@@ -1,7 +1,7 @@
 """Every decode step passes here twice: to be given its gamma, and to report what came of it.
 
-step = steering.launch(committed_tokens, blocker, riding)      # Launched: gamma, and why
-steering.finished(accepted)                            # the oldest step's result is on the host
+step = steering.launch(committed_tokens, blocker, riding)    # Launched: gamma, and why
+steering.finished(accepted)                                  # the oldest step's result is on the host
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Steering:
         agreement: Agreement,
         trace: Trace | None,
     ) -> None:
-        """windows: attention windows that a controller made by ``set_policy`` may choose from."""
+        """windows: attention windows that a controller made by ``change_settings`` may choose from."""
         self.controller = controller
         self._windows = windows
         self.metrics = metrics
@@ -84,7 +84,7 @@ class Steering:
         state = State(
             batch=batch,
             mean_context_tokens=sum(committed_tokens) / batch,
-            forbid_reason=blocker,
+            blocker=blocker,
             riding=len(riding),
         )
         decision = self.controller.decide(state)
@@ -94,7 +94,7 @@ class Steering:
         profile = self.controller.profile
         step = Launched(
             rung=decision.rung,
-            reason=blocker if decision.reason is Reason.FORBIDDEN else decision.reason.value,
+            reason=blocker if decision.reason is Reason.BLOCKED else decision.reason.value,
             batch=batch,
             context_tokens=state.mean_context_tokens,
             expected_speedup=decision.expected_speedup,
@@ -105,7 +105,7 @@ class Steering:
             mode=self.controller.config.mode,
             settings_version=self.settings_version,
             continuous=self._continuous,
-            refused=decision.reason is Reason.FORBIDDEN,
+            refused=decision.reason is Reason.BLOCKED,
             riding=riding,
         )
         self._in_flight.append((step, self.controller))
@@ -127,7 +127,7 @@ class Steering:
         if self._trace:
             self._trace.write(step, sum(accepted))
 
-    def set_policy(self, config: PolicyConfig) -> None:
+    def change_settings(self, config: PolicyConfig) -> None:
         """Decide by other settings from the next step on, as a server started with them would; counters run on."""
         cycle_factor = self.controller.cycle_factor if config.live_times else 1.0
         self.controller = Controller(config, self.controller.profile, self._windows)

@@ -107,15 +107,15 @@ def test_a_batch_that_forbids_drafting_is_not_drafted_for(mode):
     for state in (LARGE, SMALL):
         controller.decide(state)
     free = controller.decide(SMALL)
-    forbidden = controller.decide(State(batch=4, mean_context_tokens=1000.0, forbid_reason="grammar"))
-    assert free.gamma > 0 and (forbidden.gamma, forbidden.reason) == (0, Reason.FORBIDDEN)
+    blocked = controller.decide(State(batch=4, mean_context_tokens=1000.0, blocker="grammar"))
+    assert free.gamma > 0 and (blocked.gamma, blocked.reason) == (0, Reason.BLOCKED)
     assert controller.decide(SMALL).gamma == free.gamma
 
 
 def test_a_batch_too_large_to_draft_for_arms_the_papers_toggle():
     profile = make_profile(lambda b, c: 10e-3, lambda b, c: 1e-3, lambda b, c, g: 10e-3, gammas=(5, 7, 9, 11))
     controller = Controller(PolicyConfig(mode="paper"), profile)
-    full = State(batch=40, mean_context_tokens=1000.0, forbid_reason="max-draft-batch")
+    full = State(batch=40, mean_context_tokens=1000.0, blocker="max-draft-batch")
     assert [controller.decide(state).gamma for state in (SMALL, full, SMALL)] == [0, 0, 5]
 
 

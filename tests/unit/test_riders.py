@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from er_sglang.host.riders import reason_to_refuse, riders
+from er_sglang.host.riders import batch_blocker, riders
 from er_sglang.policy.config import PolicyConfig
 from er_sglang.policy.decide import Controller, State
 from er_sglang.policy.profile import Profile, Rung, Sample
@@ -32,7 +32,7 @@ def test_requests_with_a_grammar_or_a_processor_ride():
 
 @pytest.mark.parametrize("hidden_states, reason", [(False, None), (True, "hidden-states")])
 def test_batches_that_refuse_say_why(hidden_states, reason):
-    assert reason_to_refuse(batch(request(), return_hidden_states=hidden_states)) == reason
+    assert batch_blocker(batch(request(), return_hidden_states=hidden_states)) == reason
 
 
 def test_riders_take_their_share_of_the_gain():
