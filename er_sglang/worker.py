@@ -16,8 +16,8 @@ from sglang.srt.model_executor.forward_batch_info import CaptureHiddenMode
 from sglang.srt.model_executor.runner.base_cuda_graph_runner import get_batch_sizes_to_capture
 from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
-from er_sglang.calibration.base import Subject
 from er_sglang.calibration.measure import obtain_profile
+from er_sglang.calibration.subject import Subject
 from er_sglang.config import CONFIG_ENV, SIMULATE_ACCEPTANCE_ENV, load_config, simulated_acceptance
 from er_sglang.cycle.chain import DraftChain
 from er_sglang.cycle.logprobs import attach_logprobs

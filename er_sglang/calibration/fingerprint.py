@@ -13,7 +13,7 @@ import torch
 from sglang.srt.distributed import get_tp_group
 
 import er_sglang
-from er_sglang.calibration.base import Subject
+from er_sglang.calibration.subject import Subject
 
 # Rooms whose sources decide how long a step takes, and how that is measured.
 _TIMED_ROOMS = ("cycle", "drafting", "quantize", "sampling", "calibration")
