@@ -115,11 +115,10 @@ class SelfQuantWorker(ServedWorker):
 
     @property
     def target_worker(self):
+        """Its runner is the one whose last read of the request table SGLang waits for before it writes there
+        (`last_shared_read_runner`, which we leave as it is). A cycle reads the table up front, but on views, so that
+        event is set by plain decodes only, and otherwise the scheduler waits for the whole cycle."""
         return self._target_worker
-
-    # SGLang may write the request table once the runner of a step's last phase has read it: the target's, unless a
-    # worker says otherwise. A cycle reads it up front, but on views, so the target's event is only set by a plain decode
-    # and otherwise the scheduler waits for the cycle.
 
     def clear_cache_pool(self) -> None:
         """The drafter has no cache of its own; SGLang flushes only when no request is left."""

@@ -42,18 +42,13 @@ class Steering:
         self._max_draft_batch = max_draft_batch
         self._agreement = agreement
         self._trace = trace
-        self._busy = False
+        self.busy = False  # whether a step was launched since the server last ran idle
         self._continuous = False
         self._live = LiveFactor()
         self._finished_at_s = 0.0
         # Steps whose results are not on the host yet, each with its decider, who learns from it.
         self._in_flight: deque[tuple[Launched, Controller]] = deque()
         self.settings_version = 0
-
-    @property
-    def busy(self) -> bool:
-        """Whether a step was launched since the server last ran idle."""
-        return self._busy
 
     @property
     def first_acceptance(self) -> float:
@@ -109,7 +104,7 @@ class Steering:
             riding=riding,
         )
         self._in_flight.append((step, self.controller))
-        self._busy = self._continuous = True
+        self.busy = self._continuous = True
         self.metrics.launched(step)
         return step
 
@@ -152,8 +147,8 @@ class Steering:
 
     def idle(self) -> None:
         """No request is left, running or waiting."""
-        if self._busy:
-            self._busy = False
+        if self.busy:
+            self.busy = False
             self.interrupted()
             if self._trace:
                 self._trace.flush()

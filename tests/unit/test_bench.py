@@ -565,7 +565,7 @@ def test_a_servers_trace_is_split_by_arm(tmp_path):
     assert [[json.loads(line)["step"] for line in path.read_text().splitlines()] for path in paths] == [[1, 2], [3]]
 
 
-def test_rollouts_are_compared_with_plain_and_with_the_prediction(tmp_path):
+def test_rollouts_are_compared_with_plain_and_with_the_prediction():
     from er_sglang.bench.rollout import table_rows
     from er_sglang.policy.profile import Profile, Sample
 

@@ -51,14 +51,14 @@ class Acceptance:
         return self._alphas, self._upper
 
 
+def draw(rng: random.Random, alpha: float, batch: int, gamma: int) -> list[int]:
+    """Accepted drafts of each request of a cycle."""
+    return [next((i for i in range(gamma) if rng.random() >= alpha), gamma) for _ in range(batch)]
+
+
 def cycle(controller: Controller, rng: random.Random, alpha: float, batch: int, gamma: int) -> float:
     """One cycle, observed; its mean emitted tokens."""
-    accepted = []
-    for _ in range(batch):
-        count = 0
-        while count < gamma and rng.random() < alpha:
-            count += 1
-        accepted.append(count)
+    accepted = draw(rng, alpha, batch, gamma)
     controller.observe(accepted, Rung(gamma))
     return 1.0 + sum(accepted) / batch
 
@@ -314,15 +314,10 @@ def drive(controller: Controller, rng: random.Random, state: State, alphas: dict
     """Rungs taken, where drafts with each window are accepted as stated."""
     rungs = []
     for _ in range(steps):
-        rungs.append(controller.decide(state).rung)
-        if rungs[-1].gamma:
-            accepted = []
-            for _ in range(state.batch):
-                count = 0
-                while count < rungs[-1].gamma and rng.random() < alphas[rungs[-1].window]:
-                    count += 1
-                accepted.append(count)
-            controller.observe(accepted, rungs[-1])
+        rung = controller.decide(state).rung
+        rungs.append(rung)
+        if rung.gamma:
+            controller.observe(draw(rng, alphas[rung.window], state.batch, rung.gamma), rung)
     return rungs
 
 
