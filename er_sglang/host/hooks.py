@@ -167,7 +167,8 @@ SCHEDULER_HOOKS: Hooks = {
     **RESERVATION_HOOKS,
     **PENALTY_HOOKS,
 }
-# A process may hold front ends of several servers, not all of them ours: these hooks ask whose they are.
+# A process may hold front ends of several servers, not all of them ours: these hooks ask whose they are, or change nothing
+# that a plain server would notice.
 FRONT_END_HOOKS: Hooks = {
     f"{_FRONT_END}_calculate_spec_decoding_metrics": (HookType.AFTER, _report_drafts),
     **FRONT_END_EMISSION_HOOKS,
