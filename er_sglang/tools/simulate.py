@@ -154,7 +154,7 @@ class Measured:
 
 
 def read_acceptance(path: Path, temperature: float | None) -> list[Measured]:
-    """The drafters with full attention. Raises ConfigError for a temperature that was not measured."""
+    """The drafters with full attention. Raises ConfigError where none was measured, or not at this temperature."""
     rows = [row for row in json.loads(path.read_text())["rows"] if row["context_tokens"] is None]
     temperatures = list(dict.fromkeys(row["temperature"] for row in rows))
     if temperature is None and len(temperatures) == 1:
@@ -166,6 +166,8 @@ def read_acceptance(path: Path, temperature: float | None) -> list[Measured]:
         return row["weights"], row["head"], row["group_size"]
 
     rows = [row for row in rows if row["temperature"] == temperature]
+    if all(row["attention_window"] for row in rows):
+        raise ConfigError(f"{path} has no drafter with full attention: measure with --windows 0 before any other.")
     return [
         Measured(
             config=dict(zip(("weights", "head", "group_size"), key(full))),

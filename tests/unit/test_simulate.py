@@ -343,3 +343,6 @@ def test_the_command_line_takes_measured_acceptance(tmp_path, capsys):
     assert "does not pay" in capsys.readouterr().out
     assert main(["simulate", "--profile", str(tmp_path / "profile.json"), *words[:2]]) == 1
     assert "give one of them with --temperature" in capsys.readouterr().err
+    (tmp_path / "acceptance.json").write_text(json.dumps({"rows": [row("int4", 256, 0.9)]}))
+    assert main(["simulate", "--profile", str(tmp_path / "profile.json"), *words[:2]]) == 1
+    assert "no drafter with full attention: measure with --windows 0" in capsys.readouterr().err
