@@ -16,19 +16,9 @@ from er_sglang.policy.decide import Controller
 from er_sglang.policy.profile import Profile, Sample
 from er_sglang.tools.simulator import simulate
 from er_sglang.tools.workload import Request, draw_lengths, make_requests
+from tests.profiles import LADDER, flat_profile, make_profile
 
-LADDER = (1, 2, 3, 5, 7)
 PROPERTY_CASES = int(os.environ.get("ER_SGLANG_PROPERTY_CASES", "2000"))
-
-
-def flat_profile(target_s=1.0, draft_s=0.3, verify_s=1.1, gammas=LADDER) -> Profile:
-    rows = []
-    for batch in (1, 8):
-        for context in (100, 1000):
-            rows.append(Sample("target", 0, batch, context, target_s))
-            rows.append(Sample("draft", 0, batch, context, draft_s))
-            rows += [Sample("verify", gamma, batch, context, verify_s) for gamma in gammas]
-    return Profile.from_samples(rows)
 
 
 def a100_14b_profile(gammas=(1, 2, 3, 5, 7, 9, 11)) -> Profile:
@@ -40,16 +30,21 @@ def a100_14b_profile(gammas=(1, 2, 3, 5, 7, 9, 11)) -> Profile:
     per request of a target, draft and verify step.
     """
     bandwidth, flops, kv_bytes = 1.564e12, 233.5e12, 48_070
-    rows = []
-    for b in (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128):
-        for c in (256, 1024, 4096, 8192):
-            compute_s = b * (27.98e9 + 0.98e6 * c) / flops
-            read_s = (29.54e9 + kv_bytes * b * c) / bandwidth
-            draft_read_s = (1.271 * 9.72e9 + kv_bytes * b * c) / bandwidth
-            rows.append(Sample("target", 0, b, c, max(read_s, compute_s) + 50e-6 * b))
-            rows.append(Sample("draft", 0, b, c, max(draft_read_s, compute_s) + 153.9e-6 * b))
-            rows += [Sample("verify", g, b, c, max(read_s, (g + 1) * compute_s) + 232.3e-6 * b) for g in gammas]
-    return Profile.from_samples(rows)
+
+    def read_s(weight_bytes: float, b: int, c: int) -> float:
+        return (weight_bytes + kv_bytes * b * c) / bandwidth
+
+    def compute_s(b: int, c: int) -> float:
+        return b * (27.98e9 + 0.98e6 * c) / flops
+
+    return make_profile(
+        lambda b, c: max(read_s(29.54e9, b, c), compute_s(b, c)) + 50e-6 * b,
+        lambda b, c: max(read_s(1.271 * 9.72e9, b, c), compute_s(b, c)) + 153.9e-6 * b,
+        lambda b, c, g: max(read_s(29.54e9, b, c), (g + 1) * compute_s(b, c)) + 232.3e-6 * b,
+        gammas,
+        batches=(1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128),
+        contexts=(256, 1024, 4096, 8192),
+    )
 
 
 def run(config: PolicyConfig, profile: Profile, requests, **kwargs):
@@ -116,10 +111,7 @@ def test_a_batch_that_fills_up_is_not_drafted_for_once_it_is_full():
 
 
 def test_longer_contexts_take_longer_steps():
-    rows = [Sample("draft", 0, b, c, 1.0) for b in (1, 2) for c in (100, 200)]
-    rows += [Sample("target", 0, b, c, c / 100) for b in (1, 2) for c in (100, 200)]
-    rows += [Sample("verify", 1, b, c, c / 100) for b in (1, 2) for c in (100, 200)]
-    profile = Profile.from_samples(rows)
+    profile = make_profile(lambda b, c: c / 100, lambda b, c: 1.0, lambda b, c, g: c / 100, (1,), (1, 2), (100, 200))
     short, long = (Request(prompt_tokens=n, turns=(n // 10,), alphas=(0.9,)) for n in (100, 200))
     rollout = run(PolicyConfig(mode="off"), profile, [short, long])
     both, alone = sum((150 + i) / 100 for i in range(10)), sum((200 + i) / 100 for i in range(10, 20))
@@ -310,12 +302,9 @@ def test_the_command_line_lets_requests_arrive_over_time(tmp_path):
 
 def test_the_command_line_states_what_a_window_accepts(tmp_path):
     """A draft takes 1 ms per token that it attends to: of 1000 and more, the first 64 and the last 136."""
-    rows = []
-    for batch in (1, 8):
-        for context in (100, 1000, 2000):
-            rows += [Sample("target", 0, batch, context, 1.0), Sample("verify", 3, batch, context, 1.0)]
-            rows.append(Sample("draft", 0, batch, context, 1e-3 * context))
-    profile = Profile.from_samples(rows)
+    profile = make_profile(
+        lambda b, c: 1.0, lambda b, c: 1e-3 * c, lambda b, c, g: 1.0, (3,), batches=(1, 8), contexts=(100, 1000, 2000)
+    )
     words = "--modes auto --alpha 1 --prompt-tokens 1000 --rollouts 1 --lengths fixed:400 --windows".split()
     every_s, none_s = (figures(profile, tmp_path, *words, f"136:{x}")["auto"]["time_s"] for x in ("1", "0"))
     assert every_s == pytest.approx(400 / 4 * (3 * 0.2 + 1.0))
