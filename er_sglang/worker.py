@@ -116,8 +116,8 @@ class SelfQuantWorker(ServedWorker):
     @property
     def target_worker(self):
         """Its runner is the one whose last read of the request table SGLang waits for before it writes there
-        (`last_shared_read_runner`, which we leave as it is). A cycle reads the table up front, but on views, so that
-        event is set by plain decodes only, and otherwise the scheduler waits for the whole cycle."""
+        (`last_shared_read_runner`, which we leave as it is). A cycle runs on views, so that event is set by plain
+        decodes only, and otherwise the scheduler waits for the whole cycle; drafts on Hopper read the table to the end."""
         return self._target_worker
 
     def clear_cache_pool(self) -> None:

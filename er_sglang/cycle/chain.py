@@ -113,7 +113,8 @@ class DraftChain:
             self._capture(gammas)
 
     def prepare(self, step: Step, rung: Rung) -> list[ForwardBatch]:
-        """Load a step's inputs and plan its gamma decodes; the last read of the shared request table."""
+        """Load a step's inputs and plan its gamma decodes. Of attention backends, DraftAttention alone reads the shared
+        request table later, too."""
         gamma, raw_bs = rung.gamma, step.batch_size
         bs = next((b for b in self._graph_batches if b >= raw_bs), raw_bs)
         if bs > raw_bs:
