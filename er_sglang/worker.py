@@ -64,7 +64,7 @@ class SelfQuantWorker(ServedWorker):
         super().__init__()
         self.server_args = server_args = _settings.published()
         self.config = load_config(server_args.speculative_adaptive_config, server_args.speculative_num_steps)
-        simulated = simulated_acceptance(self.config.drafter.windows)
+        self._simulated_acceptance = simulated = simulated_acceptance(self.config.drafter.windows)
         tp_group = get_tp_group()
         check_settings(
             {CONFIG_ENV: self.config, SIMULATE_ACCEPTANCE_ENV: simulated},
@@ -97,11 +97,10 @@ class SelfQuantWorker(ServedWorker):
             on_update=lambda: self.steering.policy_updated(),
             acceptance=lambda: self.steering.first_acceptance,
         )
-        self._simulated_acceptance = simulated
-        if self._simulated_acceptance is not None:
+        if simulated is not None:
             logger.warning(
                 "SIMULATED acceptance %s (by attention window): the output is NOT the policy's. For benchmarks only.",
-                self._simulated_acceptance,
+                simulated,
             )
         self._sampler = create_sampler(self.device)
         self._penalised = PenalisedRequests(runner.model_config.vocab_size, self.device)
