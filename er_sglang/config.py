@@ -1,4 +1,5 @@
-"""What a user can set, validated once. The only reader of our JSON file and of our environment variables.
+"""What a user can set, validated once. The only reader of our JSON file, ER_SGLANG_CONFIG, ER_SGLANG_CACHE and
+ER_SGLANG_SIMULATE_ACCEPTANCE.
 
 Precedence: ``ER_SGLANG_CONFIG`` (a path, or the JSON object itself) replaces the file named by
 ``--speculative-adaptive-config``, an existing ``ServerArgs`` string that every trainer already forwards.

@@ -16,8 +16,8 @@ from sglang.srt.model_executor.forward_batch_info import CaptureHiddenMode
 from sglang.srt.model_executor.runner.base_cuda_graph_runner import get_batch_sizes_to_capture
 from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
-from er_sglang.calibration.base import Subject
 from er_sglang.calibration.measure import obtain_profile
+from er_sglang.calibration.subject import Subject
 from er_sglang.config import CONFIG_ENV, SIMULATE_ACCEPTANCE_ENV, load_config, simulated_acceptance
 from er_sglang.cycle.chain import DraftChain
 from er_sglang.cycle.logprobs import attach_logprobs
@@ -32,7 +32,7 @@ from er_sglang.host.penalties import PenalisedRequests
 from er_sglang.host.refusals import check_model_class, check_simulated_acceptance
 from er_sglang.host.relay import SelfQuantDraftInput
 from er_sglang.host.releases import adapter
-from er_sglang.host.riders import reason_to_refuse, riders
+from er_sglang.host.riders import batch_blocker, riders
 from er_sglang.host.served import ServedWorker
 from er_sglang.policy.profile import Rung
 from er_sglang.quantize import create_format
@@ -64,7 +64,7 @@ class SelfQuantWorker(ServedWorker):
         super().__init__()
         self.server_args = server_args = _settings.published()
         self.config = load_config(server_args.speculative_adaptive_config, server_args.speculative_num_steps)
-        simulated = simulated_acceptance(self.config.drafter.windows)
+        self._simulated_acceptance = simulated = simulated_acceptance(self.config.drafter.windows)
         tp_group = get_tp_group()
         check_settings(
             {CONFIG_ENV: self.config, SIMULATE_ACCEPTANCE_ENV: simulated},
@@ -98,11 +98,10 @@ class SelfQuantWorker(ServedWorker):
             on_update=lambda: self.steering.policy_updated(),
             acceptance=lambda: self.steering.first_acceptance,
         )
-        self._simulated_acceptance = simulated
-        if self._simulated_acceptance is not None:
+        if simulated is not None:
             logger.warning(
                 "SIMULATED acceptance %s (by attention window): the output is NOT the policy's. For benchmarks only.",
-                self._simulated_acceptance,
+                simulated,
             )
         self._sampler = create_sampler(self.device)
         self._penalised = PenalisedRequests(runner.model_config.vocab_size, self.device)
@@ -116,11 +115,10 @@ class SelfQuantWorker(ServedWorker):
 
     @property
     def target_worker(self):
+        """Its runner is the one whose last read of the request table SGLang waits for before it writes there
+        (`last_shared_read_runner`, which we leave as it is). A cycle runs on views, so that event is set by plain
+        decodes only, and otherwise the scheduler waits for the whole cycle; drafts on Hopper read the table to the end."""
         return self._target_worker
-
-    # SGLang may write the request table once the runner of a step's last phase has read it: the target's, unless a
-    # worker says otherwise. A cycle reads it up front, but on views, so the target's event is only set by a plain decode
-    # and otherwise the scheduler waits for the cycle.
 
     def clear_cache_pool(self) -> None:
         """The drafter has no cache of its own; SGLang flushes only when no request is left."""
@@ -218,7 +216,7 @@ class SelfQuantWorker(ServedWorker):
             return self._prefill(batch, on_publish)
         slack_tokens = self.steering.in_flight_tokens
         self.freshness.close_update()
-        blocker = self.freshness.blocker or reason_to_refuse(batch)
+        blocker = self.freshness.blocker or batch_blocker(batch)
         riding = riders(batch)
         launched = self.steering.launch([_slots.committed(req) for req in batch.reqs], blocker, riding)
         rung = launched.rung
@@ -319,7 +317,7 @@ class SelfQuantWorker(ServedWorker):
 
     # -- the rest ----------------------------------------------------------------------------------------------
 
-    def set_policy(self, server_args: Mapping[str, object]) -> bool:
+    def change_settings(self, server_args: Mapping[str, object]) -> bool:
         controller = self.steering.controller
         now = Control(policy=controller.config, simulated_acceptance=self._simulated_acceptance)
         measured = controller.profile.gammas if controller.profile else ()
@@ -327,12 +325,12 @@ class SelfQuantWorker(ServedWorker):
             control = replaced(now, server_args, prepared=self.config.policy.gammas, measured=measured)
         except ValueError as error:
             self._refused_change = str(error)
-            logger.error("Refused to change the policy: %s", error)
+            logger.error("Refused to change settings: %s", error)
             return False
-        self.steering.set_policy(control.policy)
+        self.steering.change_settings(control.policy)
         self._simulated_acceptance = control.simulated_acceptance
         self._refused_change = None
-        logger.info("The policy was changed to %s.", control)
+        logger.info("Settings are changed to %s.", control)
         return True
 
     def snapshot(self) -> dict:

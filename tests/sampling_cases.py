@@ -328,7 +328,7 @@ class SamplerCases:
         results = []
         for which, where in ((ReferenceSampler(), "cpu"), (sampler, device)):
             random = RandomState.create(11, torch.device(where))
-            moved = SamplingParams(*(getattr(params, name).to(where) for name in params.__slots__))
+            moved = SamplingParams(*(each.to(where) for each in params))
             draft = Draft(
                 torch.zeros((3, rows), dtype=torch.int64, device=where),
                 q_GBV.to(where),

@@ -1,17 +1,11 @@
 """The arms of a benchmark, and what their servers are started with.
 
-plain         SGLang without speculation
-standalone:G  SGLang's own STANDALONE, G tokens a cycle: a 4-bit draft of the same shape, its own weights and KV cache
-self_quant:G  SELF_QUANT, G tokens a cycle
-self_quant:0  SELF_QUANT that is never allowed to draft: must cost nothing against `plain`
-auto:G        SELF_QUANT, up to G tokens a cycle as its measured policy decides
-paper:G       SELF_QUANT by EfficientRollout's rule, up to G tokens a cycle (11 for its own ladder)
-
 The SELF_QUANT arms of one benchmark share a server, which is switched between them: see `servers` and `Arm.settings`.
 """
 
 import argparse
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +17,15 @@ from er_sglang.policy.config import PolicyConfig
 from er_sglang.tools.serving import ON_CPU
 from er_sglang.tools.simulate import window_factors
 
+ARMS = """\
+arms
+  plain         SGLang without speculation
+  standalone:G  SGLang's STANDALONE with a 4-bit draft of the same shape, G drafted tokens a cycle (CUDA only)
+  self_quant:G  SELF_QUANT, G drafted tokens a cycle
+  self_quant:0  SELF_QUANT that never drafts; should equal plain
+  auto:G        SELF_QUANT, up to G drafted tokens a cycle as its measured policy decides
+  paper:G       SELF_QUANT by EfficientRollout's rule; G = 11 for its own ladder
+"""
 POLICY_MODES = {"self_quant": "always", "auto": "auto", "paper": "paper"}
 DRAFTERS = ("standalone", *POLICY_MODES)
 SEED = 0  # of prompts, lengths and servers
@@ -100,8 +103,10 @@ def by_window(alpha: float, windows: Mapping[int, float] | None) -> float | dict
     return {str(window): alpha * windows.get(window, 1.0) for window in AUTO_WINDOWS}
 
 
-def add_windows_argument(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
+def add_server_arguments(parser: argparse.ArgumentParser) -> None:
+    """What the servers of all arms are started with and asked for."""
+    add = parser.add_argument
+    add(
         "--windows",
         type=window_factors,
         default={},
@@ -109,16 +114,27 @@ def add_windows_argument(parser: argparse.ArgumentParser) -> None:
         help="of drafts with an attention window, the stated acceptance over that with full attention, as for "
         "`er-sglang simulate`: 256:0.91,512:0.99; default 1 for all",
     )
-
-
-def add_options_argument(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
+    add(
         "--options",
         nargs="+",
         choices=OPTIONS,
         default=["default"],
         metavar="NAME",
         help=f"what the requests ask for, each in turn: {', '.join(OPTIONS)}",
+    )
+    add(
+        "--self-quant-config",
+        type=json.loads,
+        default={},
+        metavar="JSON",
+        help='SELF_QUANT settings besides "policy", e.g. \'{"drafter": {"weights": "fp8"}}\'',
+    )
+    add(
+        "--server-args",
+        type=shlex.split,
+        default=[],
+        metavar="'--FLAG VALUE ...'",
+        help="more flags for every server; write --server-args='--tp 2'",
     )
 
 

@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from er_sglang.bench.gemm import L2_BYTES, copy_bandwidth, graph_us
 from er_sglang.bench.shapes import SHAPES
-from er_sglang.tools.results import environment, table, write_json
+from er_sglang.bench.timing import L2_BYTES, copy_bandwidth, graph_us
+from er_sglang.tools.results import write_rows
 from er_sglang.tools.serving import ON_CPU
 
 POINTS = ["1x1336", "8x1336", "16x320", "64x320", "128x320", "16x576", "64x576", "128x576", "64x1336", "16x8192"]
@@ -99,11 +99,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("needs a Hopper GPU")
     bandwidth = copy_bandwidth()
     rows = list(measure(SHAPES[args.model], args.points, bandwidth))
-    args.out.mkdir(parents=True, exist_ok=True)
-    write_json(args.out / "results.json", {"environment": environment(), "bandwidth": bandwidth, "rows": rows})
-    text = table(rows)
-    (args.out / "table.md").write_text(text + "\n")
-    print(f"{text}\n\nRaw data: {args.out}/")
+    write_rows(args.out, rows, bandwidth=bandwidth)
     return 0
 
 

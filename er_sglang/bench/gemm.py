@@ -18,15 +18,14 @@ import torch
 from tqdm import tqdm
 
 from er_sglang.bench.shapes import SHAPES
+from er_sglang.bench.timing import L2_BYTES, copy_bandwidth, graph_us
 from er_sglang.drafting.rescoring import rescore_
 from er_sglang.quantize import Format, Packed, create_format
 from er_sglang.quantize import blocks as shapes
 from er_sglang.quantize.blocks import MAX_ROWS, SMALL_BATCH, Blocks
-from er_sglang.tools.results import environment, table, write_json
+from er_sglang.tools.results import write_rows
 from er_sglang.tools.serving import ON_CPU
 
-L2_BYTES = 50 * 2**20  # of an H100 or H200
-REPLAYS = 3
 DTYPE = torch.bfloat16
 
 
@@ -51,26 +50,6 @@ def between(y_MN: torch.Tensor, x_MK: torch.Tensor) -> None:
     x, y = x_MK.view(-1), y_MN.view(-1)
     count = min(len(x), len(y))
     torch.add(x[:count], y[:count], alpha=0.0, out=x[:count])
-
-
-def graph_us(run: Callable[[int], None], copies: int) -> float:
-    """Microseconds of ``run(i)``, i of ``copies`` in turn; the best of REPLAYS."""
-    run(0)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for i in range(2 * copies):
-            run(i % copies)
-    graph.replay()
-    times_us = []
-    for _ in range(REPLAYS):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times_us.append(start.elapsed_time(end) * 1e3 / (2 * copies))
-    return min(times_us)
 
 
 def all_shapes(m: int, k: int) -> Iterator[Blocks | int]:
@@ -135,13 +114,6 @@ def _text(shape: Blocks | int | None) -> str | None:
     return "-".join(map(str, shape)) if isinstance(shape, Blocks) else shape and f"wgmma {shape}"
 
 
-def copy_bandwidth() -> float:
-    """Bytes per second, reads and writes together, of a device-to-device copy of 2 GiB."""
-    source = torch.empty(2**31, dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    return 2 * source.nbytes / (graph_us(lambda _: target.copy_(source), 1) / 1e6)
-
-
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m er_sglang.bench.gemm", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -169,11 +141,7 @@ def main(argv: list[str] | None = None) -> int:
     rows = []
     for name, (n, k) in tqdm(products(SHAPES[args.model]).items(), desc="products"):
         rows += measure(name, n, k, fmt, args.rows, args.all_shapes, bandwidth)
-    args.out.mkdir(parents=True, exist_ok=True)
-    write_json(args.out / "results.json", {"environment": environment(), "bandwidth": bandwidth, "rows": rows})
-    text = table(rows)
-    (args.out / "table.md").write_text(text + "\n")
-    print(f"{text}\n\nRaw data: {args.out}/")
+    write_rows(args.out, rows, bandwidth=bandwidth)
     return 0
 
 

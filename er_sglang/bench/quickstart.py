@@ -25,7 +25,7 @@ from er_sglang.policy.profile import Profile
 from er_sglang.tools import plots
 from er_sglang.tools.results import environment, table, write_json
 from er_sglang.tools.serving import ON_CPU, Server, exit_on_sigterm
-from er_sglang.tools.simulate import simulate
+from er_sglang.tools.simulator import simulate
 from er_sglang.tools.workload import draw_lengths, make_requests
 
 SEED = 7

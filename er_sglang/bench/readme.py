@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from er_sglang.bench import rollout, run
+from er_sglang.bench import decode, rollout
 from er_sglang.bench.arms import Arm, server_args, server_env, shared_args
 from er_sglang.bench.shapes import SHAPES, write_model
 from er_sglang.tools.serving import ON_CPU, Server, exit_on_sigterm
@@ -18,18 +18,18 @@ WINDOWS = "256:0.914,512:0.99"
 ARMS = [Arm.parse("self_quant:0"), Arm.parse("auto:7")]
 
 WORKLOADS = {
-    "decode": (run, "--concurrency 1 8 16 32 48 64 96 128 --context 1024"),
-    "options": (run, "--concurrency 8 32 --context 1024 --options logprob top_p top_k min_p penalties all"),
+    "decode": (decode, "--concurrency 1 8 16 32 48 64 96 128 --context 1024"),
+    "options": (decode, "--concurrency 8 32 --context 1024 --options logprob top_p top_k min_p penalties all"),
     "rollout": (
         rollout,
         "--requests 128 --lengths lognormal:200:0.8:1000 --prompt-tokens 128 "
         "--options default logprob top_p top_k min_p penalties all",
     ),
     "long-tail": (rollout, "--requests 64 --lengths lognormal:400:1.2:8000 --prompt-tokens 128"),
-    "long-context": (run, "--concurrency 4 8 16 --context 8000"),
+    "long-context": (decode, "--concurrency 4 8 16 --context 8000"),
 }
 WORKLOADS_ON_CPU = {
-    "decode": (run, "--concurrency 1 4 --context 64 --output-tokens 32"),
+    "decode": (decode, "--concurrency 1 4 --context 64 --output-tokens 32"),
     "rollout": (rollout, "--requests 8 --lengths lognormal:30:0.8:60"),
 }
 
@@ -79,7 +79,7 @@ def plan(args: argparse.Namespace) -> list[tuple]:
     planned = []
     for name in args.only:
         benchmark, words = (WORKLOADS_ON_CPU if ON_CPU else WORKLOADS)[name]
-        repeats = ["--repeats" if benchmark is run else "--rollouts", str(args.repeats)]
+        repeats = ["--repeats" if benchmark is decode else "--rollouts", str(args.repeats)]
         stated = ["--acceptance", str(ACCEPTANCE), "--windows", WINDOWS]
         common = ["--model", args.model, "--arms", *map(str, ARMS), *stated, *repeats, "--out", str(args.out / name)]
         planned.append((benchmark, benchmark.parse_args([*common, *words.split()])))

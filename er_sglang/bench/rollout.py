@@ -3,7 +3,6 @@
 import argparse
 import importlib.util
 import json
-import shlex
 import tempfile
 from collections.abc import Iterator, Sequence
 from itertools import product
@@ -12,10 +11,10 @@ from pathlib import Path
 from tqdm import tqdm
 
 from er_sglang.bench.arms import (
+    ARMS,
     SEED,
     Arm,
-    add_options_argument,
-    add_windows_argument,
+    add_server_arguments,
     arm_argument,
     server_args,
     server_env,
@@ -33,7 +32,7 @@ from er_sglang.steering.trace import read_steps
 from er_sglang.tools import plots
 from er_sglang.tools.results import environment, table, write_json
 from er_sglang.tools.serving import ON_CPU, Server, exit_on_sigterm
-from er_sglang.tools.simulate import simulate
+from er_sglang.tools.simulator import simulate
 from er_sglang.tools.workload import draw_lengths, make_requests
 
 DESCRIPTION = """\
@@ -43,7 +42,8 @@ beforehand: what is timed is decoding, from a full batch to the last request.
 The SELF_QUANT arms share one server, which is switched between them and between acceptances; plain has its own.
 """
 
-EPILOG = """\
+EPILOG = f"""\
+{ARMS}
 Models given by shape have random weights; acceptance is then stated, not measured: each drafted token is accepted with
 probability --acceptance, given that those before it were. All computation is done, its verdict is replaced. An arm that
 drafts is run at every --acceptance, one that does not (plain, self_quant:0) once.
@@ -73,7 +73,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         type=arm_argument,
         default=default_arms,
         metavar="ARM",
-        help="plain, self_quant:G, auto:G, paper:11; default plain auto:7",
+        help="see below, without standalone; default plain auto:7",
     )
     add("--requests", type=int, default=16 if ON_CPU else 128, metavar="N", help="all at once; default %(default)s")
     add(
@@ -90,8 +90,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         metavar="A",
         help="stated acceptance per drafted token; default 0.9",
     )
-    add_windows_argument(parser)
-    add_options_argument(parser)
+    add_server_arguments(parser)
     add(
         "--rollouts",
         type=int,
@@ -100,20 +99,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="rollouts in a row per arm and acceptance, each with lengths of its own; default %(default)s",
     )
     add("--profile", type=Path, help="step times to predict by, where no server measures them")
-    add(
-        "--self-quant-config",
-        type=json.loads,
-        default={},
-        metavar="JSON",
-        help='SELF_QUANT settings besides "policy", e.g. \'{"calibration_s": 20}\'',
-    )
-    add(
-        "--server-args",
-        type=shlex.split,
-        default=[],
-        metavar="'--FLAG VALUE ...'",
-        help="more flags for every server; write --server-args='--tp 2'",
-    )
     add(
         "--out",
         type=Path,

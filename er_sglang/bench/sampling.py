@@ -18,11 +18,11 @@ from sglang.srt.layers.sampler import Sampler as PlainSampler
 from sglang.srt.runtime_context import get_flags
 from tqdm import tqdm
 
-from er_sglang.bench.gemm import graph_us
+from er_sglang.bench.timing import graph_us
 from er_sglang.cycle.logprobs import attach_logprobs
 from er_sglang.sampling import Draft, RandomState, SamplingParams
 from er_sglang.sampling.fused import FusedSampler
-from er_sglang.tools.results import environment, table, write_json
+from er_sglang.tools.results import write_rows
 from er_sglang.tools.serving import ON_CPU
 
 TOP_K_ALL = 1 << 30
@@ -185,13 +185,7 @@ def main(argv: list[str] | None = None) -> int:
     for kind in args.logits:
         for batch in tqdm(args.batch, desc=kind):
             rows += measure(kind, args.vocabulary, batch, args.gamma, args.acceptance, plain)
-    args.out.mkdir(parents=True, exist_ok=True)
-    write_json(
-        args.out / "results.json", {"environment": environment(), "settings": {**vars(args), "out": ""}, "rows": rows}
-    )
-    text = table(rows)
-    (args.out / "table.md").write_text(text + "\n")
-    print(f"{text}\n\nRaw data: {args.out}/")
+    write_rows(args.out, rows, settings={**vars(args), "out": str(args.out)})
     return 0
 
 

@@ -13,13 +13,10 @@ import torch
 from sglang.srt.distributed import get_tp_group
 
 import er_sglang
-from er_sglang.calibration.base import Subject
+from er_sglang.calibration.subject import Subject
 
-# The sources that decide how long a step takes.
-_TIMED_SOURCES = (
-    *("worker.py", "cycle/*.py", "drafting/drafter.py", "calibration/*.py"),
-    *("quantize/*.py", "quantize/*.cuh", "sampling/*.py"),
-)
+# Rooms whose sources decide how long a step takes, and how that is measured.
+_TIMED_ROOMS = ("cycle", "drafting", "quantize", "sampling", "calibration")
 _SERVER_ARGS = (
     "nnodes",
     "quantization",
@@ -61,10 +58,14 @@ def fingerprint(subject: Subject) -> dict[str, object]:
     }
 
 
+def timed_sources() -> list[Path]:
+    package = Path(er_sglang.__file__).parent
+    files = (file for room in _TIMED_ROOMS for file in (package / room).iterdir())
+    return [package / "worker.py", *sorted(file for file in files if file.suffix in (".py", ".cuh", ".cu"))]
+
+
 def _digest_of_sources() -> str:
-    folder = Path(er_sglang.__file__).parent
-    files = [file for pattern in _TIMED_SOURCES for file in sorted(folder.glob(pattern))]
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in timed_sources())).hexdigest()[:16]
 
 
 def _digest(hf_config: dict) -> str:

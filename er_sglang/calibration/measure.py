@@ -31,8 +31,8 @@ from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
 from sglang.srt.sampling.sampling_params import SamplingParams
 from tqdm import tqdm
 
-from er_sglang.calibration.base import Subject
 from er_sglang.calibration.fingerprint import fingerprint
+from er_sglang.calibration.subject import Subject
 from er_sglang.config import cache_folder
 from er_sglang.cycle.step import Step
 from er_sglang.errors import ConfigError

@@ -113,7 +113,8 @@ class DraftChain:
             self._capture(gammas)
 
     def prepare(self, step: Step, rung: Rung) -> list[ForwardBatch]:
-        """Load a step's inputs and plan its gamma decodes; the last read of the shared request table."""
+        """Load a step's inputs and plan its gamma decodes. Of attention backends, DraftAttention alone reads the shared
+        request table later, too."""
         gamma, raw_bs = rung.gamma, step.batch_size
         bs = next((b for b in self._graph_batches if b >= raw_bs), raw_bs)
         if bs > raw_bs:
@@ -131,11 +132,8 @@ class DraftChain:
             seq_lens_cpu_B = window.seen_on_host(seq_lens_cpu_B)
         else:
             self._req_pool_indices[:raw_bs] = step.req_pool_indices_B
-        self._params.temperature_B[:raw_bs] = step.params.temperature_B
-        self._params.top_k_B[:raw_bs] = step.params.top_k_B
-        self._params.top_p_B[:raw_bs] = step.params.top_p_B
-        self._params.min_p_B[:raw_bs] = step.params.min_p_B
-        self._params.sequential_B[:raw_bs] = step.params.sequential_B
+        for rows, values in zip(self._params, step.params):
+            rows[:raw_bs] = values
         self._shaper.load(step.penalties, step.bias_BV)
 
         seq_lens_cpu = torch.ones(bs, dtype=torch.int64)
@@ -187,13 +185,7 @@ class DraftChain:
 
     def _run(self, forward_batches: list[ForwardBatch]) -> None:
         bs = forward_batches[0].batch_size
-        params = SamplingParams(
-            self._params.temperature_B[:bs],
-            self._params.top_k_B[:bs],
-            self._params.top_p_B[:bs],
-            self._params.min_p_B[:bs],
-            self._params.sequential_B[:bs],
-        )
+        params = SamplingParams(*(rows[:bs] for rows in self._params))
         self._random.advance()
         for i, (backend, forward_batch) in enumerate(zip(self._backends, forward_batches)):
             with forward_context(ForwardContext(attn_backend=backend)):

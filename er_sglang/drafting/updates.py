@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 WHOLE_POLICY = ("disk", "ipc")
 
 
-class Reason(str, Enum):
+class RefreshReason(str, Enum):
     """Why the drafter is refreshed."""
 
     LOST = "its weights were lost"
@@ -38,7 +38,7 @@ class Reason(str, Enum):
 
 def refresh_reason(
     config: UpdatesConfig, *, whole: bool, behind: int, acceptance: float, fresh_acceptance: float
-) -> Reason | None:
+) -> RefreshReason | None:
     """Why the drafter is to be refreshed now, None if it need not be.
 
     whole: its weights are those of one policy, this one or an earlier one.
@@ -46,11 +46,11 @@ def refresh_reason(
     acceptance: of its drafts, now. fresh_acceptance: before the first of those updates.
     """
     if not whole:
-        return Reason.LOST
+        return RefreshReason.LOST
     if behind >= config.refresh_interval:
-        return Reason.DUE
+        return RefreshReason.DUE
     if behind and fresh_acceptance - acceptance > config.refresh_on_acceptance_drop:
-        return Reason.DROP
+        return RefreshReason.DROP
     return None
 
 
@@ -193,7 +193,7 @@ class Freshness:
         self._behind = 0
         self.refreshes += 1
         self.refresh_s = time.perf_counter() - start_s
-        if reason is Reason.DROP:
+        if reason is RefreshReason.DROP:
             self._on_update()
         logger.info("Drafter refreshed in %.1f ms: %s.", 1e3 * self.refresh_s, reason.value)
 

@@ -53,10 +53,6 @@ def _score_prompts_only(result, processor, i, req, *_, **__):
 # -- the front end ---------------------------------------------------------------------------------------------
 
 
-def _serves(openai) -> bool:
-    return asks_for_us(openai.tokenizer_manager.server_args)
-
-
 async def _log_probabilities_without_text(original, chat, *, content, index, request, choice_logprobs, **more):
     """SGLang drops the log-probabilities of a chunk without text: of the bytes of an incomplete character, or of a
     stop token."""
@@ -68,7 +64,7 @@ async def _log_probabilities_without_text(original, chat, *, content, index, req
     ):
         empty = False
         yield chunk
-    if empty and choice_logprobs and _serves(chat):
+    if empty and choice_logprobs and asks_for_us(chat.tokenizer_manager.server_args):
         yield build_sse_content(
             chunk_id=content["meta_info"]["id"],
             created=int(time.time()),

@@ -101,12 +101,12 @@ def _internal_state(result, scheduler, recv_req):
 
 
 def _set_internal_state(original, scheduler, recv_req):
-    """A change of our policy is ours; all else is SGLang's. The HTTP answer is the list of ``updated``, one a
+    """A change of our settings is ours; all else is SGLang's. The HTTP answer is the list of ``updated``, one a
     replica."""
     wanted = spelled_out(recv_req.server_args)
     if KEY not in wanted:
         return original(scheduler, recv_req)
-    return _control.answer(scheduler.draft_worker.set_policy(wanted))
+    return _control.answer(scheduler.draft_worker.change_settings(wanted))
 
 
 def _count_drafts(result, processor, step, batch) -> None:
@@ -126,7 +126,7 @@ def _report_drafts(result, manager, meta_info, recv_obj, i) -> None:
     ``spec_verify_ct`` stays the number of decode steps, plain ones included, and ``spec_accept_length`` the tokens per
     such step. ``spec_accept_rate``, accepted over drafted tokens, is left out if nothing was drafted.
     """
-    if not _serves(manager) or "spec_verify_ct" not in meta_info:
+    if not asks_for_us(manager.server_args) or "spec_verify_ct" not in meta_info:
         return
     drafted = recv_obj.spec_num_correct_drafts[i]
     accepted = sum(count * steps for count, steps in enumerate(recv_obj.spec_correct_drafts_histogram[i]))
@@ -167,19 +167,16 @@ SCHEDULER_HOOKS: Hooks = {
     **RESERVATION_HOOKS,
     **PENALTY_HOOKS,
 }
-# A process may hold front ends of several servers, not all of them ours: these hooks ask whose they are.
+# A process may hold front ends of several servers, not all of them ours: these hooks ask whose they are, or change nothing
+# that a plain server would notice.
 FRONT_END_HOOKS: Hooks = {
     f"{_FRONT_END}_calculate_spec_decoding_metrics": (HookType.AFTER, _report_drafts),
     **FRONT_END_EMISSION_HOOKS,
 }
 
 
-def _serves(manager) -> bool:
-    return asks_for_us(manager.server_args)
-
-
 def _bind_front_end(manager) -> None:
-    if _serves(manager):
+    if asks_for_us(manager.server_args):
         bind(FRONT_END_HOOKS)
 
 

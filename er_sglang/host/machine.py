@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,36 +18,46 @@ COMPILED_BYTES = 100_000_000  # room for a kernel's library and what its compile
 
 
 def check_machine(config: SelfQuantConfig) -> None:
-    """Raise if the GPU, the compiler or the disk of this machine cannot serve the drafter's weight format.
+    """Raise if the GPU, the compiler or the disk of this machine cannot serve the drafter.
 
     ServerArgs may be built on a machine without GPUs that serves nothing itself: it is not judged.
     """
     if torch.cuda.is_available():
         for name in config.drafter.formats:
             check_card(name, torch.device("cuda"))
-        if any(name.startswith("int4") for name in config.drafter.formats):
-            _check_compiler()
+        _check_compiler(list(_compiled_kernels(config)))
 
 
-def _check_compiler(env: Mapping[str, str] = os.environ) -> None:
-    """SGLang's ``load_jit`` compiles the int4 kernels at the first start, by tvm_ffi, and keeps them."""
+def _compiled_kernels(config: SelfQuantConfig) -> Iterator[str]:
+    """The kernels that SGLang's ``load_jit`` compiles at the first start, by tvm_ffi, and keeps."""
+    int4 = any(name.startswith("int4") for name in config.drafter.formats)
+    if int4:
+        yield "gptq_marlin"
+    if torch.cuda.get_device_capability("cuda") == (9, 0):
+        yield "er_sglang_small_kernels"
+        if int4:
+            yield from ("er_sglang_small_batch_gemm", "er_sglang_wgmma_gemm")
+
+
+def _check_compiler(kernels: Sequence[str], env: Mapping[str, str] = os.environ) -> None:
     folder = Path(env.get("TVM_FFI_CACHE_DIR") or "~/.cache/tvm-ffi").expanduser()
-    if any(folder.glob("*gptq_marlin*/*.so")):
+    missing = [name for name in kernels if not any(folder.glob(f"*{name}*/*.so"))]
+    if not missing:
         return
     # Where tvm_ffi looks.
     on_path = shutil.which("nvcc", path=env.get("PATH"))
     home = env.get("CUDA_HOME") or env.get("CUDA_PATH") or (on_path and Path(on_path).parents[1]) or "/usr/local/cuda"
     if not Path(home, "bin", "nvcc").is_file():
         raise ConfigError(
-            f"There is no nvcc in {home}/bin, and int4 kernels are compiled at the first start: install the CUDA "
-            f'toolkit and set CUDA_HOME, copy {folder} from a machine that has them, or set "drafter": {{"weights": '
-            '"fp8", "head": "policy"}}, which needs no compiler (SM89 or newer).'
+            f"There is no nvcc in {home}/bin, and kernels are compiled at the first start ({', '.join(missing)}): install "
+            f"the CUDA toolkit and set CUDA_HOME, or copy {folder} from a machine that has them. Only fp8 on cards other "
+            'than Hopper, "drafter": {"weights": "fp8", "head": "policy"}, needs no compiler (SM89 or newer).'
         )
     existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
     if (free := shutil.disk_usage(existing).free) < COMPILED_BYTES:
         raise ConfigError(
-            f"The disk of {folder} has {free / 1e6:.0f} MB left, and compiled int4 kernels need "
-            f"{COMPILED_BYTES / 1e6:.0f}: free some, or set TVM_FFI_CACHE_DIR to another disk."
+            f"The disk of {folder} has {free / 1e6:.0f} MB left, and compiled kernels need {COMPILED_BYTES / 1e6:.0f}: "
+            "free some, or set TVM_FFI_CACHE_DIR to another disk."
         )
 
 

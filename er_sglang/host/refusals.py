@@ -9,7 +9,16 @@ from typing import Any
 
 from er_sglang.config import SIMULATE_ACCEPTANCE_ENV
 from er_sglang.errors import ConfigError
-from er_sglang.host.seams import ALGORITHM, SUPPORTED_ARCHITECTURES, UnsupportedHost
+from er_sglang.host.seams import ALGORITHM, UnsupportedHost
+
+# The drafter's shadow copy and the plain-decode sequence of the chain were checked with these model classes, each of
+# the module of SGLang given.
+SUPPORTED_ARCHITECTURES = {
+    "LlamaForCausalLM": "sglang.srt.models.llama",
+    "MistralForCausalLM": "sglang.srt.models.mistral",
+    "Qwen2ForCausalLM": "sglang.srt.models.qwen2",
+    "Qwen3ForCausalLM": "sglang.srt.models.qwen3",
+}
 
 # (ServerArgs field, values that are fine, what to do about any other)
 _FIELDS = (

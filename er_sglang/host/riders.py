@@ -21,6 +21,6 @@ def riders(batch) -> dict[int, str]:
     return {row: reason for row, req in enumerate(batch.reqs) if (reason := reason_to_ride(req))}
 
 
-def reason_to_refuse(batch) -> str | None:
+def batch_blocker(batch) -> str | None:
     """Why no request of a ScheduleBatch may be drafted for, None if some may."""
     return "hidden-states" if batch.return_hidden_states else None

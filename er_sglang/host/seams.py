@@ -31,15 +31,6 @@ ALGORITHM = "SELF_QUANT"
 # The version of an SGLang that is to be served on though it was never tested.
 UNTESTED_ENV = "ER_SGLANG_UNTESTED_RELEASE"
 
-# The drafter's shadow copy and the plain-decode sequence of the chain were checked with these model classes, each of
-# the module of SGLang given.
-SUPPORTED_ARCHITECTURES = {
-    "LlamaForCausalLM": "sglang.srt.models.llama",
-    "MistralForCausalLM": "sglang.srt.models.mistral",
-    "Qwen2ForCausalLM": "sglang.srt.models.qwen2",
-    "Qwen3ForCausalLM": "sglang.srt.models.qwen3",
-}
-
 
 def asks_for_us(server_args) -> bool:
     """Whether a server is to serve SELF_QUANT; its ServerArgs may be as the user wrote them."""
@@ -52,129 +43,85 @@ class UnsupportedHost(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class Seam:
-    """A function of SGLang that we call, override, hook or rely upon, and its leading parameter names.
-
-    Names that we import need none: they are found in our sources (``imported_names``).
-    """
+    """A function of SGLang that we call, override, hook or rely upon, and its leading parameter names."""
 
     module: str
     name: str
     parameters: tuple[str, ...]
 
 
-def _seam(path: str, parameters: str = "") -> Seam:
-    module, name = path.split(":")
-    return Seam(f"sglang.srt.{module}", name, tuple(parameters.split()))
-
-
-SEAMS = (
-    # attach
-    _seam("plugins:load_plugins", ""),
-    _seam("plugins.hook_registry:HookRegistry._apply_target", "cls target hooks"),
-    _seam(
-        "speculative.spec_info:SpeculativeAlgorithm.register",
-        "cls name supports_overlap validate_server_args spec_class",
-    ),
-    _seam(
-        "speculative.spec_registry:CustomSpecAlgo.__init__", "self name factory supports_overlap validate_server_args"
-    ),
-    _seam("speculative.spec_registry:CustomSpecAlgo.handle_server_args", "self server_args"),
-    # the step
-    _seam("managers.scheduler:Scheduler.maybe_init_draft_worker", "self"),
-    _seam(
-        "speculative.base_spec_worker:BaseSpecWorker.on_verify_complete_cpu",
-        "self num_correct_drafts_per_req batch_size",
-    ),
-    _seam("managers.overlap_utils:FutureMap.__init__", "self device spec_algo req_to_token_pool needs_cpu_seq_lens"),
-    _seam("managers.overlap_utils:FutureMap._resolve_spec_extras", "self batch"),
-    _seam("speculative.eagle_utils:eagle_prepare_for_decode", "batch"),
-    _seam("managers.tp_worker:TpModelWorker.forward_batch_generation", "self batch forward_batch"),
-    _seam("model_executor.model_runner:ModelRunner.forward", "self forward_batch"),
-    _seam("model_executor.model_runner:ModelRunner._get_attention_backend", "self init_new_workspace"),
-    _seam("speculative.dflash_utils:resolve_dflash_verify_mask_policy", "attn_backend"),
-    _seam("layers.logits_processor:LogitsProcessor._compute_lm_head", "self hidden_states lm_head embedding_bias"),
-    _seam("layers.logits_processor:should_apply_lm_head_quant_method", "lm_head quant_method"),
-    # penalties
-    _seam("sampling.penaltylib.orchestrator:_BatchedPenalizer.prepare_if_required", "self"),
-    _seam("sampling.sampling_batch_info:SamplingBatchInfo.copy_for_forward", "self"),
-    _seam("sampling.sampling_batch_info:SamplingBatchInfo.apply_logits_bias", "self logits"),
-    _seam("model_executor.model_runner:ModelRunner._preprocess_logits", "self logits_output sampling_info"),
-    # the drafter's twins of small modules
-    _seam("layers.layernorm:RMSNorm.forward_cuda", "self x residual post_residual_addition"),
-    _seam("layers.activation:SiluAndMul.forward_cuda", "self x"),
-    _seam("layers.rotary_embedding.base:RotaryEmbedding.forward_cuda", "self positions query key"),
-    _seam("layers.radix_attention:RadixAttention.forward", "self q k v forward_batch save_kv_cache"),
-    _seam("model_executor.forward_context:get_token_to_kv_pool", ""),
-    _seam("models.qwen3:Qwen3Attention.forward_prepare_native", "self positions hidden_states"),
-    _seam("models.utils:apply_qk_norm", "q k q_norm k_norm head_dim"),
-    # graphs
-    _seam("model_executor.runner.base_cuda_graph_runner:get_batch_sizes_to_capture", "model_runner"),
-    _seam(
-        "model_executor.runner.decode_cuda_graph_runner:DecodeCudaGraphRunner.__init__",
-        "self model_runner attn_backend speculative_num_steps speculative_num_draft_tokens",
-    ),
-    _seam("model_executor.runner_backend.utils:resolve_decode_backend", "cuda_graph_runner"),
-    _seam(
-        "model_executor.runner_backend.full_cuda_graph_backend:FullCudaGraphBackend.capture_one",
-        "self shape_key forward_fn",
-    ),
-    _seam("model_executor.graph_shared_output:GraphSharedOutput.create_for_model_runner", "cls model_runner"),
-    # hooks
-    _seam("managers.scheduler:Scheduler.get_internal_state", "self recv_req"),
-    _seam("managers.scheduler:Scheduler.set_internal_state", "self recv_req"),
-    _seam("managers.scheduler:Scheduler.continue_generation", "self recv_req"),
-    _seam("managers.scheduler:Scheduler.pause_generation", "self recv_req"),
-    _seam("managers.schedule_batch:Req.update_finish_state", "self new_accepted_len"),
-    _seam(
-        "managers.scheduler_components.batch_result_processor:SchedulerBatchResultProcessor._resolve_spec_v2_tokens",
-        "self result batch",
-    ),
-    _seam("managers.tokenizer_manager:TokenizerManager.init_request_dispatcher", "self"),
-    _seam("managers.tokenizer_manager:TokenizerManager._calculate_spec_decoding_metrics", "self meta_info recv_obj i"),
-    *(
-        _seam(f"managers.scheduler_components.weight_updater:SchedulerWeightUpdaterManager.{name}", "self recv_req")
-        for name in (
-            "update_weights_from_disk",
-            "update_weights_from_distributed",
-            "update_weights_from_tensor",
-            "update_weights_from_ipc",
-            "release_memory_occupation",
-            "resume_memory_occupation",
-        )
-    ),
-    _seam(
-        "managers.scheduler_components.logprob_result_processor:"
-        "SchedulerLogprobResultProcessor.add_logprob_return_values",
-        "self i req pt next_token_ids num_input_logprobs output",
-    ),
-    _seam("managers.schedule_batch:ScheduleBatch._new_tokens_required_next_decode_spec_v2", "self requests page_size"),
-    _seam(
-        "managers.scheduler_components.batch_result_processor:SchedulerBatchResultProcessor._normalize_decode_outputs",
-        "self batch result logits_output next_token_ids",
-    ),
-    _seam(
-        "entrypoints.openai.serving_chat:OpenAIServingChat._generate_stream_content",
-        "self content index request",
-    ),
-    _seam("function_call.function_call_parser:FunctionCallParser.parse_stream_chunk", "self chunk_text"),
-    _seam(
-        "entrypoints.engine:Engine._launch_detokenizer_subprocesses",
-        "cls server_args port_args run_detokenizer_process_func",
-    ),
-    _seam("managers.multi_tokenizer_mixin:write_data_for_multi_tokenizer", "port_args server_args scheduler_info"),
-    _seam("managers.scheduler:Scheduler.on_idle", "self"),
-    _seam("managers.scheduler:Scheduler.is_fully_idle", "self"),
-    _seam("mem_cache.memory_pool:MHATokenToKVPool._init_kv_copy_and_warmup", "self"),
-    _seam(
-        "mem_cache.allocator.paged:alloc_extend_naive",
-        "prefix_lens seq_lens last_loc free_pages out_indices page_size device",
-    ),
-    _seam("utils.common:get_num_new_pages", "seq_lens page_size prefix_lens decode"),
-    _seam(
-        "mem_cache.allocator.paged:PagedTokenToKVPoolAllocator.alloc_extend",
-        "self prefix_lens prefix_lens_cpu seq_lens seq_lens_cpu last_loc extend_num_tokens num_new_pages",
-    ),
-)
+# Those of every release. Names that we import need none: they are found in our sources (`imported_names`).
+SEAMS = """
+# attach
+plugins:load_plugins
+plugins.hook_registry:HookRegistry._apply_target cls target hooks
+speculative.spec_info:SpeculativeAlgorithm.register cls name supports_overlap validate_server_args spec_class
+speculative.spec_registry:CustomSpecAlgo.__init__ self name factory supports_overlap validate_server_args
+speculative.spec_registry:CustomSpecAlgo.handle_server_args self server_args
+# the step
+managers.scheduler:Scheduler.maybe_init_draft_worker self
+speculative.base_spec_worker:BaseSpecWorker.on_verify_complete_cpu self num_correct_drafts_per_req batch_size
+managers.overlap_utils:FutureMap.__init__ self device spec_algo req_to_token_pool needs_cpu_seq_lens
+managers.overlap_utils:FutureMap._resolve_spec_extras self batch
+speculative.eagle_utils:eagle_prepare_for_decode batch
+managers.tp_worker:TpModelWorker.forward_batch_generation self batch forward_batch
+model_executor.model_runner:ModelRunner.forward self forward_batch
+model_executor.model_runner:ModelRunner._get_attention_backend self init_new_workspace
+speculative.dflash_utils:resolve_dflash_verify_mask_policy attn_backend
+layers.logits_processor:LogitsProcessor._compute_lm_head self hidden_states lm_head embedding_bias
+layers.logits_processor:should_apply_lm_head_quant_method lm_head quant_method
+# penalties
+sampling.penaltylib.orchestrator:_BatchedPenalizer.prepare_if_required self
+sampling.sampling_batch_info:SamplingBatchInfo.copy_for_forward self
+sampling.sampling_batch_info:SamplingBatchInfo.apply_logits_bias self logits
+model_executor.model_runner:ModelRunner._preprocess_logits self logits_output sampling_info
+# the drafter's twins of small modules
+layers.layernorm:RMSNorm.forward_cuda self x residual post_residual_addition
+layers.activation:SiluAndMul.forward_cuda self x
+layers.rotary_embedding.base:RotaryEmbedding.forward_cuda self positions query key
+layers.radix_attention:RadixAttention.forward self q k v forward_batch save_kv_cache
+model_executor.forward_context:get_token_to_kv_pool
+models.qwen3:Qwen3Attention.forward_prepare_native self positions hidden_states
+models.utils:apply_qk_norm q k q_norm k_norm head_dim
+# graphs
+model_executor.runner.base_cuda_graph_runner:get_batch_sizes_to_capture model_runner
+model_executor.runner.decode_cuda_graph_runner:DecodeCudaGraphRunner.__init__
+    self model_runner attn_backend speculative_num_steps speculative_num_draft_tokens
+model_executor.runner_backend.utils:resolve_decode_backend cuda_graph_runner
+model_executor.runner_backend.full_cuda_graph_backend:FullCudaGraphBackend.capture_one self shape_key forward_fn
+model_executor.graph_shared_output:GraphSharedOutput.create_for_model_runner cls model_runner
+# hooks
+managers.scheduler:Scheduler.get_internal_state self recv_req
+managers.scheduler:Scheduler.set_internal_state self recv_req
+managers.scheduler:Scheduler.continue_generation self recv_req
+managers.scheduler:Scheduler.pause_generation self recv_req
+managers.schedule_batch:Req.update_finish_state self new_accepted_len
+managers.scheduler_components.batch_result_processor:SchedulerBatchResultProcessor._resolve_spec_v2_tokens self result batch
+managers.tokenizer_manager:TokenizerManager.init_request_dispatcher self
+managers.tokenizer_manager:TokenizerManager._calculate_spec_decoding_metrics self meta_info recv_obj i
+managers.scheduler_components.weight_updater:SchedulerWeightUpdaterManager.update_weights_from_disk self recv_req
+managers.scheduler_components.weight_updater:SchedulerWeightUpdaterManager.update_weights_from_distributed self recv_req
+managers.scheduler_components.weight_updater:SchedulerWeightUpdaterManager.update_weights_from_tensor self recv_req
+managers.scheduler_components.weight_updater:SchedulerWeightUpdaterManager.update_weights_from_ipc self recv_req
+managers.scheduler_components.weight_updater:SchedulerWeightUpdaterManager.release_memory_occupation self recv_req
+managers.scheduler_components.weight_updater:SchedulerWeightUpdaterManager.resume_memory_occupation self recv_req
+managers.scheduler_components.logprob_result_processor:SchedulerLogprobResultProcessor.add_logprob_return_values
+    self i req pt next_token_ids num_input_logprobs output
+managers.schedule_batch:ScheduleBatch._new_tokens_required_next_decode_spec_v2 self requests page_size
+managers.scheduler_components.batch_result_processor:SchedulerBatchResultProcessor._normalize_decode_outputs
+    self batch result logits_output next_token_ids
+entrypoints.openai.serving_chat:OpenAIServingChat._generate_stream_content self content index request
+function_call.function_call_parser:FunctionCallParser.parse_stream_chunk self chunk_text
+entrypoints.engine:Engine._launch_detokenizer_subprocesses cls server_args port_args run_detokenizer_process_func
+managers.multi_tokenizer_mixin:write_data_for_multi_tokenizer port_args server_args scheduler_info
+managers.scheduler:Scheduler.on_idle self
+managers.scheduler:Scheduler.is_fully_idle self
+mem_cache.memory_pool:MHATokenToKVPool._init_kv_copy_and_warmup self
+mem_cache.allocator.paged:alloc_extend_naive prefix_lens seq_lens last_loc free_pages out_indices page_size device
+utils.common:get_num_new_pages seq_lens page_size prefix_lens decode
+mem_cache.allocator.paged:PagedTokenToKVPoolAllocator.alloc_extend
+    self prefix_lens prefix_lens_cpu seq_lens seq_lens_cpu last_loc extend_num_tokens num_new_pages
+"""
 
 
 def check_version() -> str:
@@ -233,7 +180,7 @@ def warn_if_never_run_on_gpu() -> None:
 def _differences(version: str) -> list[str]:
     """How this SGLang differs from the release, of which it says to be."""
     files = list(_sources(version))
-    seams = [*imported_names(files), *SEAMS, *drift_seams(files)]
+    seams = [*imported_names(files), *written_seams(files)]
     return [difference for seam in dict.fromkeys(seams) if (difference := _compare(seam))]
 
 
@@ -259,13 +206,21 @@ def imported_names(files: Iterable[Path]) -> Iterator[tuple[str, str]]:
                     yield from ((node.module, alias.name) for alias in node.names)
 
 
-def drift_seams(files: Iterable[Path]) -> Iterator[Seam]:
-    """What modules of releases/ write down as ``SEAMS``, a line each."""
+def written_seams(files: Iterable[Path]) -> Iterator[Seam]:
+    """What these sources of ours write down as ``SEAMS``: module, function and parameters, a line each, which indented lines
+    continue."""
     for file in files:
-        if file.parent == Path(releases.__file__).parent:
-            for node in ast.parse(file.read_text()).body:
+        if "\nSEAMS = " in (text := file.read_text()):
+            for node in ast.parse(text).body:
                 if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "SEAMS":
-                    yield from (_seam(*line.split(" ", 1)) for line in ast.literal_eval(node.value).split("\n") if line)
+                    lines = ast.literal_eval(node.value).replace("\n    ", " ").splitlines()
+                    yield from (_seam(line) for line in lines if line and not line.startswith("#"))
+
+
+def _seam(line: str) -> Seam:
+    path, *parameters = line.split()
+    module, name = path.split(":")
+    return Seam(f"sglang.srt.{module}", name, tuple(parameters))
 
 
 def _compare(seam: Seam | tuple[str, str]) -> str | None:

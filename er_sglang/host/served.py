@@ -31,8 +31,8 @@ class ServedWorker(adapter("updates").TakesUpdates, adapter("spec_worker").SpecW
         """No request is left, running or waiting."""
 
     @abstractmethod
-    def set_policy(self, server_args: Mapping[str, object]) -> bool:
-        """Obey a request to set the policy while serving; False if it is refused. Every rank gets the same request
+    def change_settings(self, server_args: Mapping[str, object]) -> bool:
+        """Obey a request to change settings while serving; False if it is refused. Every rank gets the same request
         before the same step."""
 
     @abstractmethod

@@ -10,9 +10,9 @@ t - d, and attends to
 
 The text stands for the drafted tokens: it is what would have been drafted and accepted (see estimate.py).
 
-    with chained_attention(model) as backbone:
+    with chained_attention(model):
         policy = PolicyPass()
-        hidden_SH = backbone(text, chain=policy)
+        hidden_SH = model.base_model(text, chain=policy)
         chain = DraftPass(policy, first, attention_window=256)
         hidden_TH = drafter(text[first:], positions from first, chain=chain)     # depth 0, then 1, ...
 

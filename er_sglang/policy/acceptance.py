@@ -2,8 +2,7 @@
 
     estimator = AcceptanceEstimator(gamma_max=7)
     estimator.observe(accepted=[3, 0, 5], gamma=5)   # one cycle of three requests
-    emitted(estimator.alphas())[3]                   # expected tokens of a request in a cycle of gamma 3, the bonus
-    included
+    emitted(estimator.alphas())[3]                   # expected tokens of a request in a cycle of gamma 3, bonus included
 
 Per draft position i we count how often a draft was tried there (all earlier ones were accepted) and how often it was
 kept; alpha_i = kept / tried is the conditional acceptance. Three rules keep the counts honest:

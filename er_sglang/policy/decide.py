@@ -48,7 +48,7 @@ class Reason(str, Enum):
     THRESHOLD = "threshold"  # mode threshold, on or off
     PAPER = "paper"  # mode paper, on or off
     CYCLE = "cycle"  # mode cycle
-    FORBIDDEN = "forbidden"  # a request of the batch must not be drafted for
+    BLOCKED = "blocked"  # the batch must not be drafted for; its blocker says why
     PAYS = "pays"  # auto: this rung has the best predicted speed
     SLOWER = "slower"  # auto: no rung is predicted faster than plain decoding
     HELD = "held"  # auto: another rung is predicted better, not yet by enough
@@ -61,13 +61,13 @@ class State:
 
     batch: requests that decode in this step, at least 1.
     mean_context_tokens: their mean number of tokens in the KV cache.
-    forbid_reason: why this batch must not be drafted for (hidden states to return, say), or None.
+    blocker: why this batch must not be drafted for (hidden states to return, say), or None.
     riding: requests of the batch that get one token a step whatever is drafted; fewer than `batch`.
     """
 
     batch: int
     mean_context_tokens: float
-    forbid_reason: str | None = None
+    blocker: str | None = None
     riding: int = 0
 
     @property
@@ -120,8 +120,8 @@ def decide(
     cycle_factor: float = 1.0,
 ) -> tuple[Decision, Memory]:
     """Mode auto, one step. acceptance: by the windows that a draft may have. cycle_factor: see live.py."""
-    if state.forbid_reason is not None:
-        return Decision(PLAIN, Reason.FORBIDDEN), memory
+    if state.blocker is not None:
+        return Decision(PLAIN, Reason.BLOCKED), memory
     step_s, outside = profile.costs(state.batch, state.mean_context_tokens)
     step_s = {rung: seconds * cycle_factor if rung.gamma else seconds for rung, seconds in step_s.items()}
 
@@ -267,8 +267,8 @@ class Controller:
         if self.config.mode == "off":
             return Decision(PLAIN, Reason.OFF)
         gamma, reason = self._rule(state)  # of every batch: the paper's toggle is armed by one too large to draft for
-        if state.forbid_reason is not None:
-            return Decision(PLAIN, Reason.FORBIDDEN)
+        if state.blocker is not None:
+            return Decision(PLAIN, Reason.BLOCKED)
         return Decision(Rung(gamma, self.windows[0]) if gamma else PLAIN, reason)
 
     def _rule(self, state: State) -> tuple[int, Reason]:

@@ -20,15 +20,15 @@ __all__ = [
 ]
 
 
-def create_sampler(device: torch.device, simulated_acceptance: float | None = None) -> Sampler:
+def create_sampler(device: torch.device) -> Sampler:
     """The fused sampler on CUDA, the reference elsewhere; both give the same tokens for the same inputs."""
     if device.type == "cuda":
         from er_sglang.sampling.fused import FusedSampler
 
-        return FusedSampler(simulated_acceptance)
+        return FusedSampler()
     from er_sglang.sampling.reference import ReferenceSampler
 
-    return ReferenceSampler(simulated_acceptance)
+    return ReferenceSampler()
 
 
 def create_shaper(device: torch.device, max_batch: int) -> Shaper:

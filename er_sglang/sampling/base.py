@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -29,8 +30,7 @@ STREAM_ACCEPT = 1 << 16
 STREAM_RESIDUAL = 1 << 17
 
 
-@dataclass(slots=True)
-class SamplingParams:
+class SamplingParams(NamedTuple):
     """Per-request settings, tensors of shape [B]: float32 except ``top_k_B`` (int32) and ``sequential_B`` (bool).
 
     sequential_B: the filters apply in sequence, not jointly.

@@ -54,7 +54,8 @@ class Agreement:
             self._digest = crc32(repr(fact).encode(), self._digest)
 
     def check(self) -> bool:
-        """Called once a step by every rank; raises RanksDisagree on all of them. Returns whether it compared."""
+        """Called once a step by every rank; raises RanksDisagree on all of them. Returns whether this was a step to
+        compare at."""
         self._steps += 1
         if self._steps % CHECK_EVERY_STEPS:
             return False

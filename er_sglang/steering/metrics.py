@@ -213,7 +213,6 @@ class PrometheusExporter:
         self._decisions = PrometheusCounter(
             "sglang:self_quant_decisions", "Decode steps by gamma and reason.", [*names, "gamma", "reason"]
         )
-
         self._undrafted = PrometheusCounter(
             "sglang:self_quant_undrafted_tokens",
             "Tokens of requests that could not be drafted for, riding along or in refused batches, by reason.",

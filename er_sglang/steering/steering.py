@@ -1,7 +1,7 @@
 """Every decode step passes here twice: to be given its gamma, and to report what came of it.
 
-step = steering.launch(committed_tokens, blocker, riding)      # Launched: gamma, and why
-steering.finished(accepted)                            # the oldest step's result is on the host
+step = steering.launch(committed_tokens, blocker, riding)    # Launched: gamma, and why
+steering.finished(accepted)                                  # the oldest step's result is on the host
 """
 
 from __future__ import annotations
@@ -35,25 +35,20 @@ class Steering:
         agreement: Agreement,
         trace: Trace | None,
     ) -> None:
-        """windows: attention windows that a controller made by ``set_policy`` may choose from."""
+        """windows: attention windows that a controller made by ``change_settings`` may choose from."""
         self.controller = controller
         self._windows = windows
         self.metrics = metrics
         self._max_draft_batch = max_draft_batch
         self._agreement = agreement
         self._trace = trace
-        self._busy = False
+        self.busy = False  # whether a step was launched since the server last ran idle
         self._continuous = False
         self._live = LiveFactor()
         self._finished_at_s = 0.0
         # Steps whose results are not on the host yet, each with its decider, who learns from it.
         self._in_flight: deque[tuple[Launched, Controller]] = deque()
         self.settings_version = 0
-
-    @property
-    def busy(self) -> bool:
-        """Whether a step was launched since the server last ran idle."""
-        return self._busy
 
     @property
     def first_acceptance(self) -> float:
@@ -84,7 +79,7 @@ class Steering:
         state = State(
             batch=batch,
             mean_context_tokens=sum(committed_tokens) / batch,
-            forbid_reason=blocker,
+            blocker=blocker,
             riding=len(riding),
         )
         decision = self.controller.decide(state)
@@ -94,7 +89,7 @@ class Steering:
         profile = self.controller.profile
         step = Launched(
             rung=decision.rung,
-            reason=blocker if decision.reason is Reason.FORBIDDEN else decision.reason.value,
+            reason=blocker if decision.reason is Reason.BLOCKED else decision.reason.value,
             batch=batch,
             context_tokens=state.mean_context_tokens,
             expected_speedup=decision.expected_speedup,
@@ -105,11 +100,11 @@ class Steering:
             mode=self.controller.config.mode,
             settings_version=self.settings_version,
             continuous=self._continuous,
-            refused=decision.reason is Reason.FORBIDDEN,
+            refused=decision.reason is Reason.BLOCKED,
             riding=riding,
         )
         self._in_flight.append((step, self.controller))
-        self._busy = self._continuous = True
+        self.busy = self._continuous = True
         self.metrics.launched(step)
         return step
 
@@ -127,7 +122,7 @@ class Steering:
         if self._trace:
             self._trace.write(step, sum(accepted))
 
-    def set_policy(self, config: PolicyConfig) -> None:
+    def change_settings(self, config: PolicyConfig) -> None:
         """Decide by other settings from the next step on, as a server started with them would; counters run on."""
         cycle_factor = self.controller.cycle_factor if config.live_times else 1.0
         self.controller = Controller(config, self.controller.profile, self._windows)
@@ -152,8 +147,8 @@ class Steering:
 
     def idle(self) -> None:
         """No request is left, running or waiting."""
-        if self._busy:
-            self._busy = False
+        if self.busy:
+            self.busy = False
             self.interrupted()
             if self._trace:
                 self._trace.flush()

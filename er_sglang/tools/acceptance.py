@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import argparse
 import textwrap
-from collections import defaultdict
 from collections.abc import Sequence
-from itertools import product
 from pathlib import Path
 
 from er_sglang.config import HEADS, SINK_TOKENS, WEIGHT_FORMATS
@@ -29,8 +27,8 @@ which drafts --gamma tokens in every step.
 
 What decides is, in this order: the formats' difference against their bytes, and how much a window costs in contexts much
 longer than it. A window (recent tokens besides the first {SINK_TOKENS}) costs nothing in shorter ones, so give prompts as long as
-your own, or --context-tokens. Drafters with a window have the first of
---weights, --group-sizes and --heads.
+your own, or --context-tokens. All drafters have the first of --windows; its others are tried with the first of --weights,
+--group-sizes and --heads.
 """
 
 _EXAMPLES = """examples:
@@ -127,6 +125,7 @@ def run(args: argparse.Namespace) -> int:
 
     from er_sglang.offline import texts
     from er_sglang.offline.drafters import Policy
+    from er_sglang.offline.measure import measure, plan
     from er_sglang.tools.results import environment, write_json
 
     if args.gamma < 1:
@@ -167,16 +166,18 @@ def run(args: argparse.Namespace) -> int:
             ignore_eos=args.ignore_eos,
         )
         responses = [response for response in responses if len(response.tokens) - response.first > args.gamma]
+        if not responses:
+            raise ConfigError(f"no response is longer than --gamma, {args.gamma} tokens: raise --new-tokens.")
         content["samples"].append(
             {
                 "temperature": temperature,
                 "responses": len(responses),
                 "prompt_tokens": [response.first for response in responses],
                 "response_tokens": [len(response.tokens) - response.first for response in responses],
-                "example": tokenizer.decode(responses[0].tokens[responses[0].first :][:80]) if responses else None,
+                "example": tokenizer.decode(responses[0].tokens[responses[0].first :][:80]),
             }
         )
-        content["rows"] += measure(policy, responses, len(prompts), drafters, temperature, args.gamma)
+        content["rows"] += measure(policy, responses, len(prompts), drafters, temperature, args.gamma, EDGES)
 
     args.out.mkdir(parents=True, exist_ok=True)
     write_json(args.out / "acceptance.json", content)
@@ -185,81 +186,6 @@ def run(args: argparse.Namespace) -> int:
     plot(content, args.out / "plot.png")
     print(f"\n{table}\n\n{args.out}/: acceptance.json, table.md, plot.png")
     return 0
-
-
-def plan(formats: Sequence[str], group_sizes: Sequence[int], heads: Sequence[str], windows: Sequence[int]) -> list:
-    """The drafters of a run: every format, group size and head with the first window, and the first with every window."""
-    from er_sglang.offline.drafters import Drafter, Weights
-
-    weights = dict.fromkeys(
-        Weights(format=name, group_size=group_sizes[0] if name == "fp8" else size)
-        for name, size in product(formats, group_sizes)
-    )
-    drafters = [Drafter(weights=each, head=head, attention_window=windows[0]) for each, head in product(weights, heads)]
-    return drafters + [
-        Drafter(weights=drafters[0].weights, head=heads[0], attention_window=window) for window in windows[1:]
-    ]
-
-
-def measure(
-    policy, responses: Sequence, prompts: int, drafters: Sequence, temperature: float, gamma: int
-) -> list[dict]:
-    """A row per drafter for all contexts together, then one per context length if there are several."""
-    import torch
-    from tqdm import tqdm
-
-    from er_sglang.offline import estimate
-
-    tallies = defaultdict(lambda: torch.zeros(prompts, len(EDGES) - 1, gamma + 1, dtype=torch.float64))
-    copies = list(dict.fromkeys(drafter.weights for drafter in drafters))
-    sizes = {}
-    with tqdm(total=len(copies) * len(responses), desc=f"drafting, T={temperature:g}", unit="text") as bar:
-        for weights in copies:
-            chosen = [drafter for drafter in drafters if drafter.weights == weights]
-            copy, head = policy.quantize(weights), None
-            if any(drafter.head != "policy" for drafter in chosen):
-                head = policy.quantize_head(weights.group_size)
-            for drafter in chosen:
-                head_bytes = 0 if drafter.head == "policy" else head.nbytes
-                sizes[drafter] = (copy.nbytes + head_bytes, sorted(copy.kept))
-            for response in responses:
-                found = policy.outcomes(response.tokens, response.first, temperature, gamma, copy, head, chosen)
-                for drafter, outcome in found.items():
-                    tallies[drafter][response.prompt % prompts] += estimate.tally(outcome, response.first, EDGES)
-                bar.update()
-
-    buckets = [i for i in range(len(EDGES) - 1) if tallies[drafters[0]][:, i, 0].sum()]
-    cells = [(None, slice(None)), *(((EDGES[i], EDGES[i + 1]), slice(i, i + 1)) for i in buckets if len(buckets) > 1)]
-    rows = []
-    for context, cell in cells:
-        reference = None
-        for drafter in drafters:
-            kept_P = tallies[drafter][:, cell].sum(1)
-            samples = estimate.resampled(kept_P)
-            length, lengths = estimate.accept_length(kept_P.sum(0)).item(), estimate.accept_length(samples)
-            reference = reference or (length, lengths)
-            nbytes, unconverted = sizes[drafter]
-            rows.append(
-                {
-                    "weights": drafter.weights.format,
-                    "group_size": drafter.weights.group_size,
-                    "head": drafter.head,
-                    "attention_window": drafter.attention_window,
-                    "temperature": temperature,
-                    "context_tokens": context,
-                    "copy_bytes": nbytes,
-                    "unconverted_layers": len(unconverted),
-                    "cycles": kept_P[:, 0].sum().item(),
-                    "prompts": int((kept_P[:, 0] > 0).sum()),
-                    "alphas": estimate.alphas(kept_P.sum(0)).tolist(),
-                    "alpha_intervals": [estimate.interval(alpha) for alpha in estimate.alphas(samples).T],
-                    "accept_length": length,
-                    "accept_length_interval": estimate.interval(lengths),
-                    "against_first": length - reference[0],
-                    "against_first_interval": estimate.interval(lengths - reference[1]),
-                }
-            )
-    return rows
 
 
 def name_of(row: dict) -> str:

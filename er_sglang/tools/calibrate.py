@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import shutil
-import sys
+import tempfile
 from pathlib import Path
 
+from er_sglang.config import CACHE_ENV, cache_folder
+from er_sglang.errors import ConfigError
 from er_sglang.host.seams import ALGORITHM
 
 _DESCRIPTION = """\
@@ -14,8 +16,9 @@ Measure how long steps take in one server configuration: plain decoding, draftin
 context. A server measures them by itself when it starts for the first time, so you need this only to have the table as
 a file: to simulate, to plot, or to ship it to servers without a common cache ({"profile": PATH} in their config).
 
-It starts a server with the arguments after "--", copies the table and stops the server. Run it on the GPUs and with the
-arguments you will serve with: a table that was measured in another configuration is refused.
+It starts a server with the arguments after "--", which measures anew, keeps the table, for later servers here too, and
+stops the server. Run it on the GPUs and with the arguments you will serve with: a table that was measured in another
+configuration is refused.
 """
 
 _EXAMPLES = """examples:
@@ -46,20 +49,25 @@ def add_command(subparsers: argparse._SubParsersAction) -> None:
 def run(args: argparse.Namespace) -> int:
     from er_sglang.tools.serving import Server
 
-    server = Server(
-        args.model_path,
-        {"speculative-algorithm": ALGORITHM},
-        extra_words=args.server_args,
-        log_path=args.out.with_suffix(".log"),
-        start_timeout_s=args.timeout_s,
-    )
-    with server:
-        state = server.self_quant()
+    with tempfile.TemporaryDirectory() as empty:  # a cache that knows no times: they are measured now
+        server = Server(
+            args.model_path,
+            {"speculative-algorithm": ALGORITHM},
+            extra_words=args.server_args,
+            env={CACHE_ENV: empty},
+            log_path=args.out.with_suffix(".log"),
+            start_timeout_s=args.timeout_s,
+        )
+        with server:
+            state = server.self_quant()
         if state["profile"] is None:
-            print(
-                f'Policy mode "{state["mode"]}" decides without step times: choose "auto" or "paper".', file=sys.stderr
-            )
-            return 1
-        shutil.copyfile(state["profile"], args.out)
+            raise ConfigError(f'policy mode "{state["mode"]}" decides without step times: choose "auto" or "paper".')
+        measured = Path(state["profile"])
+        if not measured.is_relative_to(empty):
+            raise ConfigError(f'the config names a profile, {measured}: leave "profile" out to measure one.')
+        shutil.copyfile(measured, args.out)
+        cached = cache_folder() / measured.relative_to(empty)
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(measured, cached)
     print(f"{args.out}: step times of {args.model_path}, gammas {state['gammas']}")
     return 0

@@ -300,9 +300,9 @@ def revert(tree: Tree) -> int:
 _HELP = """\
 Patch SGLang so that every process finds SELF_QUANT.
 
-You need this only if something else than SGLang builds ServerArgs(speculative_algorithm="SELF_QUANT"), as slime does
-in its Ray actors. `python -m sglang.launch_server` and sglang.Engine work without; `er-sglang autoload` does the same
-without touching SGLang.
+You need this only if something else than SGLang builds ServerArgs(speculative_algorithm="SELF_QUANT"), as slime,
+veRL and NeMo-RL do in their Ray actors. `python -m sglang.launch_server` and sglang.Engine work without; `er-sglang
+autoload` does the same without touching SGLang.
 
     er-sglang patch apply                                 the SGLang of this interpreter
     er-sglang patch apply --root /sgl-workspace/sglang    a checkout; after the trainer's own patches

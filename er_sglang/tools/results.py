@@ -81,6 +81,15 @@ def _cell(value: object) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
+def write_rows(out: Path, rows: Sequence[Mapping[str, object]], **more: object) -> None:
+    """A benchmark's table, in the folder `out` and on the screen, and its raw data, with `more`."""
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / "results.json", {"environment": environment(), **more, "rows": rows})
+    text = table(rows)
+    (out / "table.md").write_text(text + "\n")
+    print(f"{text}\n\nRaw data: {out}/")
+
+
 def write_json(path: Path, content: object) -> None:
     """Write `content`, in which dataclasses may occur."""
     path.write_text(json.dumps(content, indent=1, default=dataclasses.asdict) + "\n")

@@ -1,20 +1,11 @@
-"""Predict rollout time per policy mode from a profile, before any deployment: `er-sglang simulate`.
-
-The simulated server is a decode loop with the profile's step times, at most `max_running` requests, and a prefill that
-stalls it (instant by default). How hard a token is to draft is drawn once per request and position, so all modes face
-the same tokens. A synchronous batch is requests that all run at once; a refilled pool is more requests than
-`max_running`, or requests that arrive one by one; multi-turn requests leave the batch between turns.
-"""
+"""`er-sglang simulate`: predict rollout time per policy mode from a profile, before any deployment."""
 
 from __future__ import annotations
 
 import argparse
-import heapq
 import json
-import random
-from collections import Counter, deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import inf
 from pathlib import Path
 
@@ -23,143 +14,10 @@ from tqdm import tqdm
 from er_sglang.config import AUTO_WINDOWS, SINK_TOKENS
 from er_sglang.errors import ConfigError
 from er_sglang.policy.config import PolicyConfig
-from er_sglang.policy.decide import Controller, State
-from er_sglang.policy.profile import PLAIN, Profile
-from er_sglang.tools.workload import Request, draw_lengths, make_requests
-
-
-@dataclass(slots=True)
-class Rollout:
-    """What one simulated rollout took.
-
-    cycles: requests x steps that drafted. probe_excess_s: what probe cycles took beyond plain steps for as many tokens.
-    steps: number of decode steps by (gamma, reason). timeline: (time_s, batch, gamma) after each step.
-    """
-
-    time_s: float = 0.0
-    tokens: int = 0
-    cycles: int = 0
-    accepted: int = 0
-    switches: int = 0
-    probe_excess_s: float = 0.0
-    steps: Counter[tuple[int, str]] = field(default_factory=Counter)
-    timeline: list[tuple[float, int, int]] = field(default_factory=list)
-
-    def summary(self) -> dict[str, object]:
-        total = sum(self.steps.values())
-        by_gamma: Counter[int] = Counter()
-        by_reason: Counter[str] = Counter()
-        for (gamma, reason), count in self.steps.items():
-            by_gamma[gamma] += count
-            by_reason[reason] += count
-        return {
-            "time_s": self.time_s,
-            "tokens_per_s": self.tokens / self.time_s,
-            "drafting_share": 1.0 - by_gamma[0] / total,
-            "accept_length": 1.0 + self.accepted / self.cycles if self.cycles else None,
-            "switches": self.switches,
-            "probe_excess_s": self.probe_excess_s,
-            "steps_by_gamma": dict(sorted(by_gamma.items())),
-            "steps_by_reason": dict(sorted(by_reason.items())),
-        }
-
-
-class _Slot:
-    """A request on its way: tokens left in this turn, in the KV cache, and to prefill before it (re)joins.
-
-    hardness: of each token to generate, from 0 to 1; a draft of it is accepted if alpha is larger. generated: so far.
-    """
-
-    __slots__ = ("context_tokens", "generated", "hardness", "index", "left", "prefill_tokens", "request", "turn")
-
-    def __init__(self, index: int, request: Request, rng: random.Random) -> None:
-        self.index, self.request, self.turn, self.left = index, request, 0, request.turns[0]
-        self.context_tokens, self.prefill_tokens = 0, request.prompt_tokens
-        self.hardness, self.generated = [rng.random() for _ in range(sum(request.turns))], 0
-
-
-def simulate(
-    profile: Profile,
-    requests: Sequence[Request],
-    controller: Controller,
-    *,
-    max_running: int = 1 << 30,
-    prefill_tokens_per_s: float = inf,
-    window_acceptance: Mapping[int, float] | None = None,
-    seed: int = 0,
-) -> Rollout:
-    """Run `requests` to their end with the step times of `profile`; `controller` may decide by another table.
-
-    window_acceptance: of drafts with an attention window, acceptance over that with full attention; 1 where not given.
-    """
-    rng = random.Random(seed)
-    slots = [_Slot(index, request, rng) for index, request in enumerate(requests)]
-    away = [(slot.request.arrival_s, slot.index, slot) for slot in slots]  # a heap, by when they arrive or return
-    heapq.heapify(away)
-    waiting: deque[_Slot] = deque()
-    running: list[_Slot] = []
-    running_tokens = 0  # KV cache of the running batch
-    rollout, last_gamma = Rollout(), 0
-    while waiting or away or running:
-        if not running and not waiting:
-            rollout.time_s = max(rollout.time_s, away[0][0])
-        while away and away[0][0] <= rollout.time_s:
-            waiting.append(heapq.heappop(away)[2])
-        while waiting and len(running) < max_running:
-            slot = waiting.popleft()
-            rollout.time_s += slot.prefill_tokens / prefill_tokens_per_s
-            slot.context_tokens += slot.prefill_tokens
-            running_tokens += slot.context_tokens
-            running.append(slot)
-
-        batch, mean_context_tokens = len(running), running_tokens / len(running)
-        decision = controller.decide(State(batch=batch, mean_context_tokens=mean_context_tokens))
-        gamma, rung = decision.gamma, decision.rung
-        step_s = profile.costs(batch, mean_context_tokens).step_s
-        rollout.time_s += step_s[rung]
-        rollout.steps[gamma, decision.reason.value] += 1
-        rollout.timeline.append((rollout.time_s, batch, gamma))
-        if gamma != last_gamma and not decision.probe:
-            rollout.switches += 1
-            last_gamma = gamma
-
-        factor = (window_acceptance or {}).get(rung.window, 1.0)
-        accepted = [_accepted(slot, gamma, factor) for slot in running] if gamma else [0] * batch
-        if gamma:
-            controller.observe(accepted, rung)
-            rollout.cycles += batch
-            rollout.accepted += sum(accepted)
-        if decision.probe:
-            rollout.probe_excess_s += step_s[rung] - (1.0 + sum(accepted) / batch) * step_s[PLAIN]
-        step_tokens, done = 0, []
-        for slot, count in zip(running, accepted):
-            emitted = min(count + 1, slot.left)
-            slot.left -= emitted
-            slot.generated += emitted
-            slot.context_tokens += emitted
-            step_tokens += emitted
-            if not slot.left:
-                done.append(slot)
-        rollout.tokens += step_tokens
-        running_tokens += step_tokens
-        if done:
-            running = [slot for slot in running if slot.left]
-        for slot in done:
-            running_tokens -= slot.context_tokens
-            slot.turn += 1
-            if slot.turn < len(slot.request.turns):
-                slot.left, slot.prefill_tokens = slot.request.turns[slot.turn], slot.request.turn_prompt_tokens
-                heapq.heappush(away, (rollout.time_s + slot.request.turn_wait_s, slot.index, slot))
-    return rollout
-
-
-def _accepted(slot: _Slot, gamma: int, factor: float) -> int:
-    alphas, hardness, first = slot.request.alphas, slot.hardness, slot.generated
-    deepest, total, count = len(alphas) - 1, len(hardness), 0  # drafts past the end are as hard as the first tokens
-    while count < gamma and hardness[(first + count) % total] < factor * alphas[min(count, deepest)]:
-        count += 1
-    return count
-
+from er_sglang.policy.decide import Controller
+from er_sglang.policy.profile import Profile
+from er_sglang.tools import simulator
+from er_sglang.tools.workload import draw_lengths, make_requests
 
 _EXAMPLES = """examples:
   A synchronous GRPO batch, 128 responses with a long tail:
@@ -181,7 +39,7 @@ def add_command(subparsers: argparse._SubParsersAction) -> None:
     parser = subparsers.add_parser(
         "simulate",
         help="predict rollout time per policy mode from a profile",
-        description=__doc__,
+        description=simulator.__doc__,
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -196,7 +54,7 @@ def add_command(subparsers: argparse._SubParsersAction) -> None:
         f'attention: 256:0.96,1024:0.99; a draft sees so many recent tokens and the first {SINK_TOKENS} ("drafter": '
         '{"attention_window": "auto"} in a server\'s config). Default: full attention alone',
     )
-    add("--requests", type=int, default=128, help="requests of one rollout (default %(default)s)")
+    add("--requests", type=count, default=128, help="requests of one rollout (default %(default)s)")
     add(
         "--lengths",
         default="lognormal:1500:0.9:8192",
@@ -229,8 +87,8 @@ def add_command(subparsers: argparse._SubParsersAction) -> None:
         default=0.0,
         help="requests arrive evenly over so many seconds (default: all at once)",
     )
-    add("--max-running", type=int, default=1 << 30, help="requests decoded at once (default: all)")
-    add("--turns", type=int, default=1, help="turns that each request's tokens are split into (default %(default)s)")
+    add("--max-running", type=count, default=1 << 30, help="requests decoded at once (default: all)")
+    add("--turns", type=count, default=1, help="turns that each request's tokens are split into (default %(default)s)")
     add("--turn-wait-s", type=float, default=0.0, help="seconds in the environment between turns (default %(default)s)")
     add(
         "--turn-prompt-tokens",
@@ -241,7 +99,7 @@ def add_command(subparsers: argparse._SubParsersAction) -> None:
     add("--prefill-tokens-per-s", type=float, default=inf, help="prefill speed (default: instant)")
     add(
         "--rollouts",
-        type=int,
+        type=count,
         default=4,
         help="rollouts in a row, a policy update before each but the first; times are sums (default %(default)s)",
     )
@@ -267,6 +125,12 @@ def add_command(subparsers: argparse._SubParsersAction) -> None:
     parser.set_defaults(run=run)
 
 
+def count(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is less than 1")
+    return number
+
+
 def alpha_list(text: str) -> tuple[float, ...]:
     return tuple(float(alpha) for alpha in text.split(","))
 
@@ -290,7 +154,7 @@ class Measured:
 
 
 def read_acceptance(path: Path, temperature: float | None) -> list[Measured]:
-    """The drafters with full attention. Raises ConfigError for a temperature that was not measured."""
+    """The drafters with full attention. Raises ConfigError where none was measured, or not at this temperature."""
     rows = [row for row in json.loads(path.read_text())["rows"] if row["context_tokens"] is None]
     temperatures = list(dict.fromkeys(row["temperature"] for row in rows))
     if temperature is None and len(temperatures) == 1:
@@ -302,6 +166,8 @@ def read_acceptance(path: Path, temperature: float | None) -> list[Measured]:
         return row["weights"], row["head"], row["group_size"]
 
     rows = [row for row in rows if row["temperature"] == temperature]
+    if all(row["attention_window"] for row in rows):
+        raise ConfigError(f"{path} has no drafter with full attention: measure with --windows 0 before any other.")
     return [
         Measured(
             config=dict(zip(("weights", "head", "group_size"), key(full))),
@@ -399,7 +265,7 @@ def simulate_modes(
                 arrival_s=args.arrival_s,
             )
             rollouts.append(
-                simulate(
+                simulator.simulate(
                     profile,
                     requests,
                     controller,

@@ -35,21 +35,29 @@ class Request:
 
 
 def draw_lengths(text: str, count: int, seed: int) -> list[int]:
-    """`count` lengths: "fixed:N", "uniform:LOW:HIGH", "lognormal:MEDIAN:SIGMA:MAX", or a file with one per line."""
+    """`count` lengths: "fixed:N", "uniform:LOW:HIGH", "lognormal:MEDIAN:SIGMA:MAX", or a file with one per line.
+
+    Raises ConfigError for anything else, OSError for a file that cannot be read.
+    """
     rng = random.Random(seed)
     kind, *numbers = text.split(":")
-    if kind not in ("fixed", "uniform", "lognormal"):
+    try:
+        if kind == "fixed":
+            (length,) = map(float, numbers)
+            return [int(length)] * count
+        if kind == "uniform":
+            low, high = map(float, numbers)
+            return [rng.randint(int(low), int(high)) for _ in range(count)]
+        if kind == "lognormal":
+            median, sigma, most = map(float, numbers)
+            return [max(1, min(int(most), int(median * rng.lognormvariate(0.0, sigma)))) for _ in range(count)]
         lengths = [int(line) for line in Path(text).read_text().split()]
         return [lengths[i % len(lengths)] for i in range(count)]
-    values = [float(number) for number in numbers]
-    if len(values) != {"fixed": 1, "uniform": 2, "lognormal": 3}[kind]:
-        raise ConfigError(f"{text!r}: write fixed:N, uniform:LOW:HIGH or lognormal:MEDIAN:SIGMA:MAX")
-    if kind == "fixed":
-        return [int(values[0])] * count
-    if kind == "uniform":
-        return [rng.randint(int(values[0]), int(values[1])) for _ in range(count)]
-    median_tokens, sigma, longest = values
-    return [max(1, min(int(longest), int(median_tokens * rng.lognormvariate(0.0, sigma)))) for _ in range(count)]
+    except (ValueError, ZeroDivisionError) as error:  # of an empty file
+        raise ConfigError(
+            f"{text!r} holds no lengths: write fixed:N, uniform:LOW:HIGH, lognormal:MEDIAN:SIGMA:MAX, or a file with one "
+            "length per line."
+        ) from error
 
 
 def make_requests(

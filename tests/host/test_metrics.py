@@ -52,7 +52,7 @@ def test_counters_add_up(server):
     assert (after["updates"], after["failed_updates"], after["dirty"]) == (0, 0, False)
 
 
-def test_acceptance_per_position_explains_what_was_accepted(qwen3, folder, saboteur):
+def test_acceptance_per_position_explains_what_was_accepted(saboteur):
     """At a fixed gamma: mean accepted = a1 + a1 a2 + a1 a2 a3, for conditional acceptances a."""
     generate(saboteur.server)
     info = saboteur.server.self_quant()

@@ -228,7 +228,7 @@ def test_steps_in_flight_are_learned_from_by_the_policy_that_decided_them():
     steering = Steering(always, Metrics(3), windows=(0,), max_draft_batch=8, agreement=Agreement(None), trace=None)
     for config in (PolicyConfig(mode="off"), PolicyConfig(mode="always", fixed_gamma=2)):
         steering.launch([10, 10], None, {})
-        steering.set_policy(config)
+        steering.change_settings(config)
     steering.launch([10, 10], None, {})
     assert steering.in_flight_tokens == 4 + 1 + 3
     for accepted in ([3, 1], [0, 0], [2, 0]):

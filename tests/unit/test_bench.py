@@ -15,7 +15,7 @@ from er_sglang.config import AUTO_WINDOWS, SIMULATE_ACCEPTANCE_ENV, load_config,
 from er_sglang.quantize.blocks import MAX_ROWS, SHARED_BYTES, SMALL_BATCH, Blocks, choose_blocks, shared_bytes
 from er_sglang.steering.control import Control, replaced
 from er_sglang.tools.plots import Bin
-from er_sglang.tools.results import environment, table, write_json
+from er_sglang.tools.results import environment, table, write_json, write_rows
 from er_sglang.tools.serving import CPU_ARGS, server_command
 
 needs_transformers = pytest.mark.skipif(
@@ -291,6 +291,14 @@ def test_environment_names_command_hardware_and_versions(monkeypatch):
     json.dumps(found)
 
 
+def test_rows_are_written_and_shown(tmp_path, capsys):
+    write_rows(tmp_path / "out", [{"rows": 8, "us": 1.5}], bandwidth=2.0)
+    raw = json.loads((tmp_path / "out/results.json").read_text())
+    assert raw["rows"] == [{"rows": 8, "us": 1.5}] and raw["bandwidth"] == 2.0 and raw["environment"]["hardware"]
+    text = (tmp_path / "out/table.md").read_text()
+    assert "|    8 | 1.5 |" in text and text in capsys.readouterr().out
+
+
 def test_plots_and_raw_data_are_written(tmp_path):
     pytest.importorskip("matplotlib", reason="plots need the plot extra")
     speculative = result(completion(), completion())
@@ -557,7 +565,7 @@ def test_a_servers_trace_is_split_by_arm(tmp_path):
     assert [[json.loads(line)["step"] for line in path.read_text().splitlines()] for path in paths] == [[1, 2], [3]]
 
 
-def test_rollouts_are_compared_with_plain_and_with_the_prediction(tmp_path):
+def test_rollouts_are_compared_with_plain_and_with_the_prediction():
     from er_sglang.bench.rollout import table_rows
     from er_sglang.policy.profile import Profile, Sample
 
@@ -591,7 +599,7 @@ def test_one_server_does_for_every_workload_of_the_readme(tmp_path, monkeypatch)
 
 
 def test_a_table_has_what_is_gained_over_the_first_arm():
-    from er_sglang.bench.run import against_first
+    from er_sglang.bench.decode import against_first
 
     rows = [
         {"arm": arm, "options": options, "concurrency": 8, "tokens/s": rate}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ PACKAGE = Path(__file__).parents[2] / "er_sglang"
 # Rooms that know neither torch nor SGLang, whoever they import; `.` is the package's own folder.
 PURE = {
     "policy": "*",
-    "tools": "patching plots simulate workload",
+    "tools": "patching plots simulate simulator workload",
     "steering": "control metrics trace",
     "host": "seams refusals",
     "drafting": "updates",
@@ -108,6 +109,19 @@ def test_no_module_imports_itself_by_way_of_others(name):
 @pytest.mark.parametrize("name", [name for name in sorted(FOUND) if name.startswith("tools.")])
 def test_tools_do_not_need_benchmarks(name):
     assert not any(other.startswith("bench") for other in ours(name))
+
+
+LISTS = {
+    file.parent: text
+    for file in PACKAGE.rglob("__init__.py")
+    if re.search(r"^\w+\.py  ", text := file.read_text(), re.M)
+}
+
+
+@pytest.mark.parametrize("room", LISTS, ids=lambda room: room.name)
+def test_a_list_of_a_rooms_modules_is_whole(room):
+    named = set(re.findall(r"\b\w+(?=\.py\b)", LISTS[room]))
+    assert named == {file.stem for file in room.glob("*.py")} - {"__init__"}
 
 
 def test_every_rule_is_about_something():

@@ -7,19 +7,12 @@ import pytest
 from er_sglang.policy.config import PolicyConfig
 from er_sglang.policy.decide import Controller, State
 from er_sglang.policy.live import LARGEST_RATIO, LiveFactor
-from er_sglang.policy.profile import Profile, Sample
+from tests.profiles import flat_profile
 
 STATE = State(batch=16, mean_context_tokens=1000.0)
 SHARED_EVERY = 64  # steps
-
-
-def profile() -> Profile:
-    """Of gamma 3 at acceptance 0.9: 3.44 tokens in 2.4 steps' time."""
-    rows = []
-    for b in (1, 64):
-        for c in (100, 4000):
-            rows += [Sample("target", 0, b, c, 10e-3), Sample("draft", 0, b, c, 4e-3), Sample("verify", 3, b, c, 12e-3)]
-    return Profile.from_samples(rows)
+# Of gamma 3 at acceptance 0.9: 3.44 tokens in 2.4 steps' time.
+PROFILE = flat_profile(10e-3, 4e-3, 12e-3, gammas=(3,))
 
 
 def serve(steps: int, cycle_slowdown, live: LiveFactor, controller: Controller, rng: random.Random) -> list[int]:
@@ -39,7 +32,7 @@ def serve(steps: int, cycle_slowdown, live: LiveFactor, controller: Controller, 
 
 
 def test_a_cell_that_is_slower_than_plain_is_left_and_tried_again_when_it_no_longer_is():
-    live, controller, rng = LiveFactor(), Controller(PolicyConfig(ladder=(3,)), profile()), random.Random(0)
+    live, controller, rng = LiveFactor(), Controller(PolicyConfig(ladder=(3,)), PROFILE), random.Random(0)
     assert sum(gamma > 0 for gamma in serve(1000, lambda _: 1.0, live, controller, rng)) > 950
     slow = serve(20_000, lambda _: 1.6, live, controller, rng)  # 0.9 x plain
     assert sum(gamma > 0 for gamma in slow[2000:]) < 0.15 * 18_000

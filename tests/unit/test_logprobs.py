@@ -70,7 +70,7 @@ def test_they_are_sglangs_without_its_passes(monkeypatch, original, all_greedy):
     assert output.next_token_logprobs.isfinite().all()
 
 
-def test_alternatives_and_chosen_tokens_are_sglangs(monkeypatch):
+def test_alternatives_and_chosen_tokens_are_sglangs():
     batch, output, verdict, sampler = judged()
     batch.top_logprobs_nums[1], batch.token_ids_logprobs[2] = 3, [5, 9]
     expected = sglangs(batch, output, verdict)

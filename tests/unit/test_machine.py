@@ -59,17 +59,37 @@ def test_an_old_card(gpu, capability, weights, words):
         check(weights)
 
 
+def compiled(folder, *kernels):
+    for name in kernels:
+        (folder / f"compiled/sgl_kernel_jit_{name}_1").mkdir(parents=True)
+        (folder / f"compiled/sgl_kernel_jit_{name}_1/kernel.so").touch()
+
+
 def test_no_compiler(gpu, monkeypatch):
-    folder = gpu(9, 0)
+    folder = gpu(8, 9)
     (folder / "cuda/bin/nvcc").unlink()
     monkeypatch.setenv("CUDA_HOME", f"{folder}/cuda")
-    with pytest.raises(ConfigError, match=f"no nvcc in {folder}/cuda/bin, and int4 kernels are compiled at the first"):
+    with pytest.raises(ConfigError, match=f"no nvcc in {folder}/cuda/bin, and kernels are compiled at the first"):
         check("int4")
     with pytest.raises(ConfigError, match="no nvcc"):
         check("fp8", head="int4")
     check("fp8")
-    (folder / "compiled/sgl_kernel_jit_gptq_marlin_1").mkdir(parents=True)
-    (folder / "compiled/sgl_kernel_jit_gptq_marlin_1/kernel.so").touch()
+    compiled(folder, "gptq_marlin")
+    check("int4")
+
+
+def test_no_compiler_on_hopper(gpu, monkeypatch):
+    """There drafts of any format have norms, activations and rotation of ours."""
+    folder = gpu(9, 0)
+    (folder / "cuda/bin/nvcc").unlink()
+    monkeypatch.setenv("CUDA_HOME", f"{folder}/cuda")
+    with pytest.raises(ConfigError, match=r"\(er_sglang_small_kernels\)"):
+        check("fp8")
+    compiled(folder, "gptq_marlin", "er_sglang_small_kernels")
+    check("fp8")
+    with pytest.raises(ConfigError, match=r"\(er_sglang_small_batch_gemm, er_sglang_wgmma_gemm\)"):
+        check("int4")
+    compiled(folder, "er_sglang_small_batch_gemm", "er_sglang_wgmma_gemm")
     check("int4")
 
 

@@ -1,5 +1,6 @@
 """Acceptance without a server: the chain against a decode loop, the estimate against drawn cycles."""
 
+import json
 import random
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from transformers import DynamicCache
 
 from er_sglang.bench import toy
+from er_sglang.cli import main
 from er_sglang.config import HEADS, SINK_TOKENS
 from er_sglang.cycle.step import Step
 from er_sglang.cycle.window import AttentionWindow, with_window_rows
@@ -162,3 +164,22 @@ def test_intervals_are_over_prompts():
     kept = torch.tensor([[10.0, 9.0], [10.0, 5.0]]).double()
     low, high = estimate.interval(estimate.alphas(estimate.resampled(kept))[:, 0])
     assert (low, high) == pytest.approx((0.5, 0.9))
+
+
+def test_the_command(tmp_path, capsys):
+    policy = toy.make_random_policy(tmp_path / "policy")
+    asked = ["--limit", "2", "--weights", "int4,fp8", "--heads", "int4", "--windows", "0,1", "--dtype", "float32"]
+    command = ["acceptance", str(policy), *asked, "--ignore-eos", "--out", str(tmp_path / "out")]
+    assert main([*command, "--new-tokens", "9"]) == 0
+    rows = json.loads((tmp_path / "out/acceptance.json").read_text())["rows"]
+    assert [(row["weights"], row["attention_window"]) for row in rows] == [("int4", 0), ("fp8", 0), ("int4", 1)]
+    for row in rows:
+        low, high = row["accept_length_interval"]
+        assert len(row["alphas"]) == 3 and 1.0 < low <= row["accept_length"] <= high <= 4.0
+    assert rows[1]["accept_length"] > rows[0]["accept_length"], "of twice the bits"
+    assert (tmp_path / "out/table.md").read_text().count("int4 g128") == 2 and (
+        tmp_path / "out/plot.png"
+    ).stat().st_size
+    capsys.readouterr()
+    assert main([*command, "--new-tokens", "3"]) == 1
+    assert "no response is longer than --gamma, 3 tokens" in capsys.readouterr().err

@@ -321,7 +321,7 @@ def test_patches_that_do_more_than_change_lines_are_refused(text):
         patching.parse_patch("p.patch", text.encode())
 
 
-def test_bytes_survive(tmp_path):
+def test_bytes_survive():
     """Neither encodings nor line endings of untouched lines change."""
     content = b"\xff latin\r\none\n\x0c\nlast line without newline"
     done = patching.apply_in_memory({"x": content}, [patching.Patch(name="p", hunks={"x": (hunk("one\n", "two\n"),)})])

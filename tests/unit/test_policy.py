@@ -13,22 +13,10 @@ from er_sglang.policy.acceptance import AcceptanceEstimator
 from er_sglang.policy.config import PolicyConfig
 from er_sglang.policy.decide import Controller, Memory, Reason, State, decide
 from er_sglang.policy.paper import PaperRule, Roofline, fit_roofline
-from er_sglang.policy.profile import Profile, Rung, Sample
+from er_sglang.policy.profile import Rung
+from tests.profiles import LADDER, flat_profile, make_profile
 
-LADDER = (1, 2, 3, 5, 7)
 NO_CREDIT = Memory(probe_credit_s=0.0)
-
-
-def make_profile(
-    target_s, draft_s, verify_s, gammas=LADDER, batches=(1, 8, 32, 64, 128), contexts=(512, 4096)
-) -> Profile:
-    rows = []
-    for b in batches:
-        for c in contexts:
-            rows.append(Sample("target", 0, b, c, target_s(b, c)))
-            rows.append(Sample("draft", 0, b, c, draft_s(b, c)))
-            rows += [Sample("verify", g, b, c, verify_s(b, c, g)) for g in gammas]
-    return Profile.from_samples(rows)
 
 
 # Reading the weights takes 10 ms (the drafter's 4 ms), computing a token 0.2 ms: drafting pays at small batches only.
@@ -51,14 +39,14 @@ class Acceptance:
         return self._alphas, self._upper
 
 
+def draw(rng: random.Random, alpha: float, batch: int, gamma: int) -> list[int]:
+    """Accepted drafts of each request of a cycle."""
+    return [next((i for i in range(gamma) if rng.random() >= alpha), gamma) for _ in range(batch)]
+
+
 def cycle(controller: Controller, rng: random.Random, alpha: float, batch: int, gamma: int) -> float:
     """One cycle, observed; its mean emitted tokens."""
-    accepted = []
-    for _ in range(batch):
-        count = 0
-        while count < gamma and rng.random() < alpha:
-            count += 1
-        accepted.append(count)
+    accepted = draw(rng, alpha, batch, gamma)
     controller.observe(accepted, Rung(gamma))
     return 1.0 + sum(accepted) / batch
 
@@ -94,7 +82,7 @@ def test_expected_speedup_is_the_closed_form():
 
 
 def test_margin_is_asked_of_drafting_and_not_between_rungs():
-    profile = make_profile(lambda b, c: 1.0, lambda b, c: 0.5, lambda b, c, g: 1.3)
+    profile = flat_profile(1.0, 0.5, 1.3)
     acceptance = {0: Acceptance([0.88] * 7)}  # gamma 1: 1.88 / 1.8 = 1.044; gamma 2: 2.65 / 2.3 = 1.154
     assert decide(SMALL, profile, acceptance, PolicyConfig(margin=0.1, patience=0.0), NO_CREDIT)[0].gamma > 1
     assert decide(SMALL, profile, acceptance, PolicyConfig(margin=0.3, patience=0.0), NO_CREDIT)[0].gamma == 0
@@ -102,20 +90,20 @@ def test_margin_is_asked_of_drafting_and_not_between_rungs():
 
 @pytest.mark.parametrize("mode", ["auto", "always", "threshold", "paper"])
 def test_a_batch_that_forbids_drafting_is_not_drafted_for(mode):
-    profile = make_profile(lambda b, c: 10e-3, lambda b, c: 1e-3, lambda b, c, g: 10e-3, gammas=(1, 2, 3, 5, 7, 9, 11))
+    profile = flat_profile(10e-3, 1e-3, 10e-3, gammas=(1, 2, 3, 5, 7, 9, 11))
     controller = Controller(PolicyConfig(mode=mode), profile)
     for state in (LARGE, SMALL):
         controller.decide(state)
     free = controller.decide(SMALL)
-    forbidden = controller.decide(State(batch=4, mean_context_tokens=1000.0, forbid_reason="grammar"))
-    assert free.gamma > 0 and (forbidden.gamma, forbidden.reason) == (0, Reason.FORBIDDEN)
+    blocked = controller.decide(State(batch=4, mean_context_tokens=1000.0, blocker="grammar"))
+    assert free.gamma > 0 and (blocked.gamma, blocked.reason) == (0, Reason.BLOCKED)
     assert controller.decide(SMALL).gamma == free.gamma
 
 
 def test_a_batch_too_large_to_draft_for_arms_the_papers_toggle():
-    profile = make_profile(lambda b, c: 10e-3, lambda b, c: 1e-3, lambda b, c, g: 10e-3, gammas=(5, 7, 9, 11))
+    profile = flat_profile(10e-3, 1e-3, 10e-3, gammas=(5, 7, 9, 11))
     controller = Controller(PolicyConfig(mode="paper"), profile)
-    full = State(batch=40, mean_context_tokens=1000.0, forbid_reason="max-draft-batch")
+    full = State(batch=40, mean_context_tokens=1000.0, blocker="max-draft-batch")
     assert [controller.decide(state).gamma for state in (SMALL, full, SMALL)] == [0, 0, 5]
 
 
@@ -129,7 +117,7 @@ def test_a_large_change_acts_at_once_and_both_ways():
 
 
 def test_a_small_advantage_acts_after_patience():
-    profile = make_profile(lambda b, c: 1.0, lambda b, c: 0.4, lambda b, c, g: 1.0)
+    profile = flat_profile(1.0, 0.4, 1.0)
     acceptance = {0: Acceptance([0.45])}  # gamma 1: 1.45 / 1.4 = 1.036
     config, memory, gammas = PolicyConfig(ladder=(1,), margin=0.0, patience=0.25), NO_CREDIT, []
     for _ in range(10):
@@ -166,7 +154,7 @@ def test_no_flapping_within_the_uncertainty_of_the_estimate(wander):
     for _ in range(200):
         estimator.observe([1] * 29 + [0] * 35, 1)
     (low,), (high,) = estimator.bounds()
-    profile = make_profile(lambda b, c: 1.0, lambda b, c: 0.44, lambda b, c, g: 1.0)
+    profile = flat_profile(1.0, 0.44, 1.0)
     config, memory, switches = PolicyConfig(ladder=(1,)), NO_CREDIT, 0
     for u in wander:
         before = memory.rung.gamma
@@ -178,7 +166,7 @@ def test_no_flapping_within_the_uncertainty_of_the_estimate(wander):
 
 def test_a_noisy_estimate_at_the_crossover_switches_rarely():
     rng = random.Random(0)
-    profile = make_profile(lambda b, c: 1.0, lambda b, c: 0.44, lambda b, c, g: 1.0)
+    profile = flat_profile(1.0, 0.44, 1.0)
     controller, gammas = Controller(PolicyConfig(ladder=(1,)), profile), []
     for _ in range(4000):
         gammas.append(controller.decide(SMALL).gamma)
@@ -314,15 +302,10 @@ def drive(controller: Controller, rng: random.Random, state: State, alphas: dict
     """Rungs taken, where drafts with each window are accepted as stated."""
     rungs = []
     for _ in range(steps):
-        rungs.append(controller.decide(state).rung)
-        if rungs[-1].gamma:
-            accepted = []
-            for _ in range(state.batch):
-                count = 0
-                while count < rungs[-1].gamma and rng.random() < alphas[rungs[-1].window]:
-                    count += 1
-                accepted.append(count)
-            controller.observe(accepted, rungs[-1])
+        rung = controller.decide(state).rung
+        rungs.append(rung)
+        if rung.gamma:
+            controller.observe(draw(rng, alphas[rung.window], state.batch, rung.gamma), rung)
     return rungs
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from er_sglang.errors import ConfigError
 from er_sglang.host import refusals
-from er_sglang.host.seams import SUPPORTED_ARCHITECTURES, UnsupportedHost
+from er_sglang.host.seams import UnsupportedHost
 
 
 @pytest.fixture
@@ -124,7 +124,7 @@ def test_a_field_that_is_gone_is_an_unsupported_host(args, field):
 
 
 def test_only_sglangs_own_classes_are_accepted():
-    for name, module in SUPPORTED_ARCHITECTURES.items():
+    for name, module in refusals.SUPPORTED_ARCHITECTURES.items():
         refusals.check_model_class(type(name, (), {"__module__": module}))
     with pytest.raises(ConfigError, match="loaded as external.qwen3.Qwen3ForCausalLM"):
         refusals.check_model_class(type("Qwen3ForCausalLM", (), {"__module__": "external.qwen3"}))

@@ -4,11 +4,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from er_sglang.host.riders import reason_to_refuse, riders
+from er_sglang.host.riders import batch_blocker, riders
 from er_sglang.policy.config import PolicyConfig
 from er_sglang.policy.decide import Controller, State
-from er_sglang.policy.profile import Profile, Rung, Sample
+from er_sglang.policy.profile import Rung
 from er_sglang.steering.metrics import Launched, Metrics
+from tests.profiles import flat_profile
 
 
 def batch(*reqs, **info) -> SimpleNamespace:
@@ -32,15 +33,11 @@ def test_requests_with_a_grammar_or_a_processor_ride():
 
 @pytest.mark.parametrize("hidden_states, reason", [(False, None), (True, "hidden-states")])
 def test_batches_that_refuse_say_why(hidden_states, reason):
-    assert reason_to_refuse(batch(request(), return_hidden_states=hidden_states)) == reason
+    assert batch_blocker(batch(request(), return_hidden_states=hidden_states)) == reason
 
 
 def test_riders_take_their_share_of_the_gain():
-    rows = []
-    for b in (1, 64):
-        for c in (100, 4000):
-            rows += [Sample("target", 0, b, c, 1.0), Sample("draft", 0, b, c, 0.3), Sample("verify", 3, b, c, 1.2)]
-    controller = Controller(PolicyConfig(ladder=(3,), patience=0.0), Profile.from_samples(rows))
+    controller = Controller(PolicyConfig(ladder=(3,), patience=0.0), flat_profile(1.0, 0.3, 1.2, gammas=(3,)))
     for _ in range(50):
         controller.observe([3] * 8, Rung(3))
     expected = {0: 4 / 2.1, 4: (1 + 0.5 * 3) / 2.1, 7: (1 + 3 / 8) / 2.1}

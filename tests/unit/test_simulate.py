@@ -9,25 +9,16 @@ from pathlib import Path
 import pytest
 
 from er_sglang.cli import main
+from er_sglang.errors import ConfigError
 from er_sglang.policy.acceptance import emitted
 from er_sglang.policy.config import PolicyConfig
 from er_sglang.policy.decide import Controller
 from er_sglang.policy.profile import Profile, Sample
-from er_sglang.tools.simulate import simulate
+from er_sglang.tools.simulator import simulate
 from er_sglang.tools.workload import Request, draw_lengths, make_requests
+from tests.profiles import LADDER, flat_profile, make_profile
 
-LADDER = (1, 2, 3, 5, 7)
 PROPERTY_CASES = int(os.environ.get("ER_SGLANG_PROPERTY_CASES", "2000"))
-
-
-def flat_profile(target_s=1.0, draft_s=0.3, verify_s=1.1, gammas=LADDER) -> Profile:
-    rows = []
-    for batch in (1, 8):
-        for context in (100, 1000):
-            rows.append(Sample("target", 0, batch, context, target_s))
-            rows.append(Sample("draft", 0, batch, context, draft_s))
-            rows += [Sample("verify", gamma, batch, context, verify_s) for gamma in gammas]
-    return Profile.from_samples(rows)
 
 
 def a100_14b_profile(gammas=(1, 2, 3, 5, 7, 9, 11)) -> Profile:
@@ -39,16 +30,21 @@ def a100_14b_profile(gammas=(1, 2, 3, 5, 7, 9, 11)) -> Profile:
     per request of a target, draft and verify step.
     """
     bandwidth, flops, kv_bytes = 1.564e12, 233.5e12, 48_070
-    rows = []
-    for b in (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128):
-        for c in (256, 1024, 4096, 8192):
-            compute_s = b * (27.98e9 + 0.98e6 * c) / flops
-            read_s = (29.54e9 + kv_bytes * b * c) / bandwidth
-            draft_read_s = (1.271 * 9.72e9 + kv_bytes * b * c) / bandwidth
-            rows.append(Sample("target", 0, b, c, max(read_s, compute_s) + 50e-6 * b))
-            rows.append(Sample("draft", 0, b, c, max(draft_read_s, compute_s) + 153.9e-6 * b))
-            rows += [Sample("verify", g, b, c, max(read_s, (g + 1) * compute_s) + 232.3e-6 * b) for g in gammas]
-    return Profile.from_samples(rows)
+
+    def read_s(weight_bytes: float, b: int, c: int) -> float:
+        return (weight_bytes + kv_bytes * b * c) / bandwidth
+
+    def compute_s(b: int, c: int) -> float:
+        return b * (27.98e9 + 0.98e6 * c) / flops
+
+    return make_profile(
+        lambda b, c: max(read_s(29.54e9, b, c), compute_s(b, c)) + 50e-6 * b,
+        lambda b, c: max(read_s(1.271 * 9.72e9, b, c), compute_s(b, c)) + 153.9e-6 * b,
+        lambda b, c, g: max(read_s(29.54e9, b, c), (g + 1) * compute_s(b, c)) + 232.3e-6 * b,
+        gammas,
+        batches=(1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128),
+        contexts=(256, 1024, 4096, 8192),
+    )
 
 
 def run(config: PolicyConfig, profile: Profile, requests, **kwargs):
@@ -115,10 +111,7 @@ def test_a_batch_that_fills_up_is_not_drafted_for_once_it_is_full():
 
 
 def test_longer_contexts_take_longer_steps():
-    rows = [Sample("draft", 0, b, c, 1.0) for b in (1, 2) for c in (100, 200)]
-    rows += [Sample("target", 0, b, c, c / 100) for b in (1, 2) for c in (100, 200)]
-    rows += [Sample("verify", 1, b, c, c / 100) for b in (1, 2) for c in (100, 200)]
-    profile = Profile.from_samples(rows)
+    profile = make_profile(lambda b, c: c / 100, lambda b, c: 1.0, lambda b, c, g: c / 100, (1,), (1, 2), (100, 200))
     short, long = (Request(prompt_tokens=n, turns=(n // 10,), alphas=(0.9,)) for n in (100, 200))
     rollout = run(PolicyConfig(mode="off"), profile, [short, long])
     both, alone = sum((150 + i) / 100 for i in range(10)), sum((200 + i) / 100 for i in range(10, 20))
@@ -137,8 +130,10 @@ def test_length_distributions(tmp_path):
     assert lengths[1000] == pytest.approx(1000, rel=0.1) and lengths[-1] == 4000
     (tmp_path / "trace").write_text("3\n4\n")
     assert draw_lengths(str(tmp_path / "trace"), 3, seed=0) == [3, 4, 3]
-    with pytest.raises(ValueError, match="uniform:LOW:HIGH"):
-        draw_lengths("uniform:5", 3, seed=0)
+    (tmp_path / "empty").touch()
+    for text in ("uniform:5", "uniform:9:5", "fixed:many", str(tmp_path / "empty"), __file__):
+        with pytest.raises(ConfigError, match="uniform:LOW:HIGH"):
+            draw_lengths(text, 3, seed=0)
 
 
 def test_the_papers_ablation():
@@ -273,6 +268,14 @@ def test_command_line(tmp_path, capsys):
     assert results["auto"]["time_s"] < results["off"]["time_s"]
 
 
+@pytest.mark.parametrize("flag", ["--requests", "--max-running", "--turns", "--rollouts"])
+def test_the_command_line_counts_from_one(flag, tmp_path, capsys):
+    flat_profile().save(tmp_path / "profile.json")
+    with pytest.raises(SystemExit):
+        main(["simulate", "--profile", str(tmp_path / "profile.json"), flag, "0"])
+    assert f"argument {flag}: 0 is less than 1" in capsys.readouterr().err
+
+
 def figures(profile: Profile, tmp_path: Path, *words: str) -> dict:
     """What `er-sglang simulate` writes; two requests of a hundred tokens."""
     profile.save(tmp_path / "profile.json")
@@ -299,12 +302,9 @@ def test_the_command_line_lets_requests_arrive_over_time(tmp_path):
 
 def test_the_command_line_states_what_a_window_accepts(tmp_path):
     """A draft takes 1 ms per token that it attends to: of 1000 and more, the first 64 and the last 136."""
-    rows = []
-    for batch in (1, 8):
-        for context in (100, 1000, 2000):
-            rows += [Sample("target", 0, batch, context, 1.0), Sample("verify", 3, batch, context, 1.0)]
-            rows.append(Sample("draft", 0, batch, context, 1e-3 * context))
-    profile = Profile.from_samples(rows)
+    profile = make_profile(
+        lambda b, c: 1.0, lambda b, c: 1e-3 * c, lambda b, c, g: 1.0, (3,), batches=(1, 8), contexts=(100, 1000, 2000)
+    )
     words = "--modes auto --alpha 1 --prompt-tokens 1000 --rollouts 1 --lengths fixed:400 --windows".split()
     every_s, none_s = (figures(profile, tmp_path, *words, f"136:{x}")["auto"]["time_s"] for x in ("1", "0"))
     assert every_s == pytest.approx(400 / 4 * (3 * 0.2 + 1.0))
@@ -332,3 +332,6 @@ def test_the_command_line_takes_measured_acceptance(tmp_path, capsys):
     assert "does not pay" in capsys.readouterr().out
     assert main(["simulate", "--profile", str(tmp_path / "profile.json"), *words[:2]]) == 1
     assert "give one of them with --temperature" in capsys.readouterr().err
+    (tmp_path / "acceptance.json").write_text(json.dumps({"rows": [row("int4", 256, 0.9)]}))
+    assert main(["simulate", "--profile", str(tmp_path / "profile.json"), *words[:2]]) == 1
+    assert "no drafter with full attention: measure with --windows 0" in capsys.readouterr().err

@@ -6,7 +6,7 @@ import logging
 import pytest
 
 from er_sglang.config import CONFIG_ENV, UpdatesConfig, load_config
-from er_sglang.drafting.updates import Freshness, Reason, refresh_reason
+from er_sglang.drafting.updates import Freshness, RefreshReason, refresh_reason
 from er_sglang.errors import ConfigError
 
 
@@ -36,14 +36,18 @@ def call(drafter, success=True, transport="tensor"):
     ("settings", "facts", "expected"),
     [
         ({}, {"behind": 0}, None),
-        ({}, {"behind": 1}, Reason.DUE),
-        ({}, {"behind": 0, "whole": False}, Reason.LOST),
+        ({}, {"behind": 1}, RefreshReason.DUE),
+        ({}, {"behind": 0, "whole": False}, RefreshReason.LOST),
         ({"refresh_interval": 3}, {"behind": 2}, None),
-        ({"refresh_interval": 3}, {"behind": 3}, Reason.DUE),
-        ({"refresh_interval": 3}, {"behind": 1, "whole": False}, Reason.LOST),
+        ({"refresh_interval": 3}, {"behind": 3}, RefreshReason.DUE),
+        ({"refresh_interval": 3}, {"behind": 1, "whole": False}, RefreshReason.LOST),
         ({"refresh_interval": 3}, {"behind": 1, "acceptance": 0.0}, None),
         ({"refresh_interval": 3, "refresh_on_acceptance_drop": 0.1}, {"behind": 1, "acceptance": 0.85}, None),
-        ({"refresh_interval": 3, "refresh_on_acceptance_drop": 0.1}, {"behind": 1, "acceptance": 0.75}, Reason.DROP),
+        (
+            {"refresh_interval": 3, "refresh_on_acceptance_drop": 0.1},
+            {"behind": 1, "acceptance": 0.75},
+            RefreshReason.DROP,
+        ),
         ({"refresh_interval": 3, "refresh_on_acceptance_drop": 0.1}, {"behind": 0, "acceptance": 0.75}, None),
     ],
 )

@@ -3,7 +3,6 @@
 import argparse
 import importlib.util
 import json
-import shlex
 import tempfile
 from collections.abc import Iterator, Sequence
 from itertools import product
@@ -14,10 +13,10 @@ from tqdm import tqdm
 
 from er_sglang.bench import report
 from er_sglang.bench.arms import (
+    ARMS,
     SEED,
     Arm,
-    add_options_argument,
-    add_windows_argument,
+    add_server_arguments,
     arm_argument,
     server_args,
     server_env,
@@ -42,15 +41,8 @@ The prompts are in the radix cache beforehand. The figure is the median of --rep
 median.
 """
 
-EPILOG = """\
-arms
-  plain         SGLang without speculation
-  standalone:G  SGLang's STANDALONE with a 4-bit draft of the same shape, G drafted tokens a cycle (CUDA only)
-  self_quant:G  SELF_QUANT, G drafted tokens a cycle
-  self_quant:0  SELF_QUANT that never drafts; should equal plain
-  auto:G        SELF_QUANT, up to G drafted tokens a cycle as its measured policy decides
-  paper:G       SELF_QUANT by EfficientRollout's rule; G = 11 for its own ladder
-
+EPILOG = f"""\
+{ARMS}
 acceptance
   A model given by shape has random weights, so acceptance is stated, not measured: --acceptance A is the
   probability that a drafted token is accepted, given that those before it were. All arms that draft get the
@@ -106,7 +98,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         metavar="A",
         help="stated acceptance per drafted token, for shapes; default %(default)s",
     )
-    add_windows_argument(parser)
     parser.add_argument(
         "--context",
         type=int,
@@ -125,21 +116,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--repeats", type=int, default=3, metavar="N", help="measurements per point; default %(default)s"
     )
     parser.add_argument("--temperature", type=float, default=1.0, help="default %(default)s")
-    add_options_argument(parser)
-    parser.add_argument(
-        "--self-quant-config",
-        type=json.loads,
-        default={},
-        metavar="JSON",
-        help='SELF_QUANT settings besides "policy", e.g. \'{"drafter": {"weights": "fp8"}}\'',
-    )
-    parser.add_argument(
-        "--server-args",
-        type=shlex.split,
-        default=[],
-        metavar="'--FLAG VALUE ...'",
-        help="more flags for every server; write --server-args='--tp 2'",
-    )
+    add_server_arguments(parser)
     parser.add_argument(
         "--out",
         type=Path,

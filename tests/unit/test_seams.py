@@ -7,8 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from er_sglang.host import releases
-from er_sglang.host import seams as host
+from er_sglang.host import releases, seams
 from tests.unit.test_imports import FOUND
 
 needs_sglang = pytest.mark.skipif(importlib.util.find_spec("sglang") is None, reason="reads SGLang's sources")
@@ -20,7 +19,7 @@ def check(monkeypatch):
 
     def check(version):
         monkeypatch.setattr(importlib.metadata, "version", lambda name: version)
-        host.check_version()
+        seams.check_version()
 
     return check
 
@@ -38,7 +37,7 @@ def test_release_and_its_local_builds(check, release, build):
 def test_other_versions_that_differ(check, changed, version):
     """The user is told how. A development version is some commit after the release: its user may know better."""
     changed()
-    with pytest.raises(host.UnsupportedHost, match="is not supported, and differs") as refused:
+    with pytest.raises(seams.UnsupportedHost, match="is not supported, and differs") as refused:
         check(version)
     assert "module sglang.srt.managers.schedule_batch is missing" in str(refused.value)
     assert "SETUPTOOLS_SCM_PRETEND_VERSION_FOR_SGLANG=0.5.15.post1" in str(refused.value)
@@ -46,27 +45,27 @@ def test_other_versions_that_differ(check, changed, version):
 
 def test_another_version_in_which_nothing_differs(check, monkeypatch, caplog):
     """Served, with a warning, if it is asked for by name, and refused with that remedy else."""
-    monkeypatch.setattr(host, "_compare", lambda seam: None)
-    with pytest.raises(host.UnsupportedHost, match="set ER_SGLANG_UNTESTED_RELEASE=0.9.0"):
+    monkeypatch.setattr(seams, "_compare", lambda seam: None)
+    with pytest.raises(seams.UnsupportedHost, match="set ER_SGLANG_UNTESTED_RELEASE=0.9.0"):
         check("0.9.0")
-    monkeypatch.setenv(host.UNTESTED_ENV, "0.8.0")
-    with pytest.raises(host.UnsupportedHost, match="set ER_SGLANG_UNTESTED_RELEASE=0.9.0"):
+    monkeypatch.setenv(seams.UNTESTED_ENV, "0.8.0")
+    with pytest.raises(seams.UnsupportedHost, match="set ER_SGLANG_UNTESTED_RELEASE=0.9.0"):
         check("0.9.0")
-    monkeypatch.setenv(host.UNTESTED_ENV, "0.9.0")
+    monkeypatch.setenv(seams.UNTESTED_ENV, "0.9.0")
     check("0.9.0")
     assert "on which it was never tested" in caplog.text
 
 
 @needs_sglang
 def test_installed_release_is_unchanged():
-    host.check_host()
+    seams.check_host()
 
 
 def test_every_import_from_sglang_is_a_seam():
     imports = {name for names in FOUND.values() for name in names if name.partition(".")[0] == "sglang"}
-    seams = set(host.imported_names(Path(host.__file__).parents[1].rglob("*.py")))
-    assert len(seams) > 40
-    assert imports == {module for module, _ in seams} | {f"{module}.{name}" for module, name in seams}
+    names = set(seams.imported_names(Path(seams.__file__).parents[1].rglob("*.py")))
+    assert len(names) > 40
+    assert imports == {module for module, _ in names} | {f"{module}.{name}" for module, name in names}
 
 
 @pytest.fixture
@@ -75,7 +74,7 @@ def changed(tmp_path, monkeypatch):
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name: SimpleNamespace(submodule_search_locations=[str(tmp_path)])
     )
-    caches = (host.check_host, host._names, host._code)
+    caches = (seams.check_host, seams._names, seams._code)
 
     def changed(**modules):
         for name, text in modules.items():
@@ -91,8 +90,8 @@ def changed(tmp_path, monkeypatch):
 @needs_sglang
 def test_a_release_without_what_we_take_is_refused(changed):
     changed()
-    with pytest.raises(host.UnsupportedHost, match="was changed where SELF_QUANT attaches") as refused:
-        host.check_host()
+    with pytest.raises(seams.UnsupportedHost, match="was changed where SELF_QUANT attaches") as refused:
+        seams.check_host()
     for missing in ("distributed.get_tp_group is missing", "module sglang.srt.managers.schedule_batch is missing"):
         assert missing in str(refused.value)
 
@@ -103,9 +102,9 @@ def test_names_that_a_module_defines(changed):
         second="from sglang.first import *\nfrom sglang.first import Class as Renamed",
     )
     names = ("function", "Class", "CONSTANT", "Renamed", "attribute", "unseen", "first", "missing")
-    assert [host._defines("sglang.first", name) for name in names] == [True, True, True, *[False] * 5]
-    assert [host._defines("sglang.second", name) for name in names] == [True, True, True, True, *[False] * 4]
-    assert host._defines("sglang", "first") and not host._defines("sglang.third", "function")
+    assert [seams._defines("sglang.first", name) for name in names] == [True, True, True, *[False] * 5]
+    assert [seams._defines("sglang.second", name) for name in names] == [True, True, True, True, *[False] * 4]
+    assert seams._defines("sglang", "first") and not seams._defines("sglang.third", "function")
 
 
 @pytest.mark.parametrize(
@@ -122,5 +121,5 @@ def test_signatures(changed, name, parameters, problem):
     changed(
         module="def function(first, /, second=1, *rest, keyword): third = 1\nclass Class:\n    def method(self): 1\n"
     )
-    found = host._compare(host.Seam("sglang.module", name, tuple(parameters.split())))
+    found = seams._compare(seams.Seam("sglang.module", name, tuple(parameters.split())))
     assert found is None if problem is None else problem in found
