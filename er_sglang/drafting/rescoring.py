@@ -22,7 +22,7 @@ def rescore_(logits_BV: torch.Tensor, hidden_BH: torch.Tensor, weight_VH: torch.
     if logits_BV.device.type == "cuda":
         from er_sglang.drafting.rescoring_fused import rescore_fused_
 
-        rescore_fused_(logits_BV, hidden_BH, weight_VH)
+        rescore_fused_(logits_BV, hidden_BH, weight_VH, CLASSES, MARGIN)
     else:
         rescore_reference_(logits_BV, hidden_BH, weight_VH)
 

@@ -4,24 +4,25 @@ import torch
 import triton
 import triton.language as tl
 
-from er_sglang.drafting.rescoring import CLASSES, MARGIN
-
-BLOCK = 4096  # logits, a multiple of CLASSES
+BLOCK = 4096  # logits, a multiple of the classes
 BLOCK_H = 1024
 
 
-def rescore_fused_(logits_BV: torch.Tensor, hidden_BH: torch.Tensor, weight_VH: torch.Tensor) -> None:
+def rescore_fused_(
+    logits_BV: torch.Tensor, hidden_BH: torch.Tensor, weight_VH: torch.Tensor, classes: int, margin: float
+) -> None:
+    """classes: a power of two."""
     rows, size = logits_BV.shape
     blocks = triton.cdiv(size, BLOCK)
-    best = torch.empty((rows, blocks, CLASSES), dtype=torch.float32, device=logits_BV.device)
-    token = torch.empty((rows, blocks, CLASSES), dtype=torch.int32, device=logits_BV.device)
+    best = torch.empty((rows, blocks, classes), dtype=torch.float32, device=logits_BV.device)
+    token = torch.empty((rows, blocks, classes), dtype=torch.int32, device=logits_BV.device)
     _leaders_kernel[(rows, blocks)](
-        logits_BV, best, token, logits_BV.stride(0), size, blocks, BLOCK=BLOCK, CLASSES=CLASSES
+        logits_BV, best, token, logits_BV.stride(0), size, blocks, BLOCK=BLOCK, CLASSES=classes
     )
-    _rescore_kernel[(rows, CLASSES)](
+    _rescore_kernel[(rows, classes)](
         logits_BV, hidden_BH, weight_VH, best, token,
         logits_BV.stride(0), hidden_BH.stride(0), weight_VH.stride(0), hidden_BH.shape[1], blocks,
-        MARGIN=MARGIN, CLASSES=CLASSES, BLOCKS_POW2=triton.next_power_of_2(blocks), BLOCK_H=BLOCK_H,
+        MARGIN=margin, CLASSES=classes, BLOCKS_POW2=triton.next_power_of_2(blocks), BLOCK_H=BLOCK_H,
     )  # fmt: skip
 
 

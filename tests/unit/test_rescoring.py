@@ -40,6 +40,6 @@ def test_kernels_agree_with_the_reference(dtype):
     logits_BV[1, [7, 7 + CLASSES]] = logits_BV[1].max() + 1  # the first of equals leads
     logits_BV[2, 4990:] = -torch.inf
     found_BV = logits_BV.clone()
-    fused.rescore_fused_(found_BV, hidden_BH, weight_VH)
+    fused.rescore_fused_(found_BV, hidden_BH, weight_VH, CLASSES, MARGIN)
     rescore_reference_(logits_BV, hidden_BH, weight_VH)
     torch.testing.assert_close(found_BV, logits_BV)
