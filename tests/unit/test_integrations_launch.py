@@ -1,6 +1,8 @@
 """The files in launch/slime, launch/verl and launch/areal say what we understand."""
 
+import ast
 import pkgutil
+import re
 import subprocess
 from pathlib import Path
 
@@ -32,6 +34,17 @@ def test_slime_arguments():
     assert Path(arguments["--sglang-speculative-adaptive-config"]) == LAUNCH / "slime/self_quant.json"
     log_function, _, name = arguments["--custom-rollout-log-function-path"].rpartition(".")
     assert callable(pkgutil.resolve_name(f"{log_function}:{name}"))
+
+
+@pytest.mark.parametrize("path", ["launch/slime/Dockerfile", "CONTRIBUTING.md"])
+def test_lines_of_python(path):
+    """Names that a shell line of a file imports from us exist: the image fails to build otherwise."""
+    lines = re.findall(r'python -c "(.*?)"', (LAUNCH.parent / path).read_text())
+    imports = [node for line in lines for node in ast.walk(ast.parse(line)) if isinstance(node, ast.ImportFrom)]
+    assert imports
+    for node in imports:
+        for name in node.names:
+            assert callable(pkgutil.resolve_name(f"{node.module}:{name.name}"))
 
 
 def test_verl_overrides():
