@@ -23,7 +23,7 @@ from tests.host.goodness import assert_exact, cells
 from tests.host.oracle import Oracle, Sampling
 from tests.host.policies import VOCAB, make_policy
 from tests.host.servers import REQUEST_TIMEOUT_S, TRAINER, greedy, self_quant, tokens
-from tests.host.trainer_client import AREAL, SLIME, TrainerClient, buckets_of, die_in_the_middle
+from tests.host.trainer_client import AREAL, SLIME, VERL, TrainerClient, buckets_of, die_in_the_middle
 from tests.host.trainer_plugin.er_trainer import digest
 
 PROMPTS = [[5, 6, 7], [12] * 9, [90, 8, 71, 15, 33], [64, 2]]
@@ -273,7 +273,29 @@ def nobody_pauses(trainer, policy):
     trainer.send_tensors(buckets_of(policy.weights))
 
 
-UNVERSIONED = [areal_distributed, areal_disk, awex, slime_post_processed, nobody_pauses]
+def verl_colocated(trainer, policy):
+    """veRL's checkpoint engine "naive"."""
+    trainer.release("kv_cache", "weights")
+    trainer.reclaim("weights")
+    trainer.send_tensors(buckets_of(policy.weights), **VERL)
+    trainer.server.empty()
+    trainer.reclaim("kv_cache")
+
+
+def verl_disaggregated(trainer, policy):
+    """veRL's other checkpoint engines, which pass the buckets on to a process beside the server."""
+    trainer.pause()
+    trainer.release("kv_cache")
+    trainer.send_tensors(buckets_of(policy.weights), **VERL)
+    trainer.server.empty()
+    trainer.reclaim("kv_cache")
+    trainer.server.empty()
+    trainer.resume()
+
+
+UNVERSIONED = [
+    areal_distributed, areal_disk, awex, slime_post_processed, nobody_pauses, verl_colocated, verl_disaggregated,
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("deliver", UNVERSIONED, ids=lambda deliver: deliver.__name__)

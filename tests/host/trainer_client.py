@@ -1,12 +1,13 @@
-"""A trainer as the server sees it: the calls of slime and AReaL, in their order, with their quirks.
+"""A trainer as the server sees it: the calls of slime, AReaL and veRL, in their order, with their quirks.
 
     trainer = TrainerClient(server)
     with trainer.paused():
         trainer.send_tensors(buckets, weight_version="7")
 
-Both pause with an empty body, which is mode "abort"; slime then flushes until the server agrees, sends buckets with
-`flush_cache` off and one `weight_version` for all; AReaL flushes with every bucket, aborts what runs, and sends no
-version. Neither says which bucket is the last one.
+slime and AReaL pause with an empty body, which is mode "abort"; slime then flushes until the server agrees, sends buckets
+with `flush_cache` off and one `weight_version` for all; AReaL flushes with every bucket, aborts what runs, and sends no
+version. veRL sends what SGLang's own sender does: no version, and a flush with every bucket. With trainer and rollouts on
+the same GPUs it neither pauses nor continues, but sends while the KV cache is away. None says which bucket is the last one.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from tests.host.servers import HostServer
 Bucket = Sequence[tuple[str, torch.Tensor]]
 SLIME = {"flush_cache": False}
 AREAL = {"abort_all_requests": True}
+VERL = {"load_format": None, "flush_cache": True}
 MARKS = bool(adapter("updates").HOOKS)  # SGLang wants updates that come in buckets to be marked
 
 

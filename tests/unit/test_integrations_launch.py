@@ -48,14 +48,20 @@ def test_lines_of_python(path):
 
 
 def test_verl_overrides():
-    """Hydra's words for the arguments of SGLang's ServerArgs."""
+    """Hydra's words: the settings of speculation, and a field of SGLang's ServerArgs."""
     script = f'set -eu; source {LAUNCH}/verl/self_quant.sh; printf "%s\n" "${{SELF_QUANT[@]}}"'
     words = subprocess.run(["bash", "-c", script], check=True, capture_output=True, text=True, cwd="/").stdout.split()
-    overrides = dict(
-        word.removeprefix("++actor_rollout_ref.rollout.engine_kwargs.sglang.").split("=") for word in words
-    )
-    assert overrides == {
+    mtp, config = (word.split("=") for word in words)
+    assert mtp[0] == "actor_rollout_ref.rollout.mtp"
+    settings = dict(setting.split(":") for setting in mtp[1].strip("{}").split(","))
+    assert settings.pop("_target_") == "verl.workers.config.MtpConfig"
+    assert settings == {
+        "enable": "True",
+        "enable_rollout": "True",
         "speculative_algorithm": "SELF_QUANT",
         "speculative_num_steps": "7",
-        "speculative_adaptive_config": str(LAUNCH / "verl/self_quant.json"),
+        "speculative_eagle_topk": "1",
+        "speculative_num_draft_tokens": "8",
     }
+    assert config[0] == "++actor_rollout_ref.rollout.engine_kwargs.sglang.speculative_adaptive_config"
+    assert Path(config[1]) == LAUNCH / "verl/self_quant.json"
