@@ -16,7 +16,7 @@ from er_sglang.bench import report, toy
 from er_sglang.bench.arms import Arm, server_args, server_env, servers
 from er_sglang.bench.client import run_load
 from er_sglang.bench.load import LoadResult, Request
-from er_sglang.bench.real import SOURCES, real_policy
+from er_sglang.bench.real import SOURCES, group_size, real_policy
 from er_sglang.config import cache_folder
 from er_sglang.offline.texts import BUILT_IN
 from er_sglang.policy.config import PolicyConfig
@@ -166,7 +166,7 @@ def serve(policy_path: Path, arms: Sequence[Arm], trace: Path, args: argparse.Na
     }
     config = {"trace": str(trace)}
     if args.policy != "toy":
-        config["drafter"] = {"group_size": SOURCES[args.policy].group_size}
+        config["drafter"] = {"group_size": group_size(policy_path)}
     log_path = args.out / f"server-{arms[0].algorithm}.log"
     return Server(policy_path, flags, env=server_env(arms, alpha=None, self_quant_config=config), log_path=log_path)
 

