@@ -1,17 +1,17 @@
 """A short GRPO run with a live SELF_QUANT server: the policy learns, and the drafter follows it."""
 
+from dataclasses import replace
 from statistics import fmean
 
 import pytest
-from tqdm import tqdm
 
 from er_sglang.bench.toy import TOY_SHAPE, make_model
-from launch.grpo import task
-from launch.grpo.loop import Settings, train
-from launch.grpo.report import sign_flip_p
-from launch.grpo.rollouts import RolloutServer, buckets
+from launch.grpo.__main__ import TOY, checkpoint_and_task
+from launch.grpo.loop import train
+from launch.grpo.place import CPU
+from launch.grpo.rollouts import ARMS, RolloutServer, buckets
 
-SETTINGS = Settings(steps=14)
+SETTINGS = replace(TOY, steps=14)
 ENDS = 4  # steps that are averaged at either end
 
 # |ln ratio| that float32 leaves between two implementations of one policy: 2e-5 in the recorded runs. Sampling at
@@ -21,14 +21,10 @@ ROUNDING = 1e-3
 
 @pytest.fixture(scope="module")
 def records(folder):
-    policy = task.base_policy(folder)
-    log = folder / "grpo.log"
-    always = {"policy": {"mode": "always"}}
-    with (
-        RolloutServer(policy, always, seed=0, max_rollouts=SETTINGS.rollouts, log_path=log) as server,
-        tqdm(total=SETTINGS.steps) as bar,
-    ):
-        return train(server, policy, SETTINGS, seed=0, bar=bar)
+    policy, task = checkpoint_and_task("toy", folder)
+    sizes = {"max_rollouts": SETTINGS.rollouts, "max_new_tokens": SETTINGS.max_new_tokens}
+    with RolloutServer(policy, ARMS["always"], CPU, **sizes, log_path=folder / "grpo.log") as server:
+        return list(train(server, policy, task, CPU, SETTINGS, seed=0))
 
 
 def first_and_last(records, name: str) -> tuple[float, float]:
@@ -56,15 +52,16 @@ def test_sampled_from_the_policy_being_trained(records):
     assert max(record.max_log_ratio for record in records) < ROUNDING
 
 
+def test_every_step_drafts(records):
+    assert [record.drafting for record in records] == [1] * SETTINGS.steps
+    accepted, accept_length = (first_and_last(records, name)[0] for name in ("accepted", "accept_length"))
+    assert accept_length == pytest.approx(1 + 3 * accepted, abs=0.01)
+
+
 def test_a_fused_layer_straddles_two_buckets():
     """Otherwise the run above says less than it seems to."""
-    named = list(make_model("qwen3", TOY_SHAPE, seed=0).state_dict().items())
-    sent = [[name for name, _ in bucket] for bucket in buckets(named)]
+    named = list(make_model("qwen3", TOY_SHAPE, seed=0).named_parameters())
+    sent = [[name for name, _ in bucket] for bucket in buckets(named, CPU.max_bucket_bytes)]
     holder = {name: number for number, names in enumerate(sent) for name in names}
     assert holder["model.layers.1.self_attn.q_proj.weight"] != holder["model.layers.1.self_attn.k_proj.weight"]
     assert sum(map(len, sent)) == len(holder) == len(named)
-
-
-def test_sign_flips():
-    assert sign_flip_p([0.1, 0.2, 0.3]) == 2 / 8  # these signs and their opposites, of eight
-    assert sign_flip_p([0.1, -0.1]) == 1
