@@ -76,8 +76,8 @@ def write(folder: Path) -> str:
     on_gpu = read[0]["place"] == "cuda"
     parts = [
         about(read),
-        table(list(map(learning_row, runs, runs.values()))),
-        table([time_row(arm, seeds, runs.get(PLAIN, {}) if on_gpu else {}) for arm, seeds in runs.items()]),
+        _table([learning_row(arm, seeds) for arm, seeds in runs.items()]),
+        _table([time_row(arm, seeds, runs.get(PLAIN, {}) if on_gpu else {}) for arm, seeds in runs.items()]),
         comparison(runs),
         *([] if on_gpu else [ON_CPU]),
         *([f"Left out, as not finished (steps): {'; '.join(unfinished)}."] if unfinished else []),
@@ -86,6 +86,12 @@ def write(folder: Path) -> str:
     (folder / "table.md").write_text(text + "\n")
     plot(folder / "plot.png", runs)
     return text
+
+
+def _table(rows: Sequence[Mapping[str, object]]) -> str:
+    """Without the columns that no row fills."""
+    filled = [name for name in rows[0] if any(row[name] is not None for row in rows)]
+    return table([{name: row[name] for name in filled} for row in rows])
 
 
 def about(read: Sequence[Mapping]) -> str:
