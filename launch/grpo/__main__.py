@@ -45,6 +45,8 @@ arms
   auto-refresh-4  the same, re-quantized at every fourth update
   always          three tokens drafted in every step, re-quantized after every update
   frozen          the same, never re-quantized: what a server does that misses updates
+  A server gives back all its memory while it sleeps; the weights of auto-refresh-4 and frozen stay, as a drafter that
+  was lost must be made anew.
   Default: {", ".join(TOY_ARMS)} of the toy, and {", ".join(CHAT_ARMS)} of others.
 
 Every run, an arm and a seed, lies in OUT/ARM-SEED.json, written at every step. A call leaves out what is finished
@@ -84,9 +86,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "max_new_tokens": (int, "of a response, at most"),
         "learning_rate": (float, "AdamW's"),
     }.items():
-        defaults = f"{getattr(TOY, name)} of the toy, else {getattr(CHAT, name)}"
-        flag = f"--{name.replace('_', '-')}"
-        add(flag, type=kind, metavar="N", help=f"{text}; default {defaults}")
+        of_toy, else_ = getattr(TOY, name), getattr(CHAT, name)
+        default = of_toy if of_toy == else_ else f"{of_toy} of the toy, else {else_}"
+        add(f"--{name.replace('_', '-')}", type=kind, metavar="N", help=f"{text}; default {default}")
     add(
         "--max-minutes",
         type=float,
@@ -167,14 +169,14 @@ def run(args: argparse.Namespace) -> None:
     report.check_alike(there, about)
     done = {(each["arm"], each["seed"]) for each in there if report.finished(each)}
 
-    def minutes_left(needed_s: float = 0.0) -> bool:
+    def in_time(needed_s: float = 0.0) -> bool:
         return time.monotonic() - began_s + needed_s < 60 * args.max_minutes
 
     with tqdm(total=len(args.arms) * args.seeds * settings.steps, desc="training steps", mininterval=1.0) as bar:
         for arm in args.arms:
             to_do = [seed for seed in seeds if (arm, seed) not in done]
             bar.update((args.seeds - len(to_do)) * settings.steps)
-            if not to_do or not minutes_left(longest_s):
+            if not to_do or not in_time(longest_s):
                 continue
             server = RolloutServer(
                 checkpoint,
@@ -187,7 +189,7 @@ def run(args: argparse.Namespace) -> None:
             )
             with server:
                 for seed in to_do:
-                    if not minutes_left(longest_s):
+                    if not in_time(longest_s):
                         break
                     run_began_s = time.monotonic()
                     bar.set_description(f"{arm}, seed {seed}")
@@ -197,7 +199,7 @@ def run(args: argparse.Namespace) -> None:
                         report.write_run(args.out, arm, seed, about, records)
                         bar.set_postfix(reward=record.reward, accepted=record.accepted, refresh=False)
                         bar.update()
-                        if not minutes_left():
+                        if not in_time():
                             break
                     longest_s = max(longest_s, time.monotonic() - run_began_s)
 
