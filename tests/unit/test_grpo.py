@@ -14,7 +14,7 @@ from launch.grpo import arithmetic, countdown, report
 from launch.grpo.__main__ import CHAT, TOY, parse_args
 from launch.grpo.loop import Settings, StepRecord
 from launch.grpo.place import CPU, Place
-from launch.grpo.rollouts import DraftCounters, Rollout, buckets
+from launch.grpo.rollouts import ARMS, DraftCounters, Rollout, RolloutServer, buckets
 from launch.grpo.training import MICROBATCH_TOKENS, Trainer, log_ratios, make_batch, policy_loss
 
 SUM = [*arithmetic.EXAMPLES, {"role": "user", "content": "Start with 57. Then: +8, -23."}]
@@ -127,6 +127,43 @@ def test_buckets_hold_all_and_no_more_than_they_may():
     named = [(str(size), torch.zeros(size)) for size in (4, 4, 100, 1, 3)]
     sizes = [[tensor.numel() for _, tensor in bucket] for bucket in buckets(named, max_bytes=32)]
     assert sizes == [[4, 4], [100], [1, 3]]
+
+
+@pytest.mark.parametrize(
+    "arm, released", [("auto", ["kv_cache", "cuda_graph", "weights"]), ("frozen", ["kv_cache", "cuda_graph"])]
+)
+def test_the_order_of_calls_is_slimes(checkpoint, tmp_path, monkeypatch, arm, released):
+    calls = []
+
+    def request(self, path: str, payload: dict) -> None:
+        calls.append((path.strip("/").partition("?")[0], *payload.get("tags", ())))
+
+    monkeypatch.setattr(RolloutServer, "_request", request)
+    sizes = {"max_rollouts": 4, "max_new_tokens": 8}
+    server = RolloutServer(checkpoint, ARMS[arm], CPU, **sizes, log_path=tmp_path / "log")
+    named = [(str(number), torch.zeros(CPU.max_bucket_bytes // 4)) for number in range(2)]
+    update = [
+        ("pause_generation",),
+        ("flush_cache",),
+        ("update_weights_from_tensor",),
+        ("update_weights_from_tensor",),
+        ("continue_generation",),
+    ]
+    server.update_policy(named)
+    assert calls == update
+    for forget in (False, True):
+        calls.clear()
+        server.sleep(forget=forget)
+        server.update_policy(named)
+        tags = ["kv_cache", "cuda_graph", "weights"] if forget else released
+        weights_back = [("resume_memory_occupation", "weights")] if "weights" in tags else []
+        assert calls == [
+            ("flush_cache",),
+            ("release_memory_occupation", *tags),
+            *weights_back,
+            *update,
+            ("resume_memory_occupation", "kv_cache", "cuda_graph"),
+        ]
 
 
 def test_group_size_of_a_checkpoint(tmp_path):
