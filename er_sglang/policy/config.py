@@ -22,7 +22,9 @@ class PolicyConfig:
     margin: auto drafts only if predicted at least this much faster than plain decoding.
     live_times: auto corrects the profile by the step times that it sees live.
     patience: steps' worth of tokens that auto lets a worse gamma cost before it leaves it.
-    prior_alpha, prior_weight: acceptance assumed before any is seen, and how many tries that assumption is worth.
+    prior_alpha, prior_weight: acceptance assumed before any is seen, and how many tries that assumption is worth. Evidence
+        that fades leaves it behind, so it should be what a drafter reaches: one that is thought worse is not gone back to.
+    prior_window: the same of a narrower attention window, over that of the widest.
     half_life_cycles, stale_half_life_cycles: how fast evidence fades while drafting, and while not.
     update_keep: fraction of the evidence kept across a policy update, and when the server runs idle.
     probe_budget: largest fraction of the time spent off that probes may cost.
@@ -39,8 +41,9 @@ class PolicyConfig:
     margin: float = 0.01
     live_times: bool = True
     patience: float = 0.25
-    prior_alpha: float = 0.8
+    prior_alpha: float = 0.9
     prior_weight: float = 4.0
+    prior_window: float = 0.9
     half_life_cycles: float = 24.0
     stale_half_life_cycles: float = 512.0
     update_keep: float = 0.5
@@ -65,10 +68,10 @@ class PolicyConfig:
         for name in ("margin", "patience", "confidence_z"):
             if getattr(self, name) < 0.0:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must not be negative.")
-        for name in ("probe_budget", "update_keep"):
+        for name in ("probe_budget", "update_keep", "prior_window"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it is a fraction from 0 to 1.")
-        self.estimator()  # validates the settings of acceptance
+        self.estimator(), self.estimator(narrower=True)  # validate the settings of acceptance
 
     @property
     def needs_profile(self) -> bool:
@@ -86,10 +89,11 @@ class PolicyConfig:
             return tuple(sorted({*self.cycle} - {0}))
         return () if self.mode == "off" else (self.fixed_gamma,)
 
-    def estimator(self) -> AcceptanceEstimator:
+    def estimator(self, *, narrower: bool = False) -> AcceptanceEstimator:
+        """Of drafts with the widest attention window, or with a narrower one."""
         return AcceptanceEstimator(
             max(self.gammas, default=0),
-            prior_alpha=self.prior_alpha,
+            prior_alpha=self.prior_alpha * (self.prior_window if narrower else 1.0),
             prior_weight=self.prior_weight,
             half_life_cycles=self.half_life_cycles,
             stale_half_life_cycles=self.stale_half_life_cycles,

@@ -240,7 +240,8 @@ class Controller:
         self.config = config
         self.profile = profile
         self.windows = tuple(windows) if config.mode == "auto" else tuple(windows[:1])
-        self.acceptance = {window: config.estimator() for window in self.windows}
+        widest, *_ = widest_first(self.windows)
+        self.acceptance = {window: config.estimator(narrower=window != widest) for window in self.windows}
         self._memory = Memory()
         self._last_window = self.windows[0]
         self.cycle_factor = 1.0
