@@ -498,10 +498,10 @@ class Soak:
         self.trainer.resume()
         return mode
 
-    def _send(self, rng, policy: Policy) -> str:
-        """Bring the weights of ``policy`` by any of the ways."""
-        ways = ["disk", "ipc", "directly", *(["tensors", "flattened"] if self.ranks == 1 else [])]
-        way = rng.choice(ways)
+    def _send(self, rng, policy: Policy, *, reported: bool = False) -> str:
+        """Bring the weights of ``policy`` by any of the ways, or by one that SGLang is told of."""
+        ways = ["disk", "ipc", *(["tensors", "flattened"] if self.ranks == 1 else [])]
+        way = rng.choice(ways if reported else [*ways, "directly"])
         if way == "disk":
             self.trainer.send_disk(policy.path, **SLIME)
         elif way == "ipc":
@@ -528,16 +528,16 @@ class Soak:
         self.arrived = len(self.versions) - 1
         return f"to {new} by {way}"
 
-    def _repeat(self, rng) -> str:
+    def _repeat(self, rng, *, reported: bool = False) -> str:
         """The same weights again, while requests wait in the middle of their answers."""
         mode = rng.choice(("in_place", "retract"))
         self.trainer.pause(mode)
-        way = self._send(rng, self.policies[self.versions[-1]])
+        way = self._send(rng, self.policies[self.versions[-1]], reported=reported)
         self.trainer.resume()
         return f"{mode} by {way}"
 
     def _fail(self, rng) -> None:
-        """An update that fails; the server decodes plainly until the next one."""
+        """An update that fails; the server decodes plainly until it hears of one that succeeds."""
         with self.trainer.paused():
             try:
                 self.trainer.send_disk(Path("/no/such/policy"))
@@ -546,7 +546,7 @@ class Soak:
             else:
                 raise Wrong("an update from nowhere succeeded")
         self._over.wait(0.3)
-        self._repeat(rng)
+        self._repeat(rng, reported=True)
 
     def _sleep(self, rng) -> None:
         with self.trainer.paused():
