@@ -289,16 +289,20 @@ def split_trace(trace: Path, folder: Path, runs: Sequence[dict]) -> list[Path]:
 def table_rows(runs: Sequence[dict], profile: Profile | None, args: argparse.Namespace) -> list[dict]:
     """A row per run, in the order in which the arms were asked for."""
     order = [str(arm) for arm in args.arms]
-    first_s = {(run["options"], run["rollout"]): run["wall_s"] for run in runs if run["arm"] == order[0]}
+    first_s = {
+        (run["acceptance"], run["options"], run["rollout"]): run["wall_s"] for run in runs if run["arm"] == order[0]
+    }
     rows = []
     for run in tqdm(sorted(runs, key=lambda run: order.index(run["arm"])), desc="predicting"):
+        acceptance = run["acceptance"] if args.arms[0].drafts else None  # of the first arm's run to compare with
+        baseline_s = first_s.get((acceptance, run["options"], run["rollout"]))
         rows.append(
             {
                 "arm": run["arm"],
                 "acceptance": run["acceptance"],
                 "options": run["options"],
                 "rollout s": run["wall_s"],
-                f"x {order[0]}": first_s[run["options"], run["rollout"]] / run["wall_s"],
+                f"x {order[0]}": baseline_s / run["wall_s"] if baseline_s else None,
                 "predicted s": predict(run, profile, args) if profile else None,
                 "tokens/s": run["tokens_per_s"],
                 "accept length": run["accept_length"],

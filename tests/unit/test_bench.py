@@ -582,6 +582,15 @@ def test_rollouts_are_compared_with_plain_and_with_the_prediction():
     assert rows[2]["predicted s"] is None  # its longest drafts were not measured
 
 
+def test_an_arm_is_compared_with_a_drafting_one_at_the_same_acceptance():
+    from er_sglang.bench.rollout import table_rows
+
+    runs = [run_of("self_quant:3", 0.6, 6.0, 1), run_of("self_quant:3", 0.9, 3.0, 2)]
+    runs += [run_of("auto:7", 0.6, 4.0, 3), run_of("auto:7", 0.9, 2.0, 4), run_of("self_quant:0", None, 4.0, 5)]
+    args = rollout_args("--arms", "self_quant:3", "auto:7", "self_quant:0", "--acceptance", "0.6", "0.9")
+    assert [row["x self_quant:3"] for row in table_rows(runs, None, args)] == [1.0, 1.0, 1.5, 1.5, None]
+
+
 # ---------------------------------------------------------------- the README's speeds
 
 
