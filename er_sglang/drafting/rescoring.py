@@ -1,7 +1,7 @@
 """The leading tokens of a quantized lm_head, scored again with the policy's own rows.
 
 Most of what an int4 lm_head costs in acceptance is noise in the few logits that hold nearly all probability. The rows of
-these few are a thousandth of lm_head's bytes. Tokens are dealt into CLASSES, token mod CLASSES, so that neighbours are
+these few are a ten-thousandth of lm_head's bytes. Tokens are dealt into CLASSES, token mod CLASSES, so that neighbours are
 apart; each class has one leader, its first largest logit; and of the leaders those within MARGIN of the row's largest
 are scored again. All others keep the logits of the copy, and drafts stay exact: q is whatever these logits say.
 """
