@@ -27,8 +27,10 @@ CACHE_ENV = "ER_SGLANG_CACHE"
 SIMULATE_ACCEPTANCE_ENV = "ER_SGLANG_SIMULATE_ACCEPTANCE"
 WEIGHT_FORMATS = ("int4", "int4_asym", "fp8")
 HEADS = ("int4", "int4_rescored", "policy")
-SINK_TOKENS = 64  # the first of a context, which a draft attends to whatever its attention window
-AUTO_WINDOWS = (0, 256, 512, 1024)  # recent tokens; 0: all
+SINK_TOKENS = 64  # the first of a context, which a draft attends to whatever its attention window ...
+FIRST_TOKENS, LAST_TOKENS = 4, 60  # ... and which first and last ones, if the window goes by attention
+WINDOW_RULES = ("recency", "attention")
+AUTO_WINDOWS = (0, 256, 512, 1024)  # tokens; 0: all
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,15 +42,18 @@ class DrafterConfig:
         own weight, which a draft of few requests reads for up to a fifth of its time. Drafts are exact with each; which
         is accepted more, and which pays, is for measurement.
     group_size: input channels that share one scale (int4 formats).
-    attention_window: recent tokens that a draft attends to, besides the first SINK_TOKENS of the context; 0: all;
-        "auto": at each step, the one of AUTO_WINDOWS that pays best by measurement (mode auto; all, in the others). In
-        long contexts a draft reads more KV cache than weights: a window makes it cheaper, for some acceptance.
+    attention_window: tokens of a context that a draft attends to, besides SINK_TOKENS at its ends; 0: all; "auto": at each
+        step, the one of AUTO_WINDOWS that pays best by measurement (mode auto; all, in the others). In long contexts a
+        draft reads more KV cache than weights: a window makes it cheaper, for some acceptance.
+    window_by: which tokens these are. "recency": the last ones, after the first SINK_TOKENS. "attention": those that the
+        latest draft attended to most, between the first FIRST_TOKENS and the last LAST_TOKENS.
     """
 
     weights: str = "int4"
     head: str = "int4"
     group_size: int = 128
     attention_window: int | str = "auto"
+    window_by: str = "recency"
 
     def __post_init__(self) -> None:
         if self.weights not in WEIGHT_FORMATS:
@@ -61,6 +66,9 @@ class DrafterConfig:
             raise ConfigError(
                 f'drafter.attention_window is {self.attention_window!r}; choose "auto", a number of tokens, or 0 for all.'
             )
+
+        if self.window_by not in WINDOW_RULES:
+            raise ConfigError(f"drafter.window_by is {self.window_by!r}; choose one of {', '.join(WINDOW_RULES)}.")
 
     @property
     def windows(self) -> tuple[int, ...]:

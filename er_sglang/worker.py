@@ -167,6 +167,7 @@ class SelfQuantWorker(ServedWorker):
                 self.graph_batches,
                 max([self._max_batch, *self.graph_batches]),
                 self.config.drafter.windows,
+                self.config.drafter.window_by,
                 self._draft_req_to_token,
             )
         self.runner.model_config = self._model_config
@@ -238,6 +239,8 @@ class SelfQuantWorker(ServedWorker):
         self.steering.interrupted()
         batch.capture_hidden_mode = CaptureHiddenMode.FULL if batch.return_hidden_states else CaptureHiddenMode.NULL
         self._penalised.admit(batch.reqs)
+        if self._chain is not None:
+            self._chain.forget(batch.req_pool_indices)
         if (penalties := self._penalised.of(batch.reqs)) is not None:
             penalise_plain_step(batch.sampling_info, penalties, self._shaper, batch.seq_lens - 1)
         result = self._target_worker.forward_batch_generation(batch)
@@ -275,12 +278,12 @@ class SelfQuantWorker(ServedWorker):
             self._sampler.simulated_acceptance = self._simulated_acceptance[rung.window]
         decodes = self._chain.prepare(step, rung)
         verify = self._verifier.prepare(batch, step, rung.gamma)
-        draft = self._chain.draft(decodes, step.batch_size)
+        draft = self._chain.draft(decodes, step)
         return self._judge(batch, step, verify, draft, on_publish)
 
     def draft(self, step: Step, rung: Rung) -> Draft:
         """The first part of a cycle alone, for calibration."""
-        return self._chain.draft(self._chain.prepare(step, rung), step.batch_size)
+        return self._chain.draft(self._chain.prepare(step, rung), step)
 
     def verify(self, batch, step: Step, draft: Draft) -> GenerationBatchResult:
         """The rest of a cycle alone, for calibration."""

@@ -25,8 +25,10 @@ from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 from torch import nn
 from tqdm import tqdm
 
+from er_sglang.config import SINK_TOKENS
+from er_sglang.cycle.attended import Attended
 from er_sglang.cycle.step import Step
-from er_sglang.cycle.window import AttentionWindow
+from er_sglang.cycle.window import AttentionWindow, whole_pages
 from er_sglang.drafting.attention import DraftAttention, can_attend
 from er_sglang.host.releases import adapter
 from er_sglang.policy.profile import Rung
@@ -55,10 +57,11 @@ class DraftChain:
         graph_batches: list[int],
         max_batch: int,
         windows: tuple[int, ...],
+        window_by: str,
         req_to_token: torch.Tensor,
     ) -> None:
         """graph_batches: ascending batch sizes to capture; empty runs the same code eagerly (CPU, or no graphs).
-        windows: recent tokens that a draft can attend to, 0 for all.
+        windows, window_by: how many tokens of a context a draft can attend to, 0 for all, and which.
         req_to_token: the target's request table with rows for windows below, see window.py."""
         self._drafter = drafter
         self._sampler = sampler
@@ -67,11 +70,7 @@ class DraftChain:
         self._graph_batches = graph_batches
         gamma_max = max(gammas)
         first_row = len(target.req_to_token_pool.req_to_token)
-        self._windows = {
-            recent: AttentionWindow(recent, gamma_max, req_to_token, first_row, _settings.published().page_size)
-            for recent in windows
-            if recent
-        }
+        page_size = _settings.published().page_size
         # SGLang's graph backend asks its owner for model_runner and device_module.
         self.model_runner = view = _decode_view(target, req_to_token)
         self.device_module = torch.get_device_module(view.device)
@@ -81,6 +80,17 @@ class DraftChain:
             else:
                 self._backends = [view._get_attention_backend() for _ in range(gamma_max)]
         logger.info("Drafts attend by %s.", type(self._backends[0]).__name__)
+        self._attended = None
+        sizes = [size for size in windows if size]
+        if sizes and window_by == "attention":
+            most = whole_pages(max(sizes), page_size)
+            self._attended = Attended(view, most, max_batch, req_to_token, first_row, page_size)
+            self._backends[0] = self._attended.listening(self._backends[0])
+        self._windows = {
+            size: AttentionWindow(size, gamma_max, req_to_token, first_row, page_size, self._attended) for size in sizes
+        }
+        # A context that all windows see as a whole needs no choice.
+        self._chooses_above = min(sizes, default=0) + SINK_TOKENS
 
         def buffer(*shape: int, dtype=torch.int64, fill: float = 0) -> torch.Tensor:
             return torch.full(shape, fill, dtype=dtype, device=view.device)
@@ -149,19 +159,27 @@ class DraftChain:
             forward_batch.mark_forward_metadata_ready()
         return forward_batches
 
-    def draft(self, forward_batches: list[ForwardBatch], batch_size: int) -> Draft:
-        """Run the prepared chain for the first ``batch_size`` rows."""
+    def draft(self, forward_batches: list[ForwardBatch], step: Step) -> Draft:
+        """Run the chain prepared for ``step``."""
         gamma, bs = len(forward_batches), forward_batches[0].batch_size
         if bs in self._graph_batches:
             self._graphs.replay(_key(bs, gamma), forward_batches[0])
         else:
             self._run(forward_batches)
+        if self._attended is not None and int(step.seq_lens_cpu_B.max()) > self._chooses_above:
+            self._attended.update(step)
+        batch_size = step.batch_size
         return Draft(
             tokens_NB=self._tokens[: gamma + 1, :batch_size],
             logits_GBV=self._logits[:gamma, :batch_size],
             floor_GB=self._floor[:gamma, :batch_size],
             lse_GB=self._lse[:gamma, :batch_size],
         )
+
+    def forget(self, req_pool_indices_B: torch.Tensor) -> None:
+        """These rows of the request table begin anew."""
+        if self._attended is not None:
+            self._attended.forget(req_pool_indices_B)
 
     def _forward_batches(self, bs: int, gamma: int) -> list[ForwardBatch]:
         return [

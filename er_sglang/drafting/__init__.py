@@ -7,5 +7,6 @@ rescoring.py       the leading tokens of a quantized lm_head, scored again; resc
 twins.py           what replaces norms, activations and rotation on Hopper
 early.py           the kernels of these twins
 attention.py       attention of drafts on Hopper
+attention_scores.py   what a draft attends to; attention_scores_fused.py, its kernels
 updates.py         one refresh per policy update
 """

@@ -5,7 +5,7 @@ the policy's keys and values before s, and from s on to those it computed itself
 s + d. Here one forward pass per depth runs all chains: the query at position t belongs to the chain that starts at
 t - d, and attends to
 
-    the policy's K/V at positions below t - d, or those of them that the attention window keeps
+    the policy's K/V at positions below t - d, or those of them that a window keeps
     the K/V of depths 0 to d at positions t - d to t, one each
 
 The text stands for the drafted tokens: it is what would have been drafted and accepted (see estimate.py).
@@ -13,7 +13,7 @@ The text stands for the drafted tokens: it is what would have been drafted and a
     with chained_attention(model):
         policy = PolicyPass()
         hidden_SH = model.base_model(text, chain=policy)
-        chain = DraftPass(policy, first, attention_window=256)
+        chain = DraftPass(policy, first, Recent(256))
         hidden_TH = drafter(text[first:], positions from first, chain=chain)     # depth 0, then 1, ...
 
 Axes: S tokens of a text, T of them from `first` on, H heads, G heads with keys, D head size, C keys.
@@ -28,7 +28,8 @@ import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface, PreTrainedModel
 
-from er_sglang.config import SINK_TOKENS
+from er_sglang.config import FIRST_TOKENS, LAST_TOKENS, SINK_TOKENS
+from er_sglang.drafting.attention_scores import asked
 
 ATTENTION = "er_sglang_chain"
 BLOCK = 256  # queries scored at a time: H * BLOCK * S scores are in memory
@@ -50,11 +51,11 @@ class PolicyPass:
 class DraftPass:
     """Attention of all chains at one depth; the depth is one more at every forward pass that uses it."""
 
-    def __init__(self, policy: PolicyPass, first: int, attention_window: int) -> None:
-        """first: position of the first query. attention_window: as in a server's config, 0 for all."""
+    def __init__(self, policy: PolicyPass, first: int, reads: Recent | Chosen) -> None:
+        """first: position of the first query. reads: which of the policy's positions."""
         self._policy = policy.layers
         self._first = first
-        self._window = attention_window
+        self._reads = reads
         self._own: list[list[tuple[torch.Tensor, torch.Tensor]]] = [[] for _ in policy.layers]
 
     def attend(self, layer: int, q_HTD, k_GTD, v_GTD, scaling: float) -> torch.Tensor:
@@ -72,8 +73,8 @@ class DraftPass:
             block = slice(begin, begin + BLOCK)
             q = q_GRTD[:, :, block]
             starts_T = torch.arange(begin, begin + q.shape[2], device=q.device) + (self._first - depth)
-            positions_C = visible_positions(int(starts_T[0]), int(starts_T[-1]), self._window, q.device)
-            mask_TC = visible(positions_C, starts_T[:, None], self._window)
+            positions_C = self._reads.positions(int(starts_T[0]), int(starts_T[-1]), q.device)
+            mask_TC = self._reads.mask(positions_C, starts_T)
             k, v = policy_k[:, None, positions_C], policy_v[:, None, positions_C]
             scores = (q @ k.mT).masked_fill(~mask_TC, -torch.inf)
             scores = torch.cat([scores, own_scores_GRTN[:, :, block]], dim=-1)
@@ -85,22 +86,77 @@ class DraftPass:
         return out_GRTD.flatten(0, 1)
 
 
-def visible(positions: torch.Tensor, start: torch.Tensor | int, attention_window: int) -> torch.Tensor:
-    """Which positions of the policy's K/V a chain that starts at ``start`` attends to: AttentionWindow's rule, for
-    pages of one token."""
-    seen = positions < start
-    if attention_window:
-        seen &= (positions < SINK_TOKENS) | (positions >= start - attention_window)
-    return seen
+class Recent:
+    """A window by recency, in tokens, 0 for all: AttentionWindow's rule, for pages of one token."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+
+    def mask(self, positions_C: torch.Tensor, starts_T: torch.Tensor) -> torch.Tensor:
+        """Which positions of the policy's K/V the chains that start there attend to, bool [T, C]."""
+        seen_TC = positions_C < starts_T[:, None]
+        if self._size:
+            seen_TC &= (positions_C < SINK_TOKENS) | (positions_C >= starts_T[:, None] - self._size)
+        return seen_TC
+
+    def positions(self, first_start: int, last_start: int, device: torch.device) -> torch.Tensor:
+        """All positions that any chain with a start in between attends to, ascending."""
+        end = max(last_start, 0)
+        recent = max(SINK_TOKENS, first_start - self._size) if self._size else 0
+        if recent <= SINK_TOKENS:
+            return torch.arange(end, device=device)
+        return torch.cat([torch.arange(SINK_TOKENS, device=device), torch.arange(recent, end, device=device)])
 
 
-def visible_positions(first_start: int, last_start: int, attention_window: int, device: torch.device) -> torch.Tensor:
-    """All positions that any chain with a start in between attends to, ascending."""
-    end = max(last_start, 0)
-    recent = max(SINK_TOKENS, first_start - attention_window) if attention_window else 0
-    if recent <= SINK_TOKENS:
-        return torch.arange(end, device=device)
-    return torch.cat([torch.arange(SINK_TOKENS, device=device), torch.arange(recent, end, device=device)])
+class Chosen:
+    """A window by attention: the choice is that of the first draft ``lag`` tokens before a chain's start; chains that
+    start earlier see their last tokens instead."""
+
+    def __init__(self, size: int, scores_TS: torch.Tensor, first: int, lag: int) -> None:
+        """scores: of Listening, for positions from ``first`` on."""
+        count, context = scores_TS.shape
+        position_S = torch.arange(context, device=scores_TS.device)
+        starts_T1 = first + torch.arange(count, device=scores_TS.device)[:, None]
+        begin_T1 = starts_T1 - LAST_TOKENS
+        until_T1 = begin_T1 - lag  # before which position it was chosen
+        knows_T1 = (starts_T1 - lag >= first) & (until_T1 >= FIRST_TOKENS + size)
+        scores_TS = scores_TS.roll(lag, 0).masked_fill((position_S < FIRST_TOKENS) | (position_S >= until_T1), -1.0)
+        best_TK = scores_TS.topk(min(size, context), dim=1).indices
+        chosen_TS = torch.zeros_like(scores_TS, dtype=torch.bool).scatter_(1, best_TK, True)
+        chosen_TS = torch.where(knows_T1, chosen_TS | (position_S >= until_T1), position_S >= begin_T1 - size)
+        self._seen_TS = (chosen_TS | (position_S < FIRST_TOKENS)) & (position_S < starts_T1)
+        self._first = first
+
+    def mask(self, positions_C: torch.Tensor, starts_T: torch.Tensor) -> torch.Tensor:
+        """As Recent's."""
+        return self._seen_TS[(starts_T - self._first).clamp(min=0)][:, positions_C]
+
+    def positions(self, first_start: int, last_start: int, device: torch.device) -> torch.Tensor:
+        return torch.arange(max(last_start, 0), device=device)
+
+
+class Listening(DraftPass):
+    """First drafts that read everything. ``scores``: how much each attends to each position before it, float32 [T, S], as
+    a server asks (attention_scores.py)."""
+
+    def __init__(self, policy: PolicyPass, first: int) -> None:
+        super().__init__(policy, first, Recent(0))
+        self._asked = asked(range(len(policy.layers)))
+        self.scores: torch.Tensor | float = 0.0
+
+    def attend(self, layer: int, q_HTD, k_GTD, v_GTD, scaling: float) -> torch.Tensor:
+        if layer in self._asked:
+            policy_k_GSD, _ = self._policy[layer]
+            q_GRTD = (q_HTD * scaling).unflatten(0, (len(k_GTD), -1))
+            position_S = torch.arange(policy_k_GSD.shape[1], device=q_HTD.device)
+            blocks = []
+            for begin in range(0, q_HTD.shape[1], BLOCK):
+                scores = (q_GRTD[:, :, begin : begin + BLOCK] @ policy_k_GSD[:, None].mT).float()
+                starts_T = self._first + begin + torch.arange(scores.shape[2], device=q_HTD.device)
+                weights = scores.masked_fill(position_S >= starts_T[:, None], -torch.inf).softmax(-1)
+                blocks.append(weights.mean((0, 1)))
+            self.scores = self.scores + torch.cat(blocks) / len(self._asked)
+        return super().attend(layer, q_HTD, k_GTD, v_GTD, scaling)
 
 
 def _attention(module, query, key, value, attention_mask, *, scaling, chain, **_) -> tuple[torch.Tensor, None]:

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from er_sglang.drafting.rescoring import rescore_
 from er_sglang.errors import ConfigError
-from er_sglang.offline.chain import DraftPass, PolicyPass, chained_attention
+from er_sglang.offline.chain import Chosen, DraftPass, Listening, PolicyPass, Recent, chained_attention
 from er_sglang.quantize import create_format
 
 CHUNK = 128  # positions whose whole distributions are in memory: float32 [CHUNK, V], a few of them
@@ -35,11 +35,14 @@ class Weights:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Drafter:
-    """head: "int4" quantizes lm_head, too, symmetric; "int4_rescored" has its leading tokens scored again with the policy's
-    rows; "policy" shares the policy's."""
+    """attention_window, window_by: as in a server's config; the window 0 is all, by either rule.
+    head: "int4" quantizes lm_head, too, symmetric; "int4_rescored" has its leading tokens scored again with the policy's
+    rows; "policy" shares the policy's.
+    """
 
     weights: Weights
     attention_window: int = 0
+    window_by: str = "recency"
     head: str = "int4"
 
 
@@ -125,14 +128,21 @@ class Policy:
             hidden_TH = self.backbone(tokens[:, :-1], chain=policy, use_cache=False).last_hidden_state[0, first:]
             positions = torch.arange(first, tokens.shape[1] - 1, device=tokens.device)[None]
             options = {"position_ids": positions, "use_cache": False}
+
+            def drafts(chain: DraftPass) -> torch.Tensor:
+                draft = {**options, "chain": chain}
+                return functional_call(self.backbone, copy.weights, (tokens[:, first:-1],), draft).last_hidden_state[0]
+
+            windows = dict.fromkeys((drafter.window_by, drafter.attention_window) for drafter in drafters)
+            if any(rule == "attention" for rule, _ in windows):
+                listening = Listening(policy, first)
+                drafts(listening)
             drafted = {}
-            for window in dict.fromkeys(drafter.attention_window for drafter in drafters):
-                chain = DraftPass(policy, first, window)
-                passes = [
-                    functional_call(self.backbone, copy.weights, (tokens[:, first:-1],), {**options, "chain": chain})
-                    for _ in range(gamma)
-                ]
-                drafted[window] = torch.stack([each.last_hidden_state[0] for each in passes])
+            for rule, size in windows:
+                # As after a cycle of which all drafts were accepted.
+                reads = Recent(size) if rule == "recency" else Chosen(size, listening.scores, first, lag=gamma + 1)
+                chain = DraftPass(policy, first, reads)
+                drafted[rule, size] = torch.stack([drafts(chain) for _ in range(gamma)])
         next_T = tokens[0, first + 1 :]
         found = {drafter: ([], []) for drafter in drafters}
         for begin in range(0, len(next_T), CHUNK):
@@ -141,7 +151,7 @@ class Policy:
             for drafter, (expected, ratio) in found.items():
                 rows = [
                     compare(p_TV, distribution(self._logits(h_TH, drafter.head, int4_head), temperature), next_T[chunk])
-                    for h_TH in drafted[drafter.attention_window][:, chunk]
+                    for h_TH in drafted[drafter.window_by, drafter.attention_window][:, chunk]
                 ]
                 expected.append(torch.stack([row[0] for row in rows]))
                 ratio.append(torch.stack([row[1] for row in rows]))

@@ -15,16 +15,27 @@ from er_sglang.offline.texts import Response
 
 
 def plan(
-    formats: Sequence[str], group_sizes: Sequence[int], heads: Sequence[str], windows: Sequence[int]
+    formats: Sequence[str],
+    group_sizes: Sequence[int],
+    heads: Sequence[str],
+    windows: Sequence[int],
+    rules: Sequence[str] = ("recency",),
 ) -> list[Drafter]:
-    """The drafters of a run: every format, group size and head with the first window, and the first with every window."""
+    """The drafters of a run: every format, group size and head with the first window, and the first with every other
+    window by every rule."""
     weights = dict.fromkeys(
         Weights(format=name, group_size=group_sizes[0] if name == "fp8" else size)
         for name, size in product(formats, group_sizes)
     )
-    drafters = [Drafter(weights=each, head=head, attention_window=windows[0]) for each, head in product(weights, heads)]
+    first, *others = windows
+    drafters = [
+        Drafter(weights=each, head=head, attention_window=first, window_by=rules[0] if first else "recency")
+        for each, head in product(weights, heads)
+    ]
+    others = dict.fromkeys((size, rule if size else "recency") for size, rule in product(others, rules))
     return drafters + [
-        Drafter(weights=drafters[0].weights, head=heads[0], attention_window=window) for window in windows[1:]
+        Drafter(weights=drafters[0].weights, head=heads[0], attention_window=size, window_by=rule)
+        for size, rule in others
     ]
 
 
@@ -76,6 +87,7 @@ def measure(
                     "group_size": drafter.weights.group_size,
                     "head": drafter.head,
                     "attention_window": drafter.attention_window,
+                    "window_by": drafter.window_by,
                     "temperature": temperature,
                     "context_tokens": context,
                     "copy_bytes": nbytes,

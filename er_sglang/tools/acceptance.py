@@ -7,7 +7,7 @@ import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
-from er_sglang.config import HEADS, SINK_TOKENS, WEIGHT_FORMATS
+from er_sglang.config import HEADS, SINK_TOKENS, WEIGHT_FORMATS, WINDOW_RULES
 from er_sglang.errors import ConfigError
 
 _DESCRIPTION = f"""\
@@ -26,16 +26,16 @@ which drafts --gamma tokens in every step.
   [low, high]     95 % interval, by a bootstrap over prompts: give at least ten
 
 What decides is, in this order: the formats' difference against their bytes, and how much a window costs in contexts much
-longer than it. A window (recent tokens besides the first {SINK_TOKENS}) costs nothing in shorter ones, so give prompts as long as
-your own, or --context-tokens. All drafters have the first of --windows; its others are tried with the first of --weights,
---group-sizes and --heads.
+longer than it. A window (so many tokens besides {SINK_TOKENS} at the ends) costs nothing in shorter ones, so give prompts as long
+as your own, or --context-tokens. All drafters have the first of --windows; its others are tried with the first of
+--weights, --group-sizes and --heads.
 """
 
 _EXAMPLES = """examples:
   Your policy and your prompts, as an RL step samples them:
     er-sglang acceptance Qwen/Qwen2.5-7B-Instruct --prompts train.jsonl --new-tokens 1024
   Which window? Built-in documents of 4096 tokens as context:
-    er-sglang acceptance CHECKPOINT --context-tokens 4096 --windows 0,128,256,512,1024 --weights int4
+    er-sglang acceptance CHECKPOINT --context-tokens 4096 --windows 0,128,256,512 --window-by recency,attention --weights int4
   Do smaller groups pay?
     er-sglang acceptance CHECKPOINT --weights int4 --group-sizes 128,64
   Then, with step times of your GPU:
@@ -83,8 +83,13 @@ def add_command(subparsers: argparse._SubParsersAction) -> None:
         help="lm_head of the drafter: int4, int4_rescored, whose leading tokens are scored again with the policy's rows, or "
         "policy, which shares the policy's (default %(default)s)",
     )
+    add("--windows", type=_ints, default="0", help="tokens that a draft attends to, 0: all (default %(default)s)")
     add(
-        "--windows", type=_ints, default="0", help="recent tokens that a draft attends to, 0: all (default %(default)s)"
+        "--window-by",
+        type=_words(WINDOW_RULES),
+        default="recency",
+        help="which tokens: the last ones, or those that the cycle before attended to most, one of all accepted drafts "
+        "(default %(default)s; comma-separated)",
     )
     add("--gamma", type=int, default=3, metavar="G", help="drafted tokens a cycle (default %(default)s)")
     add("--batch", type=int, default=16, metavar="N", help="responses sampled at once (default %(default)s)")
@@ -144,7 +149,7 @@ def run(args: argparse.Namespace) -> int:
     else:
         prompts = texts.long_prompts(tokenizer, args.context_tokens) if args.context_tokens else texts.BUILT_IN
     prompts = [texts.encode(tokenizer, prompt, args.raw) for prompt in prompts[: args.limit]]
-    drafters = plan(args.weights, args.group_sizes, args.heads, args.windows)
+    drafters = plan(args.weights, args.group_sizes, args.heads, args.windows, args.window_by)
     content = {
         "environment": environment(),
         "checkpoint": str(args.checkpoint),
@@ -194,7 +199,9 @@ def name_of(row: dict) -> str:
     if row["head"] != "int4":
         parts.append({"policy": "policy's head", "int4_rescored": "rescored head"}[row["head"]])
     if row["attention_window"]:
-        parts.append(f"window {row['attention_window']}")
+        parts.append(
+            f"window {row['attention_window']}" + (" by attention" if row.get("window_by") == "attention" else "")
+        )
     return ", ".join(parts) + (
         f" ({row['unconverted_layers']} layers not converted)" if row["unconverted_layers"] else ""
     )

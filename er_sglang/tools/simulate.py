@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from er_sglang.config import AUTO_WINDOWS, SINK_TOKENS
+from er_sglang.config import AUTO_WINDOWS, SINK_TOKENS, WINDOW_RULES
 from er_sglang.errors import ConfigError
 from er_sglang.policy.config import PolicyConfig
 from er_sglang.policy.decide import Controller
@@ -51,7 +51,7 @@ def add_command(subparsers: argparse._SubParsersAction) -> None:
         default={},
         metavar="TOKENS:FACTOR,...",
         help="attention windows that auto chooses from besides full attention, each with its acceptance over that of full "
-        f'attention: 256:0.96,1024:0.99; a draft sees so many recent tokens and the first {SINK_TOKENS} ("drafter": '
+        f'attention: 256:0.96,1024:0.99; a draft reads so many tokens and {SINK_TOKENS} at the ends ("drafter": '
         '{"attention_window": "auto"} in a server\'s config). Default: full attention alone',
     )
     add("--requests", type=count, default=128, help="requests of one rollout (default %(default)s)")
@@ -146,11 +146,12 @@ def window_factors(text: str) -> dict[int, float]:
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """A drafter of `er-sglang acceptance`: acceptance per draft position, and of windows over that of full attention."""
+    """A drafter of `er-sglang acceptance`: acceptance per draft position, and of windows by each rule over that of full
+    attention."""
 
     config: dict
     alphas: tuple[float, ...]
-    windows: dict[int, float]
+    windows: dict[str, dict[int, float]]
 
 
 def read_acceptance(path: Path, temperature: float | None) -> list[Measured]:
@@ -173,9 +174,12 @@ def read_acceptance(path: Path, temperature: float | None) -> list[Measured]:
             config=dict(zip(("weights", "head", "group_size"), key(full))),
             alphas=tuple(full["alphas"]),
             windows={
-                row["attention_window"]: row["alphas"][0] / full["alphas"][0]
-                for row in rows
-                if row["attention_window"] and key(row) == key(full)
+                rule: {
+                    row["attention_window"]: row["alphas"][0] / full["alphas"][0]
+                    for row in rows
+                    if row["attention_window"] and key(row) == key(full) and row.get("window_by", "recency") == rule
+                }
+                for rule in WINDOW_RULES
             },
         )
         for full in rows
@@ -197,7 +201,7 @@ def run(args: argparse.Namespace) -> int:
 
 def compare_drafters(profile: Profile, drafters: Sequence[Measured], args: argparse.Namespace) -> dict[str, dict]:
     """Plain decoding against mode auto with each drafter, with full attention and with a server's choice of windows."""
-    weights, head, *_ = profile.fingerprint.get("drafter", (None, None))
+    weights, head, _, _, rule, *_ = [*profile.fingerprint.get("drafter", [None] * 4), "recency"]
     timed = [
         each for each in drafters if weights is None or (each.config["weights"], each.config["head"]) == (weights, head)
     ]
@@ -206,10 +210,10 @@ def compare_drafters(profile: Profile, drafters: Sequence[Measured], args: argpa
     plain = simulate_modes(profile, timed[0].alphas, {}, args, modes="off")["off"]
     results, best = {"off": plain}, None
     for each in timed:
-        auto_windows = {window: factor for window, factor in each.windows.items() if window in AUTO_WINDOWS}
+        auto_windows = {window: factor for window, factor in each.windows[rule].items() if window in AUTO_WINDOWS}
         for windows, setting in (({}, 0), (auto_windows, "auto")):
             if setting == 0 or windows:
-                config = {**each.config, "attention_window": setting}
+                config = {**each.config, "window_by": rule, "attention_window": setting}
                 name = "{weights} g{group_size}, {head} head, window {attention_window}".format(**config)
                 results[name] = simulate_modes(profile, each.alphas, windows, args, modes="auto")["auto"]
                 if results[name]["time_s"] < min(plain["time_s"], best[0] if best else inf):

@@ -43,9 +43,13 @@ def policy(tmp_path_factory):
     return make_random_policy(tmp_path_factory.mktemp("policy") / "qwen3", "qwen3", shape=shape, dtype=torch.bfloat16)
 
 
-@pytest.fixture(scope="module", params=[(1, 0), (2, 0), (1, 8)], ids=["tp1", "tp2", "window"])
+@pytest.fixture(
+    scope="module",
+    params=[(1, 0, "recency"), (2, 0, "recency"), (1, 8, "recency"), (1, 8, "attention")],
+    ids=["tp1", "tp2", "window", "attended"],
+)
 def server(policy, tmp_path_factory, request):
-    gpus, attention_window = request.param
+    gpus, attention_window, window_by = request.param
     if torch.cuda.device_count() < gpus:
         pytest.skip(f"needs {gpus} GPUs")
     from er_sglang.config import CONFIG_ENV
@@ -64,8 +68,9 @@ def server(policy, tmp_path_factory, request):
         "speculative-algorithm": "SELF_QUANT",
         "speculative-num-steps": 3,
     }
+    drafter = {"attention_window": attention_window, "window_by": window_by}
     env = {
-        CONFIG_ENV: json.dumps({"policy": CYCLE, "drafter": {"attention_window": attention_window}}),
+        CONFIG_ENV: json.dumps({"policy": CYCLE, "drafter": drafter}),
         "PYTHONPATH": os.pathsep.join(filter(None, [plugin, os.environ.get("PYTHONPATH")])),
     }
     with Server(policy, args, env=env, log_path=tmp_path_factory.mktemp("log") / "server.log") as server:

@@ -44,8 +44,9 @@ def policies(folder):
 
 
 def serve(policies, folder, name, env={}):
-    # Drafts see less than all of a context of more than 80 tokens.
-    config = {"policy": {"mode": "cycle", "cycle": [3, 0, 1, 2, 3]}, "drafter": {"attention_window": 16}}
+    # Drafts read less than all of a context of more than 80 tokens.
+    drafter = {"attention_window": 16, "window_by": "recency" if name == "no overlap" else "attention"}
+    config = {"policy": {"mode": "cycle", "cycle": [3, 0, 1, 2, 3]}, "drafter": drafter}
     env = {**(TWO_RANKS if name == "two ranks" else {}), **env}
     args, log = {**ARGS, **SERVERS.get(name, {})}, folder / f"soak {name}.log"
     return self_quant(policies[0], log, config, 3, args, env, [TRAINER, SABOTAGE])

@@ -2,19 +2,21 @@
 
 import json
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import DynamicCache
+from transformers.models.qwen2.modeling_qwen2 import apply_rotary_pos_emb
 
 from er_sglang.bench import toy
 from er_sglang.cli import main
-from er_sglang.config import HEADS, SINK_TOKENS
+from er_sglang.config import FIRST_TOKENS, HEADS, LAST_TOKENS, SINK_TOKENS
 from er_sglang.cycle.step import Step
 from er_sglang.cycle.window import AttentionWindow, with_window_rows
 from er_sglang.drafting.rescoring import rescore_
 from er_sglang.offline import estimate
-from er_sglang.offline.chain import BLOCK, visible, visible_positions
+from er_sglang.offline.chain import BLOCK, Chosen, Recent
 from er_sglang.offline.drafters import Drafter, Outcome, Policy, Weights, compare, distribution
 from er_sglang.sampling import SamplingParams
 
@@ -31,15 +33,21 @@ def policy():
     return Policy(model, torch.float32)
 
 
-@pytest.mark.parametrize("window", [0, 40, 300])
-def test_every_chain_is_that_of_a_decode_loop_on_the_policys_cache(policy, window):
+@pytest.mark.parametrize(
+    ("rule", "window"), [("recency", 0), ("recency", 40), ("recency", 300), ("attention", 40), ("attention", 200)]
+)
+def test_every_chain_is_that_of_a_decode_loop_on_the_policys_cache(policy, rule, window):
     first, length = 70, 70 + BLOCK + 30
     text = torch.randint(2, 128, (length,), generator=torch.Generator().manual_seed(0)).tolist()
     copy, head = policy.quantize(INT4), policy.quantize_head(128)
-    drafters = [Drafter(weights=INT4, attention_window=window, head=name) for name in HEADS]
+    drafters = [Drafter(weights=INT4, attention_window=window, window_by=rule, head=name) for name in HEADS]
     found = policy.outcomes(text, first, 0.7, GAMMA, copy, head, drafters)
     for start in (first, first + 1, first + 60, first + BLOCK + 5, length - 1 - GAMMA):
-        rows = looped(policy, copy, head, text, start, window)
+        if rule == "recency":
+            seen = [j for j in range(start) if not window or j < SINK_TOKENS or j >= start - window]
+        else:
+            seen = chosen(policy, copy, text, first, start, window)
+        rows = looped(policy, copy, head, text, start, seen)
         for drafter, (accepted, ratios) in zip(drafters, rows):
             outcome = found[drafter]
             for depth in range(GAMMA):
@@ -49,11 +57,39 @@ def test_every_chain_is_that_of_a_decode_loop_on_the_policys_cache(policy, windo
 
 
 @torch.inference_mode()
-def looped(policy, copy, head, text, start, window):
+def chosen(policy, copy, text, first, start, window):
+    """What the draft GAMMA + 1 tokens earlier attends to most in layer 1 of 2, of what is older than the last tokens then;
+    the first tokens, and all younger ones. Where that draft is of the prompt or has no choice, the last tokens."""
+    before = start - GAMMA - 1
+    until = before - LAST_TOKENS
+    if before < first or until < FIRST_TOKENS + window:
+        return sorted({*range(FIRST_TOKENS), *range(max(start - LAST_TOKENS - window, FIRST_TOKENS), start)})
+    cache = policy.model(torch.tensor([text[:before]]), use_cache=True).past_key_values
+    keys_GSD, queries, attention = cache.layers[1].keys[0].clone(), [], policy.model.model.layers[1].self_attn
+    hook = attention.q_proj.register_forward_hook(lambda module, args, output: queries.append(output))
+    position = torch.tensor([[before]])
+    torch.func.functional_call(
+        policy.backbone,
+        copy.weights,
+        (torch.tensor([[text[before]]]),),
+        {"past_key_values": cache, "position_ids": position},
+    )
+    hook.remove()
+    cos, sin = policy.model.model.rotary_emb(keys_GSD, position)
+    query, _ = apply_rotary_pos_emb(
+        queries[0].view(1, 1, -1, attention.head_dim).transpose(1, 2), keys_GSD[None], cos, sin
+    )
+    keys_HSD = keys_GSD.repeat_interleave(query.shape[1] // len(keys_GSD), 0)
+    weights_S = (attention.scaling * (keys_HSD @ query[0].mT)[..., 0]).softmax(-1).mean(0)
+    best = weights_S[FIRST_TOKENS:until].topk(window).indices + FIRST_TOKENS
+    return [*range(FIRST_TOKENS), *sorted(best.tolist()), *range(until, start)]
+
+
+@torch.inference_mode()
+def looped(policy, copy, head, text, start, seen):
     """The same by decode steps: the quantized model on the policy's cache, cut to what the window keeps."""
     model = policy.model
     cache = model(torch.tensor([text[:start]]), use_cache=True).past_key_values
-    seen = [j for j in range(start) if not window or j < SINK_TOKENS or j >= start - window]
     cut = DynamicCache()
     for index, layer in enumerate(cache.layers):
         cut.update(layer.keys[:, :, seen], layer.values[:, :, seen], index)
@@ -82,20 +118,47 @@ def looped(policy, copy, head, text, start, window):
 def test_the_window_is_the_servers(window):
     gamma, context = 2, 300
     table = with_window_rows(torch.arange(context)[None].int(), 1)
-    rows = AttentionWindow(window, gamma, table, first_row=1, page_size=1)
+    rows = AttentionWindow(window, gamma, table, 1, 1, None)
     nothing = torch.zeros(1)
     params = SamplingParams(*[nothing] * 5)
     for start in (1, SINK_TOKENS, SINK_TOKENS + window, SINK_TOKENS + window + 1, context - gamma):
         step = Step(torch.tensor([0]), torch.tensor([start]), torch.tensor([start]), nothing, nothing, params)
         of_server = table[1, : start - int(rows.load(step))].tolist()
-        positions = visible_positions(start, start, window, torch.device("cpu"))
-        assert positions[visible(positions, start, window)].tolist() == of_server
+        positions = Recent(window).positions(start, start, torch.device("cpu"))
+        assert positions[Recent(window).mask(positions, torch.tensor([start]))[0]].tolist() == of_server
+
+
+def test_the_choice_is_the_servers():
+    """Both choose by the same scores: Attended of each start, `lag` tokens before it."""
+    size, lag, first, count = 8, GAMMA + 1, 100, 60
+    scores_TS = torch.rand(count, first + count)
+    reads = Chosen(size, scores_TS, first, lag)
+    table = with_window_rows(torch.arange(first + count + GAMMA)[None].int(), 1)
+    nothing = torch.zeros(1)
+    for start in range(first + lag, first + count):
+        until = start - lag - LAST_TOKENS
+        best = scores_TS[start - lag - first, FIRST_TOKENS:until].argsort(descending=True) + FIRST_TOKENS
+        attended = SimpleNamespace(first=FIRST_TOKENS, of=lambda _: (torch.tensor([until]), best[None, :size]))
+        rows = AttentionWindow(size, GAMMA, table, 1, 1, attended)
+        step = Step(
+            torch.tensor([0]),
+            torch.tensor([start]),
+            torch.tensor([start]),
+            nothing,
+            nothing,
+            SamplingParams(*[nothing] * 5),
+        )
+        of_server = table[1, : start - int(rows.load(step))].tolist()
+        assert reads.mask(torch.arange(first + count), torch.tensor([start]))[0].nonzero()[:, 0].tolist() == sorted(
+            of_server
+        )
 
 
 def test_positions_of_a_block_hold_those_of_each_chain():
     for window in (0, 10, 100):
-        union = set(visible_positions(150, 180, window, torch.device("cpu")).tolist())
-        each = [visible(torch.arange(400), start, window).nonzero()[:, 0].tolist() for start in (150, 165, 180)]
+        union = set(Recent(window).positions(150, 180, torch.device("cpu")).tolist())
+        starts = torch.tensor([150, 165, 180])
+        each = [seen.nonzero()[:, 0].tolist() for seen in Recent(window).mask(torch.arange(400), starts)]
         assert union >= set().union(*each)
 
 
@@ -168,18 +231,25 @@ def test_intervals_are_over_prompts():
 
 def test_the_command(tmp_path, capsys):
     policy = toy.make_random_policy(tmp_path / "policy")
-    asked = ["--limit", "2", "--weights", "int4,fp8", "--heads", "int4", "--windows", "0,1", "--dtype", "float32"]
+    asked = ["--limit", "2", "--weights", "int4,fp8", "--heads", "int4", "--windows", "0,1", "--window-by"]
+    asked += ["recency,attention", "--dtype", "float32"]
     command = ["acceptance", str(policy), *asked, "--ignore-eos", "--out", str(tmp_path / "out")]
     assert main([*command, "--new-tokens", "9"]) == 0
     rows = json.loads((tmp_path / "out/acceptance.json").read_text())["rows"]
-    assert [(row["weights"], row["attention_window"]) for row in rows] == [("int4", 0), ("fp8", 0), ("int4", 1)]
+    assert [(row["weights"], row["attention_window"]) for row in rows] == [
+        ("int4", 0),
+        ("fp8", 0),
+        ("int4", 1),
+        ("int4", 1),
+    ]
+    assert [row["window_by"] for row in rows] == [*["recency"] * 3, "attention"]
     for row in rows:
         low, high = row["accept_length_interval"]
         assert len(row["alphas"]) == 3 and 1.0 < low <= row["accept_length"] <= high <= 4.0
     assert rows[1]["accept_length"] > rows[0]["accept_length"], "of twice the bits"
-    assert (tmp_path / "out/table.md").read_text().count("int4 g128") == 2 and (
-        tmp_path / "out/plot.png"
-    ).stat().st_size
+    table = (tmp_path / "out/table.md").read_text()
+    assert table.count("int4 g128") == 3 and table.count("by attention") == 1
+    assert (tmp_path / "out/plot.png").stat().st_size
     capsys.readouterr()
     assert main([*command, "--new-tokens", "3"]) == 1
     assert "no response is longer than --gamma, 3 tokens" in capsys.readouterr().err

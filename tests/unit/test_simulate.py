@@ -314,11 +314,12 @@ def test_the_command_line_states_what_a_window_accepts(tmp_path):
 def test_the_command_line_takes_measured_acceptance(tmp_path, capsys):
     """Of three drafters the profile has times of two; int4's windows are a server's, and what it measured decides."""
 
-    def row(weights, window, alpha, temperature=1.0, context=None):
+    def row(weights, window, alpha, temperature=1.0, context=None, **more):
         drafter = {"weights": weights, "head": "int4", "group_size": 128, "attention_window": window}
-        return {**drafter, "temperature": temperature, "context_tokens": context, "alphas": [alpha, alpha]}
+        return {**drafter, "temperature": temperature, "context_tokens": context, "alphas": [alpha, alpha], **more}
 
     rows = [row("int4", 0, 0.9), row("int4", 256, 0.45), row("int4", 128, 0.9), row("fp8", 0, 0.99)]
+    rows += [row("int4", 256, 0.9, window_by="attention")]
     rows += [row("int4", 0, 0.1, temperature=0.5), row("int4", 0, 0.1, context=[0, 256])]
     (tmp_path / "acceptance.json").write_text(json.dumps({"rows": rows}))
     profile = replace(flat_profile(draft_s=0.2), fingerprint={"drafter": ["int4", "int4", 128, "auto"]})
@@ -326,6 +327,9 @@ def test_the_command_line_takes_measured_acceptance(tmp_path, capsys):
     results = figures(profile, tmp_path, *words, "1.0")
     assert list(results) == ["off", *(f"int4 g128, int4 head, window {window}" for window in (0, "auto"))]
     assert results["off"]["time_s"] > results["int4 g128, int4 head, window 0"]["time_s"]
+    by_attention = replace(profile, fingerprint={"drafter": ["int4", "int4", 128, "auto", "attention"]})
+    auto = "int4 g128, int4 head, window auto"
+    assert figures(by_attention, tmp_path, *words, "1.0")[auto]["time_s"] < results[auto]["time_s"]
     printed = capsys.readouterr().out
     assert "no times of it: {'weights': 'fp8'" in printed and '"attention_window": 0}}' in printed
     figures(profile, tmp_path, *words, "0.5")

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from er_sglang.cycle.step import Step
-from er_sglang.cycle.window import SINK_TOKENS, AttentionWindow, with_window_rows
+from er_sglang.cycle.window import LAST_TOKENS, SINK_TOKENS, AttentionWindow, with_window_rows
 from er_sglang.sampling import SamplingParams
 
 GAMMA_MAX = 3
@@ -22,7 +22,7 @@ def test_columns_are_sinks_then_recent_tokens_then_the_chain(recent, page_size):
     beyond = {min(sinks + min(recent, CONTEXT) + i, CONTEXT - GAMMA_MAX) for i in (0, 1, page_size - 1, page_size)}
     lengths = [1, 5, SINK_TOKENS, *sorted(beyond)]
     requests = torch.randperm(REQUESTS, generator=generator)[: len(lengths)]
-    window = AttentionWindow(recent, GAMMA_MAX, table, REQUESTS, page_size)
+    window = AttentionWindow(recent, GAMMA_MAX, table, REQUESTS, page_size, None)
     hidden = window.load(step(requests, lengths))
     bounds = window.seen_on_host(torch.tensor(lengths))
     for b, (request, length) in enumerate(zip(requests.tolist(), lengths)):
@@ -36,6 +36,57 @@ def test_columns_are_sinks_then_recent_tokens_then_the_chain(recent, page_size):
         assert all(column % page_size == position % page_size for column, position in enumerate(kept))
     assert torch.equal(table[:REQUESTS], before)
     assert torch.all(table[REQUESTS + len(lengths) :] == -1)
+
+
+class Chosen:
+    """In place of `Attended`: ``most`` tokens of each request below ``until``, in any order."""
+
+    def __init__(self, until: list[int], most: int, page_size: int) -> None:
+        self.first = max(4, page_size)
+        self.until = torch.tensor(until)
+        generator = torch.Generator().manual_seed(most)
+        self.tokens = torch.zeros(len(until), most, dtype=torch.int64)
+        for b, end in enumerate(until):
+            pages = torch.randperm(max(end - self.first, 0) // page_size, generator=generator)
+            tokens = (self.first + pages[:, None] * page_size + torch.arange(page_size)).flatten()[:most]
+            self.tokens[b, : len(tokens)] = tokens
+
+    def of(self, _) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.until, self.tokens
+
+
+@pytest.mark.parametrize("page_size", [1, 16])
+@pytest.mark.parametrize("size", [16, 48])
+def test_columns_are_first_tokens_then_chosen_then_recent_ones_then_the_chain(size, page_size):
+    table = with_window_rows(torch.randperm(REQUESTS * CONTEXT).view(REQUESTS, CONTEXT).int(), REQUESTS)
+    before = table[:REQUESTS].clone()
+    lengths = torch.tensor([1, 30, size + LAST_TOKENS, 196, 196, 196, 196, 196])
+    ends = lengths - LAST_TOKENS - torch.tensor([0, 0, 0, 0, 2, GAMMA_MAX + 1, GAMMA_MAX + 30, 500])
+    until = [max(0, int(end) // page_size * page_size) for end in ends]
+    chosen = Chosen(until, 48, page_size)
+    window = AttentionWindow(size, GAMMA_MAX, table, REQUESTS, page_size, chosen)
+    requests = torch.arange(len(lengths)).flip(0)
+    hidden = window.load(step(requests, lengths.tolist()))
+    bounds = window.seen_on_host(lengths)
+    cases = set()
+    for b, (request, length, end) in enumerate(zip(requests.tolist(), lengths.tolist(), until)):
+        if end >= chosen.first + size:  # it had a choice
+            begin = max(end, length - LAST_TOKENS - (GAMMA_MAX + 1))
+            middle = chosen.tokens[b, :size].tolist()
+        else:
+            begin = max(length - LAST_TOKENS, chosen.first + size)
+            middle = None
+        begin -= (begin - chosen.first - size) % page_size
+        cases.add((middle is None, begin == end, begin < length))
+        kept = [*range(chosen.first), *(middle or range(begin - size, begin)), *range(begin, max(begin, length))]
+        kept = kept[: int(length - hidden[b])]
+        assert len(kept) == length - hidden[b] == len({*kept}) <= bounds[b]
+        assert length <= LAST_TOKENS or {*range(length - LAST_TOKENS, length)} <= {*kept}
+        kept += range(length, length + GAMMA_MAX)
+        assert table[REQUESTS + b, : len(kept)].tolist() == before[request, kept].tolist()
+        assert all(column % page_size == position % page_size for column, position in enumerate(kept))
+    assert len(cases) == 4
+    assert torch.equal(table[:REQUESTS], before)
 
 
 def step(rows, lengths):

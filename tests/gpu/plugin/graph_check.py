@@ -109,12 +109,15 @@ def _make_step(worker, size: int) -> Step:
     )
 
 
-def _draft(worker, step: Step, gamma: int, graph: bool) -> list[torch.Tensor]:
+def _draft(worker, step: Step, gamma: int, graph: bool, times: int = 2) -> list[torch.Tensor]:
+    """times: the second reads what the first attended to, if the window goes by that."""
     chain = worker._chain
-    worker.random.state[1] = 5
     batches, chain._graph_batches = chain._graph_batches, chain._graph_batches if graph else []
     rung = Rung(gamma, worker.config.drafter.windows[0])
-    draft = chain.draft(chain.prepare(step, rung), step.batch_size)
+    chain.forget(step.req_pool_indices_B)
+    for _ in range(times):
+        worker.random.state[1] = 5
+        draft = chain.draft(chain.prepare(step, rung), step)
     chain._graph_batches = batches
     return [t.clone() for t in (draft.tokens_NB, draft.logits_GBV, draft.lse_GB)]
 
@@ -125,7 +128,7 @@ def _first_draft(worker, step: Step) -> list[torch.Tensor]:
     for layer in range(pool.layer_num):
         for buffer in (pool.get_key_buffer(layer), pool.get_value_buffer(layer)):
             buffer[step.slots_NB[0]] = torch.nan
-    _, logits, _ = _draft(worker, step, 1, False)
+    _, logits, _ = _draft(worker, step, 1, False, times=1)
     keys = [pool.get_key_buffer(layer)[step.slots_NB[0]] for layer in range(pool.layer_num)]
     values = [pool.get_value_buffer(layer)[step.slots_NB[0]] for layer in range(pool.layer_num)]
     return [logits, torch.stack(keys), torch.stack(values)]

@@ -1,0 +1,113 @@
+"""Attention scores as two kernels that read the keys once each: one for the sums of the softmax, one for its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+
+BLOCK = 64  # keys at a time
+SPLIT = 512  # keys that a program of the first kernel sums over
+HEADS = 16  # of a key, padded: the least that tl.dot takes
+
+
+def attention_scores_fused(
+    queries_LBHD: torch.Tensor,
+    keys: Sequence[torch.Tensor],
+    req_to_token: torch.Tensor,
+    rows_B: torch.Tensor,
+    lengths_B: torch.Tensor,
+    columns: int,
+    scale: float,
+) -> torch.Tensor:
+    """As `attention_scores`. A key serves at most HEADS heads, and D is a power of two."""
+    layers, batch, heads, head_dim = queries_LBHD.shape
+    groups = keys[0].shape[1]
+    splits = triton.cdiv(columns, SPLIT)
+    pointers_L = torch.tensor([k_SGD.data_ptr() for k_SGD in keys], pin_memory=keys[0].is_cuda).to(
+        keys[0].device, non_blocking=True
+    )
+    sums = torch.empty((batch, layers * groups, splits, HEADS), dtype=torch.float32, device=queries_LBHD.device)
+    scores_BC = torch.empty((batch, columns), dtype=torch.float32, device=queries_LBHD.device)
+    shared = (queries_LBHD, keys[0], pointers_L, req_to_token, rows_B, lengths_B)
+    strides = (*queries_LBHD.stride()[:3], *keys[0].stride()[:2], req_to_token.stride(0))
+    constants = {"GROUPS": groups, "SHARING": heads // groups, "D": head_dim, "BLOCK": BLOCK, "HEADS": HEADS}
+    _sums_kernel[(batch, layers * groups, splits)](*shared, sums, *strides, splits, scale, SPLIT=SPLIT, **constants)
+    log_sums = sums.logsumexp(2)
+    _scores_kernel[(batch, triton.cdiv(columns, BLOCK))](
+        *shared, log_sums, scores_BC, *strides, columns, layers * groups, scale, **constants
+    )
+    return scores_BC
+
+
+@triton.jit
+def _products(
+    queries_ptr, like_ptr, pointers_ptr, slots, b, layer, group, here,
+    layer_stride, row_stride, head_stride, slot_stride, group_stride,
+    SHARING: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr,
+):  # fmt: skip
+    """q k^T of the heads that share the keys of a group, [HEADS, BLOCK]; rows beyond SHARING are 0."""
+    head, lane = tl.arange(0, HEADS), tl.arange(0, D)
+    q_ptr = queries_ptr + layer * layer_stride + b * row_stride + group * SHARING * head_stride
+    q = tl.load(q_ptr + head[:, None] * head_stride + lane[None, :], mask=head[:, None] < SHARING, other=0.0)
+    k_ptr = tl.load(pointers_ptr + layer).to(like_ptr.dtype) + group * group_stride
+    k = tl.load(k_ptr + slots[None, :] * slot_stride + lane[:, None], mask=here[None, :], other=0.0)
+    return tl.dot(q, k.to(q.dtype), input_precision="ieee")
+
+
+@triton.jit
+def _sums_kernel(
+    queries_ptr, like_ptr, pointers_ptr, table_ptr, rows_ptr, lengths_ptr, sums_ptr,
+    layer_stride, row_stride, head_stride, slot_stride, group_stride, table_stride, splits, scale,
+    SPLIT: tl.constexpr, GROUPS: tl.constexpr, SHARING: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
+    HEADS: tl.constexpr,
+):  # fmt: skip
+    """Per (request, layer and group, split): the logarithm of the sum of exponents."""
+    b, which, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    length = tl.load(lengths_ptr + b)
+    row_ptr = table_ptr + tl.load(rows_ptr + b) * table_stride
+    largest = tl.full((HEADS,), float("-inf"), tl.float32)
+    total = tl.zeros((HEADS,), tl.float32)
+    for begin in range(split * SPLIT, tl.minimum(split * SPLIT + SPLIT, length), BLOCK):
+        column = begin + tl.arange(0, BLOCK)
+        here = column < length
+        slots = tl.load(row_ptr + column, mask=here, other=0).to(tl.int64)
+        x = _products(
+            queries_ptr, like_ptr, pointers_ptr, slots, b, which // GROUPS, which % GROUPS, here,
+            layer_stride, row_stride, head_stride, slot_stride, group_stride, SHARING, D, HEADS,
+        )  # fmt: skip
+        x = tl.where(here[None, :], x * scale, float("-inf"))
+        larger = tl.maximum(largest, tl.max(x, 1))
+        total = total * tl.exp(largest - larger) + tl.sum(tl.exp(x - larger[:, None]), 1)
+        largest = larger
+    out = ((b * tl.num_programs(1) + which) * splits + split) * HEADS + tl.arange(0, HEADS)
+    tl.store(sums_ptr + out, largest + tl.log(total))
+
+
+@triton.jit
+def _scores_kernel(
+    queries_ptr, like_ptr, pointers_ptr, table_ptr, rows_ptr, lengths_ptr, log_sums_ptr, scores_ptr,
+    layer_stride, row_stride, head_stride, slot_stride, group_stride, table_stride, columns, parts, scale,
+    GROUPS: tl.constexpr, SHARING: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, HEADS: tl.constexpr,
+):  # fmt: skip
+    """Per (request, block of keys): the mean weight of each over all layers and heads."""
+    b = tl.program_id(0)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    length = tl.load(lengths_ptr + b)
+    here = column < length
+    slots = tl.load(table_ptr + tl.load(rows_ptr + b) * table_stride + column, mask=here, other=0).to(tl.int64)
+    head = tl.arange(0, HEADS)
+    score = tl.zeros((BLOCK,), tl.float32)
+    if tl.program_id(1) * BLOCK < length:
+        for which in range(parts):
+            x = _products(
+                queries_ptr, like_ptr, pointers_ptr, slots, b, which // GROUPS, which % GROUPS, here,
+                layer_stride, row_stride, head_stride, slot_stride, group_stride, SHARING, D, HEADS,
+            )  # fmt: skip
+            log_sum = tl.load(log_sums_ptr + (b * parts + which) * HEADS + head)
+            weight = tl.exp(x * scale - log_sum[:, None])
+            score += tl.sum(tl.where(head[:, None] < SHARING, weight, 0.0), 0)
+    score = tl.where(here, score / (parts * SHARING), 0.0)
+    tl.store(scores_ptr + b * columns + column, score, mask=column < columns)

@@ -1,0 +1,53 @@
+"""Attention scores, against softmax request by request, and their kernels in Triton's interpreter."""
+
+import pytest
+import torch
+
+from er_sglang.drafting.attention_scores import attention_scores_reference
+
+LAYERS, HEADS, GROUPS, D = 2, 6, 2, 32
+SLOTS, CONTEXT = 1500, 1300
+LENGTHS = [1, 64, 700, 1190]
+COLUMNS = 1200
+
+
+def case(dtype=torch.float32):
+    generator = torch.Generator().manual_seed(1)
+    queries_LBHD = torch.randn(LAYERS, len(LENGTHS), HEADS, D, generator=generator).to(dtype)
+    keys = [torch.randn(SLOTS, GROUPS, D, generator=generator).to(dtype) for _ in range(LAYERS)]
+    table = torch.stack([torch.randperm(SLOTS, generator=generator)[:CONTEXT] for _ in range(7)]).int()
+    rows_B = torch.tensor([5, 0, 3, 6])
+    return queries_LBHD, keys, table, rows_B, torch.tensor(LENGTHS), COLUMNS, 0.3
+
+
+def test_weights_are_the_mean_of_all_layers_and_heads():
+    queries_LBHD, keys, table, rows_B, lengths_B, columns, scale = arguments = case()
+    found_BC = attention_scores_reference(*arguments)
+    for b, (row, length) in enumerate(zip(rows_B, lengths_B)):
+        weights = [
+            (scale * keys[layer][table[row, :length].long(), head // 3] @ queries_LBHD[layer, b, head]).softmax(0)
+            for layer in range(LAYERS)
+            for head in range(HEADS)
+        ]
+        torch.testing.assert_close(found_BC[b, :length], torch.stack(weights).mean(0))
+        assert not found_BC[b, length:].any()
+
+
+def test_what_lies_beyond_a_length_may_be_anything():
+    _, keys, table, rows_B, lengths_B, *_ = arguments = case()
+    expected_BC = attention_scores_reference(*arguments)
+    used = torch.cat([table[row, :length] for row, length in zip(rows_B, lengths_B)]).unique().long()
+    for k_SGD in keys:
+        spoilt = torch.full_like(k_SGD, torch.nan)
+        spoilt[used] = k_SGD[used]
+        k_SGD.copy_(spoilt)
+    assert keys[0].isnan().any()
+    torch.testing.assert_close(attention_scores_reference(*arguments), expected_BC)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_kernels_agree_with_the_reference(dtype):
+    fused = pytest.importorskip("er_sglang.drafting.attention_scores_fused", reason="the kernels are written in Triton")
+    arguments = case(dtype)
+    found_BC = fused.attention_scores_fused(*arguments)
+    torch.testing.assert_close(found_BC, attention_scores_reference(*arguments), rtol=1e-3, atol=1e-6)
