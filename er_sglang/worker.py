@@ -278,12 +278,12 @@ class SelfQuantWorker(ServedWorker):
             self._sampler.simulated_acceptance = self._simulated_acceptance[rung.window]
         decodes = self._chain.prepare(step, rung)
         verify = self._verifier.prepare(batch, step, rung.gamma)
-        draft = self._chain.draft(decodes, step)
+        draft = self._chain.draft(decodes, step.batch_size)
         return self._judge(batch, step, verify, draft, on_publish)
 
     def draft(self, step: Step, rung: Rung) -> Draft:
         """The first part of a cycle alone, for calibration."""
-        return self._chain.draft(self._chain.prepare(step, rung), step)
+        return self._chain.draft(self._chain.prepare(step, rung), step.batch_size)
 
     def verify(self, batch, step: Step, draft: Draft) -> GenerationBatchResult:
         """The rest of a cycle alone, for calibration."""
@@ -298,6 +298,7 @@ class SelfQuantWorker(ServedWorker):
         verdict = self._sampler.judge(logits_BNV, draft, step.params, self.random, step.rides_B)
         new_seq_lens = step.seq_lens_B + verdict.accept_lens_B
         on_publish(new_seq_lens)
+        self._chain.judged(step, verdict.accept_lens_B, gamma)
         if batch.return_logprob:
             attach_logprobs(batch, output, verdict, self._sampler)
         result = GenerationBatchResult(

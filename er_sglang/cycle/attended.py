@@ -1,9 +1,9 @@
 """What a draft attends to, so that the drafts of the next cycle read that alone (see window.py).
 
-The first draft of a cycle leaves the queries of a few layers behind. They score all tokens of the context, by the mean of
-their attention weights, and the tokens with the highest scores are one list for all layers and heads: on Qwen2.5-Coder-0.5B
-256 tokens out of 1550 then cost .015 of acceptance, and the last 320 cost .13. SparseSpec (arXiv 2512.01278) takes its list
-from the verify forward, which here stays SGLang's own.
+Drafts leave the queries of a few layers behind. Once it is known which drafts are accepted, the last query of an accepted
+token scores all tokens of the context, by the mean of its attention weights, and those with the highest scores are one
+list for all layers and heads. SparseSpec (arXiv 2512.01278) takes its list from the verify forward, which here stays
+SGLang's own.
 """
 
 from __future__ import annotations
@@ -24,13 +24,20 @@ from er_sglang.errors import ConfigError
 
 
 class Attended:
-    """Of each request the ``most`` tokens with the highest scores, best first, at its latest cycle.
+    """Of each request the ``most`` tokens with the highest scores, best first, after its latest cycle.
 
     On tensor-parallel ranks each goes by its own heads.
     """
 
     def __init__(
-        self, runner: ModelRunner, most: int, max_batch: int, req_to_token: torch.Tensor, requests: int, page_size: int
+        self,
+        runner: ModelRunner,
+        most: int,
+        gamma_max: int,
+        max_batch: int,
+        req_to_token: torch.Tensor,
+        requests: int,
+        page_size: int,
     ) -> None:
         """For the first ``requests`` rows of ``req_to_token``, int32 [rows, context]."""
         if type(runner.token_to_kv_pool) is not MHATokenToKVPool:
@@ -43,19 +50,19 @@ class Attended:
         self._asked = {layer.layer_id: index for index, layer in enumerate(asked(layers))}
         self._scaling = layers[0].scaling
         device = req_to_token.device
-        shape = (len(self._asked), max_batch, layers[0].tp_q_head_num, layers[0].head_dim)
-        self._queries_LBHD = torch.zeros(shape, dtype=runner.dtype, device=device)
+        shape = (gamma_max, max_batch, len(self._asked), layers[0].tp_q_head_num, layers[0].head_dim)
+        self._queries_GBLHD = torch.zeros(shape, dtype=runner.dtype, device=device)
         self._tokens = torch.zeros((requests, most), dtype=torch.int64, device=device)
         self._until = torch.zeros(requests, dtype=torch.int64, device=device)
 
-    def listening(self, backend: AttentionBackend) -> AttentionBackend:
-        """The same backend, whose decodes leave their queries here."""
+    def listening(self, backend: AttentionBackend, i: int) -> AttentionBackend:
+        """The same backend, whose decodes leave their queries here, as those of a chain's step i."""
         listening = copy.copy(backend)
         decode = listening.forward_decode
 
         def forward_decode(q, k, v, layer, *args, **more):
             if (index := self._asked.get(layer.layer_id)) is not None:
-                queries_BHD = self._queries_LBHD[index]
+                queries_BHD = self._queries_GBLHD[i, :, index]
                 queries_BHD[: len(q)] = q.view(-1, *queries_BHD.shape[1:])
             return decode(q, k, v, layer, *args, **more)
 
@@ -70,12 +77,14 @@ class Attended:
         [B, most]."""
         return self._until[step.req_pool_indices_B], self._tokens[step.req_pool_indices_B]
 
-    def update(self, step: Step) -> None:
-        """Choose by the queries that the first draft of ``step`` has left, whole pages."""
-        rows_B, lengths_B, page = step.req_pool_indices_B, step.seq_lens_B, self._page_size
-        columns = min(int(step.seq_lens_cpu_B.max()), self._req_to_token.shape[1])
+    def update(self, step: Step, accept_lens_B: torch.Tensor, gamma: int) -> None:
+        """Choose, whole pages, after a cycle of ``step`` of which each request has kept so many tokens, int32 [B]."""
+        rows_B, page = step.req_pool_indices_B, self._page_size
+        lengths_B = step.seq_lens_B + accept_lens_B
+        columns = min(int(step.seq_lens_cpu_B.max()) + gamma + 1, self._req_to_token.shape[1])
+        latest_B = (accept_lens_B - 1).clamp_(max=gamma - 1).long()  # the last one kept follows the draft of this step
         scores_BC = attention_scores(
-            self._queries_LBHD[:, : step.batch_size],
+            self._queries_GBLHD[latest_B, torch.arange(step.batch_size, device=latest_B.device)],
             [self._pool.get_key_buffer(layer) for layer in self._asked],
             self._req_to_token,
             rows_B,

@@ -84,8 +84,8 @@ class DraftChain:
         sizes = [size for size in windows if size]
         if sizes and window_by == "attention":
             most = whole_pages(max(sizes), page_size)
-            self._attended = Attended(view, most, max_batch, req_to_token, first_row, page_size)
-            self._backends[0] = self._attended.listening(self._backends[0])
+            self._attended = Attended(view, most, gamma_max, max_batch, req_to_token, first_row, page_size)
+            self._backends = [self._attended.listening(backend, i) for i, backend in enumerate(self._backends)]
         self._windows = {
             size: AttentionWindow(size, gamma_max, req_to_token, first_row, page_size, self._attended) for size in sizes
         }
@@ -159,22 +159,24 @@ class DraftChain:
             forward_batch.mark_forward_metadata_ready()
         return forward_batches
 
-    def draft(self, forward_batches: list[ForwardBatch], step: Step) -> Draft:
-        """Run the chain prepared for ``step``."""
+    def draft(self, forward_batches: list[ForwardBatch], batch_size: int) -> Draft:
+        """Run the prepared chain for the first ``batch_size`` rows."""
         gamma, bs = len(forward_batches), forward_batches[0].batch_size
         if bs in self._graph_batches:
             self._graphs.replay(_key(bs, gamma), forward_batches[0])
         else:
             self._run(forward_batches)
-        if self._attended is not None and int(step.seq_lens_cpu_B.max()) > self._chooses_above:
-            self._attended.update(step)
-        batch_size = step.batch_size
         return Draft(
             tokens_NB=self._tokens[: gamma + 1, :batch_size],
             logits_GBV=self._logits[:gamma, :batch_size],
             floor_GB=self._floor[:gamma, :batch_size],
             lse_GB=self._lse[:gamma, :batch_size],
         )
+
+    def judged(self, step: Step, accept_lens_B: torch.Tensor, gamma: int) -> None:
+        """Of the latest chain, drafted for ``step``, each request has kept so many tokens, the policy's own included."""
+        if self._attended is not None and int(step.seq_lens_cpu_B.max()) + gamma + 1 > self._chooses_above:
+            self._attended.update(step, accept_lens_B, gamma)
 
     def forget(self, req_pool_indices_B: torch.Tensor) -> None:
         """These rows of the request table begin anew."""

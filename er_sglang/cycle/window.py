@@ -48,12 +48,11 @@ class AttentionWindow:
         self._attended = attended
         self._page_size = page_size
         if attended is None:
-            chosen, self._first, self._last, self._unjudged = 0, whole_pages(SINK_TOKENS, page_size), size, 0
+            chosen, self._first, self._last = 0, whole_pages(SINK_TOKENS, page_size), size
         else:
             chosen, self._first, self._last = whole_pages(size, page_size), attended.first, LAST_TOKENS
-            self._unjudged = gamma_max + 1  # tokens of the latest cycle, of which no draft has chosen
         self._before = self._first + chosen
-        self._most = self._before + self._last + self._unjudged + page_size - 1
+        self._most = self._before + self._last + page_size - 1
         columns = min(self._most + gamma_max, req_to_token.shape[1])
         self._req_to_token = req_to_token
         self._rows = req_to_token[first_row:, :columns]
@@ -63,17 +62,14 @@ class AttentionWindow:
 
     def load(self, step: Step) -> torch.Tensor:
         """Fill the rows of ``step``. Returns how many tokens of each request they leave out, int64 [B]."""
-        begin_B = step.seq_lens_B - self._last
-        if self._attended is not None:
-            until_B, tokens_BK = self._attended.of(step)
-            known_B = until_B >= self._before  # it had more to choose from than it takes
-            begin_B = torch.where(known_B, torch.maximum(until_B, begin_B - self._unjudged), begin_B)
-        hidden_B = (begin_B - self._before).clamp_(min=0)
+        hidden_B = (step.seq_lens_B - self._most + self._page_size - 1).clamp_(min=0)
         hidden_B -= hidden_B % self._page_size
         positions_BC = self._columns + hidden_B[:, None] * self._after_first
         if self._attended is not None:
+            until_B, tokens_BK = self._attended.of(step)
+            known_B1 = (until_B >= self._before)[:, None]  # there was more to choose from than it takes
             chosen_BK = positions_BC[:, self._chosen]
-            chosen_BK.copy_(torch.where(known_B[:, None], tokens_BK[:, : chosen_BK.shape[1]], chosen_BK))
+            chosen_BK.copy_(torch.where(known_B1, tokens_BK[:, : chosen_BK.shape[1]], chosen_BK))
         positions_BC.clamp_(max=self._req_to_token.shape[1] - 1)  # columns beyond the chain, which nobody reads
         self._rows[: step.batch_size] = self._req_to_token[step.req_pool_indices_B[:, None], positions_BC]
         return hidden_B

@@ -20,7 +20,7 @@ def asked(layers: Sequence[Layer]) -> Sequence[Layer]:
 
 
 def attention_scores(
-    queries_LBHD: torch.Tensor,
+    queries_BLHD: torch.Tensor,
     keys: Sequence[torch.Tensor],
     req_to_token: torch.Tensor,
     rows_B: torch.Tensor,
@@ -34,18 +34,18 @@ def attention_scores(
     keys: of each layer, [slots, heads of k, D]. req_to_token int32 [rows, context]; rows and lengths (at least 1, at most
     ``columns``) int64.
     """
-    if queries_LBHD.device.type == "cuda":
+    if queries_BLHD.device.type == "cuda":
         from er_sglang.drafting.attention_scores_fused import attention_scores_fused
 
-        return attention_scores_fused(queries_LBHD, keys, req_to_token, rows_B, lengths_B, columns, scale)
-    return attention_scores_reference(queries_LBHD, keys, req_to_token, rows_B, lengths_B, columns, scale)
+        return attention_scores_fused(queries_BLHD, keys, req_to_token, rows_B, lengths_B, columns, scale)
+    return attention_scores_reference(queries_BLHD, keys, req_to_token, rows_B, lengths_B, columns, scale)
 
 
-def attention_scores_reference(queries_LBHD, keys, req_to_token, rows_B, lengths_B, columns, scale) -> torch.Tensor:
+def attention_scores_reference(queries_BLHD, keys, req_to_token, rows_B, lengths_B, columns, scale) -> torch.Tensor:
     slots_BC = req_to_token[rows_B, :columns].long()
     beyond_BC = torch.arange(columns, device=slots_BC.device) >= lengths_B[:, None]
     total_BC = torch.zeros(slots_BC.shape, device=slots_BC.device)
-    for q_BHD, k_SGD in zip(queries_LBHD, keys):
+    for q_BHD, k_SGD in zip(queries_BLHD.unbind(1), keys):
         q_BGRD = q_BHD.float().unflatten(1, (k_SGD.shape[1], -1))
         scores_BGRC = scale * torch.einsum("bgrd,bcgd->bgrc", q_BGRD, k_SGD[slots_BC].float())
         total_BC += scores_BGRC.masked_fill(beyond_BC[:, None, None], -torch.inf).softmax(-1).mean((1, 2))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 import triton
@@ -14,7 +15,7 @@ HEADS = 16  # of a key, padded: the least that tl.dot takes
 
 
 def attention_scores_fused(
-    queries_LBHD: torch.Tensor,
+    queries_BLHD: torch.Tensor,
     keys: Sequence[torch.Tensor],
     req_to_token: torch.Tensor,
     rows_B: torch.Tensor,
@@ -23,16 +24,15 @@ def attention_scores_fused(
     scale: float,
 ) -> torch.Tensor:
     """As `attention_scores`. A key serves at most HEADS heads, and D is a power of two."""
-    layers, batch, heads, head_dim = queries_LBHD.shape
+    batch, layers, heads, head_dim = queries_BLHD.shape
     groups = keys[0].shape[1]
     splits = triton.cdiv(columns, SPLIT)
-    pointers_L = torch.tensor([k_SGD.data_ptr() for k_SGD in keys], pin_memory=keys[0].is_cuda).to(
-        keys[0].device, non_blocking=True
-    )
-    sums = torch.empty((batch, layers * groups, splits, HEADS), dtype=torch.float32, device=queries_LBHD.device)
-    scores_BC = torch.empty((batch, columns), dtype=torch.float32, device=queries_LBHD.device)
-    shared = (queries_LBHD, keys[0], pointers_L, req_to_token, rows_B, lengths_B)
-    strides = (*queries_LBHD.stride()[:3], *keys[0].stride()[:2], req_to_token.stride(0))
+    pointers_L = _on_device(tuple(k_SGD.data_ptr() for k_SGD in keys), keys[0].device)
+    sums = torch.empty((batch, layers * groups, splits, HEADS), dtype=torch.float32, device=queries_BLHD.device)
+    scores_BC = torch.empty((batch, columns), dtype=torch.float32, device=queries_BLHD.device)
+    shared = (queries_BLHD, keys[0], pointers_L, req_to_token, rows_B, lengths_B)
+    row_stride, layer_stride, head_stride, _ = queries_BLHD.stride()
+    strides = (layer_stride, row_stride, head_stride, *keys[0].stride()[:2], req_to_token.stride(0))
     constants = {"GROUPS": groups, "SHARING": heads // groups, "D": head_dim, "BLOCK": BLOCK, "HEADS": HEADS}
     _sums_kernel[(batch, layers * groups, splits)](*shared, sums, *strides, splits, scale, SPLIT=SPLIT, **constants)
     log_sums = sums.logsumexp(2)
@@ -40,6 +40,11 @@ def attention_scores_fused(
         *shared, log_sums, scores_BC, *strides, columns, layers * groups, scale, **constants
     )
     return scores_BC
+
+
+@lru_cache
+def _on_device(pointers: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    return torch.tensor(pointers, device=device)
 
 
 @triton.jit

@@ -33,6 +33,7 @@ from er_sglang.drafting.attention_scores import asked
 
 ATTENTION = "er_sglang_chain"
 BLOCK = 256  # queries scored at a time: H * BLOCK * S scores are in memory
+LAG = 2  # from the draft that chooses to the next chain's start, if all drafts were accepted; else it is 1
 
 
 class PolicyPass:
@@ -109,22 +110,22 @@ class Recent:
 
 
 class Chosen:
-    """A window by attention: the choice is that of the first draft ``lag`` tokens before a chain's start; chains that
-    start earlier see their last tokens instead."""
+    """A window by attention: the choice is that of the draft at LAG tokens before a chain's start; chains that start earlier
+    see their last tokens instead."""
 
-    def __init__(self, size: int, scores_TS: torch.Tensor, first: int, lag: int) -> None:
+    def __init__(self, size: int, scores_TS: torch.Tensor, first: int) -> None:
         """scores: of Listening, for positions from ``first`` on."""
         count, context = scores_TS.shape
         position_S = torch.arange(context, device=scores_TS.device)
         starts_T1 = first + torch.arange(count, device=scores_TS.device)[:, None]
-        begin_T1 = starts_T1 - LAST_TOKENS
-        until_T1 = begin_T1 - lag  # before which position it was chosen
-        knows_T1 = (starts_T1 - lag >= first) & (until_T1 >= FIRST_TOKENS + size)
-        scores_TS = scores_TS.roll(lag, 0).masked_fill((position_S < FIRST_TOKENS) | (position_S >= until_T1), -1.0)
+        last_T1 = starts_T1 - LAST_TOKENS
+        knows_T1 = (starts_T1 - LAG >= first) & (last_T1 >= FIRST_TOKENS + size)
+        scores_TS = scores_TS.roll(LAG, 0).masked_fill((position_S < FIRST_TOKENS) | (position_S >= last_T1), -1.0)
         best_TK = scores_TS.topk(min(size, context), dim=1).indices
         chosen_TS = torch.zeros_like(scores_TS, dtype=torch.bool).scatter_(1, best_TK, True)
-        chosen_TS = torch.where(knows_T1, chosen_TS | (position_S >= until_T1), position_S >= begin_T1 - size)
-        self._seen_TS = (chosen_TS | (position_S < FIRST_TOKENS)) & (position_S < starts_T1)
+        chosen_TS = torch.where(knows_T1, chosen_TS, position_S >= last_T1 - size)
+        ends_TS = (position_S < FIRST_TOKENS) | (position_S >= last_T1)
+        self._seen_TS = (chosen_TS | ends_TS) & (position_S < starts_T1)
         self._first = first
 
     def mask(self, positions_C: torch.Tensor, starts_T: torch.Tensor) -> torch.Tensor:

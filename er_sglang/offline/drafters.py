@@ -139,8 +139,7 @@ class Policy:
                 drafts(listening)
             drafted = {}
             for rule, size in windows:
-                # As after a cycle of which all drafts were accepted.
-                reads = Recent(size) if rule == "recency" else Chosen(size, listening.scores, first, lag=gamma + 1)
+                reads = Recent(size) if rule == "recency" else Chosen(size, listening.scores, first)
                 chain = DraftPass(policy, first, reads)
                 drafted[rule, size] = torch.stack([drafts(chain) for _ in range(gamma)])
         next_T = tokens[0, first + 1 :]

@@ -46,28 +46,35 @@ class ReferenceDrafter:
         return self._policy(torch.tensor([sequence]), use_cache=True).past_key_values
 
     @torch.inference_mode()
-    def logits(self, token: int, length: int, cache: DynamicCache, seen: list[int]) -> torch.Tensor:
-        """Of the draft after ``token``, at position ``length``, which reads the positions ``seen``."""
-        cut = DynamicCache()
+    def drafts(
+        self, token: int, length: int, cache: DynamicCache, seen: list[int], gamma: int = 1
+    ) -> tuple[list[int], list[dict[int, torch.Tensor]]]:
+        """A greedy chain after ``token``, at position ``length``, that reads the positions ``seen``; and the queries of each
+        draft, [H, D] by layer."""
+        cut, drafted, queries = DynamicCache(), [], []
         for index, layer in enumerate(cache.layers):
             cut.update(layer.keys[:, :, seen], layer.values[:, :, seen], index)
-        hidden_1H = self._model.model(
-            torch.tensor([[token]]), past_key_values=cut, position_ids=torch.tensor([[length]])
-        )[0][0]
-        logits_1V = self._model.lm_head(hidden_1H)
-        if self._rescored:
-            rescore_reference_(logits_1V, hidden_1H, self._policy.lm_head.weight.data)
-        return logits_1V[0]
+        for i in range(gamma):
+            position_ids = torch.tensor([[length + i]])
+            hidden_1H = self._model.model(torch.tensor([[token]]), past_key_values=cut, position_ids=position_ids)[0][0]
+            logits_1V = self._model.lm_head(hidden_1H)
+            if self._rescored:
+                rescore_reference_(logits_1V, hidden_1H, self._policy.lm_head.weight.data)
+            token = int(logits_1V.argmax())
+            drafted.append(token)
+            queries.append({i: layer.self_attn.latest_query_HD for i, layer in enumerate(self._model.model.layers)})
+        return drafted, queries
 
     @torch.inference_mode()
-    def attended(self, length: int, cache: DynamicCache) -> torch.Tensor:
-        """How much the latest draft attends to each position before ``length``, as the mean of the layers that are
-        asked and of their heads."""
+    def attended(self, queries: dict[int, torch.Tensor], length: int, cache: DynamicCache) -> torch.Tensor:
+        """How much a draft attends to each position before ``length``, as the mean of the layers that are asked and of
+        their heads."""
         found = []
-        for layer in asked(list(self._model.model.layers)):
-            attention = layer.self_attn
-            keys_GSD = cache.layers[attention.layer_idx].keys[0, :, :length]
-            keys_HSD = keys_GSD.repeat_interleave(len(attention.latest_query_HD) // len(keys_GSD), 0)
-            scores_HS = attention.scaling * (keys_HSD @ attention.latest_query_HD[..., None])[..., 0]
+        for index in asked(sorted(queries)):
+            keys_GSD = cache.layers[index].keys[0, :, :length]
+            keys_HSD = keys_GSD.repeat_interleave(len(queries[index]) // len(keys_GSD), 0)
+            scores_HS = (
+                self._model.model.layers[index].self_attn.scaling * (keys_HSD @ queries[index][..., None])[..., 0]
+            )
             found.append(scores_HS.softmax(-1).mean(0))
         return torch.stack(found).mean(0)

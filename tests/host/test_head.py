@@ -54,6 +54,6 @@ def first_drafts(drafter: ReferenceDrafter, prompts: list[list[int]], outputs: l
     found = []
     for prompt, (first, second) in zip(prompts, outputs):
         length = len(prompt)
-        logits_V = drafter.logits(first, length, drafter.cache(prompt), [*range(length)])
-        found.append(int(logits_V.argmax()) == second)
+        drafts, _ = drafter.drafts(first, length, drafter.cache(prompt), [*range(length)])
+        found.append(drafts == [second])
     return found

@@ -14,7 +14,7 @@ from tests.host.reference_drafter import ReferenceDrafter
 from tests.host.servers import BULK, greedy, self_quant, tokens
 
 SIZE = 24
-NEW_TOKENS = 8
+NEW_TOKENS, GAMMA = 9, 2
 PROMPT = [random.Random(5).randrange(2, VOCAB) for _ in range(150)]
 
 
@@ -46,19 +46,19 @@ def test_drafts_are_those_of_the_window(either, qwen3, qwen3_oracle):
     server, rule = either
     rng = random.Random(6)
     prompts = [[rng.randrange(2, VOCAB) for _ in range(SINK_TOKENS - 20 + i)] for i in range(120)]
-    outputs = [qwen3_oracle.greedy(prompt, NEW_TOKENS + 1) for prompt in prompts]
+    outputs = [qwen3_oracle.greedy(prompt, NEW_TOKENS + GAMMA) for prompt in prompts]
     windows = {other: Window(other, SIZE) for other in ("recency", "attention")}
     windows |= {"half": Window(rule, SIZE // 2), "all": Window("recency", 10**6)}
     accepted = {name: count_accepted(qwen3, prompts, outputs, window) for name, window in windows.items()}
     assert len(set(map(tuple, accepted.values()))) == len(windows), "another window would do as well"
-    server.change_self_quant({"mode": "always", "fixed_gamma": 1})
+    server.change_self_quant({"mode": "always", "fixed_gamma": GAMMA})
     answers = server.generate({"input_ids": prompts, "sampling_params": greedy(NEW_TOKENS)})
     assert tokens(answers) == [output[:NEW_TOKENS] for output in outputs]
     assert [answer["meta_info"]["spec_num_correct_drafts"] for answer in answers] == accepted[rule]
 
 
 class Window:
-    """Which positions a draft at ``length`` reads; ``attend`` says how much the draft before it attended to each."""
+    """Which positions drafts at ``length`` read; ``attend`` says how much the latest accepted one attended to each."""
 
     def __init__(self, rule: str, size: int) -> None:
         self.rule, self.size, self.chosen, self.until = rule, size, [], 0
@@ -72,17 +72,17 @@ class Window:
         if self.until < FIRST_TOKENS + self.size:
             begin = max(length - LAST_TOKENS - self.size, FIRST_TOKENS)
             return [*range(min(FIRST_TOKENS, length)), *range(begin, length)]
-        return [*range(FIRST_TOKENS), *self.chosen, *range(max(self.until, length - LAST_TOKENS - 4), length)]
+        return [*range(FIRST_TOKENS), *self.chosen, *range(length - LAST_TOKENS, length)]
 
     def attend(self, weights_S: torch.Tensor) -> None:
-        """weights: of the tokens before the draft."""
+        """weights: of all tokens before the next draft."""
         self.until = max(len(weights_S) - LAST_TOKENS, 0)
         order = weights_S[FIRST_TOKENS : self.until].argsort(descending=True) + FIRST_TOKENS
         self.chosen = order[: self.size].tolist()
 
 
 def count_accepted(policy, prompts: list[list[int]], outputs: list[list[int]], window: Window) -> list[int]:
-    """Of the drafts that gamma = 1 makes until NEW_TOKENS of each output are there, those that come next in it."""
+    """Of the drafts that are made until NEW_TOKENS of each output are there, those that come next in it."""
     drafter, found = ReferenceDrafter(policy), []
     for prompt, output in zip(prompts, outputs):
         sequence, emitted, accepted = prompt + output, 1, 0
@@ -90,9 +90,9 @@ def count_accepted(policy, prompts: list[list[int]], outputs: list[list[int]], w
         window.forget()
         while emitted < NEW_TOKENS:
             length = len(prompt) + emitted - 1
-            logits_V = drafter.logits(sequence[length], length, cache, window.positions(length))
-            window.attend(drafter.attended(length, cache))
-            hit = int(logits_V.argmax()) == output[emitted]
-            accepted, emitted = accepted + hit, emitted + 1 + hit
+            drafts, queries = drafter.drafts(sequence[length], length, cache, window.positions(length), GAMMA)
+            hits = next((i for i, draft in enumerate(drafts) if draft != output[emitted + i]), GAMMA)
+            accepted, emitted = accepted + hits, emitted + hits + 1
+            window.attend(drafter.attended(queries[min(hits, GAMMA - 1)], length + hits + 1, cache))
         found.append(accepted)
     return found

@@ -13,19 +13,19 @@ COLUMNS = 1200
 
 def case(dtype=torch.float32):
     generator = torch.Generator().manual_seed(1)
-    queries_LBHD = torch.randn(LAYERS, len(LENGTHS), HEADS, D, generator=generator).to(dtype)
+    queries_BLHD = torch.randn(len(LENGTHS), LAYERS, HEADS, D, generator=generator).to(dtype)
     keys = [torch.randn(SLOTS, GROUPS, D, generator=generator).to(dtype) for _ in range(LAYERS)]
     table = torch.stack([torch.randperm(SLOTS, generator=generator)[:CONTEXT] for _ in range(7)]).int()
     rows_B = torch.tensor([5, 0, 3, 6])
-    return queries_LBHD, keys, table, rows_B, torch.tensor(LENGTHS), COLUMNS, 0.3
+    return queries_BLHD, keys, table, rows_B, torch.tensor(LENGTHS), COLUMNS, 0.3
 
 
 def test_weights_are_the_mean_of_all_layers_and_heads():
-    queries_LBHD, keys, table, rows_B, lengths_B, columns, scale = arguments = case()
+    queries_BLHD, keys, table, rows_B, lengths_B, columns, scale = arguments = case()
     found_BC = attention_scores_reference(*arguments)
     for b, (row, length) in enumerate(zip(rows_B, lengths_B)):
         weights = [
-            (scale * keys[layer][table[row, :length].long(), head // 3] @ queries_LBHD[layer, b, head]).softmax(0)
+            (scale * keys[layer][table[row, :length].long(), head // 3] @ queries_BLHD[b, layer, head]).softmax(0)
             for layer in range(LAYERS)
             for head in range(HEADS)
         ]

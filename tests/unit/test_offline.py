@@ -16,7 +16,7 @@ from er_sglang.cycle.step import Step
 from er_sglang.cycle.window import AttentionWindow, with_window_rows
 from er_sglang.drafting.rescoring import rescore_
 from er_sglang.offline import estimate
-from er_sglang.offline.chain import BLOCK, Chosen, Recent
+from er_sglang.offline.chain import BLOCK, LAG, Chosen, Recent
 from er_sglang.offline.drafters import Drafter, Outcome, Policy, Weights, compare, distribution
 from er_sglang.sampling import SamplingParams
 
@@ -58,10 +58,10 @@ def test_every_chain_is_that_of_a_decode_loop_on_the_policys_cache(policy, rule,
 
 @torch.inference_mode()
 def chosen(policy, copy, text, first, start, window):
-    """What the draft GAMMA + 1 tokens earlier attends to most in layer 1 of 2, of what is older than the last tokens then;
-    the first tokens, and all younger ones. Where that draft is of the prompt or has no choice, the last tokens."""
-    before = start - GAMMA - 1
-    until = before - LAST_TOKENS
+    """What the draft LAG tokens earlier attends to most in layer 1 of 2, of what is older than the last tokens; and these, and
+    the first ones. Where that draft is of the prompt or has no choice, more of the last ones."""
+    before = start - LAG
+    until = start - LAST_TOKENS
     if before < first or until < FIRST_TOKENS + window:
         return sorted({*range(FIRST_TOKENS), *range(max(start - LAST_TOKENS - window, FIRST_TOKENS), start)})
     cache = policy.model(torch.tensor([text[:before]]), use_cache=True).past_key_values
@@ -129,15 +129,14 @@ def test_the_window_is_the_servers(window):
 
 
 def test_the_choice_is_the_servers():
-    """Both choose by the same scores: Attended of each start, `lag` tokens before it."""
-    size, lag, first, count = 8, GAMMA + 1, 100, 60
+    size, first, count = 8, 100, 60
     scores_TS = torch.rand(count, first + count)
-    reads = Chosen(size, scores_TS, first, lag)
+    reads = Chosen(size, scores_TS, first)
     table = with_window_rows(torch.arange(first + count + GAMMA)[None].int(), 1)
     nothing = torch.zeros(1)
-    for start in range(first + lag, first + count):
-        until = start - lag - LAST_TOKENS
-        best = scores_TS[start - lag - first, FIRST_TOKENS:until].argsort(descending=True) + FIRST_TOKENS
+    for start in range(first + LAG, first + count):
+        until = start - LAST_TOKENS
+        best = scores_TS[start - LAG - first, FIRST_TOKENS:until].argsort(descending=True) + FIRST_TOKENS
         attended = SimpleNamespace(first=FIRST_TOKENS, of=lambda _: (torch.tensor([until]), best[None, :size]))
         rows = AttentionWindow(size, GAMMA, table, 1, 1, attended)
         step = Step(

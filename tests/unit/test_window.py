@@ -61,7 +61,7 @@ def test_columns_are_first_tokens_then_chosen_then_recent_ones_then_the_chain(si
     table = with_window_rows(torch.randperm(REQUESTS * CONTEXT).view(REQUESTS, CONTEXT).int(), REQUESTS)
     before = table[:REQUESTS].clone()
     lengths = torch.tensor([1, 30, size + LAST_TOKENS, 196, 196, 196, 196, 196])
-    ends = lengths - LAST_TOKENS - torch.tensor([0, 0, 0, 0, 2, GAMMA_MAX + 1, GAMMA_MAX + 30, 500])
+    ends = lengths - LAST_TOKENS - torch.tensor([0, 0, 0, 0, 2, 20, 40, 500])  # chosen so many tokens ago
     until = [max(0, int(end) // page_size * page_size) for end in ends]
     chosen = Chosen(until, 48, page_size)
     window = AttentionWindow(size, GAMMA_MAX, table, REQUESTS, page_size, chosen)
@@ -70,12 +70,8 @@ def test_columns_are_first_tokens_then_chosen_then_recent_ones_then_the_chain(si
     bounds = window.seen_on_host(lengths)
     cases = set()
     for b, (request, length, end) in enumerate(zip(requests.tolist(), lengths.tolist(), until)):
-        if end >= chosen.first + size:  # it had a choice
-            begin = max(end, length - LAST_TOKENS - (GAMMA_MAX + 1))
-            middle = chosen.tokens[b, :size].tolist()
-        else:
-            begin = max(length - LAST_TOKENS, chosen.first + size)
-            middle = None
+        middle = chosen.tokens[b, :size].tolist() if end >= chosen.first + size else None  # else there was no choice
+        begin = max(length - LAST_TOKENS, chosen.first + size)
         begin -= (begin - chosen.first - size) % page_size
         cases.add((middle is None, begin == end, begin < length))
         kept = [*range(chosen.first), *(middle or range(begin - size, begin)), *range(begin, max(begin, length))]

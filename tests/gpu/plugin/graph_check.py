@@ -110,14 +110,15 @@ def _make_step(worker, size: int) -> Step:
 
 
 def _draft(worker, step: Step, gamma: int, graph: bool, times: int = 2) -> list[torch.Tensor]:
-    """times: the second reads what the first attended to, if the window goes by that."""
+    """times: the second time drafts read what those of the first attended to, if the window goes by that."""
     chain = worker._chain
     batches, chain._graph_batches = chain._graph_batches, chain._graph_batches if graph else []
     rung = Rung(gamma, worker.config.drafter.windows[0])
     chain.forget(step.req_pool_indices_B)
     for _ in range(times):
         worker.random.state[1] = 5
-        draft = chain.draft(chain.prepare(step, rung), step)
+        draft = chain.draft(chain.prepare(step, rung), step.batch_size)
+        chain.judged(step, 1 + torch.arange(step.batch_size, device=worker.device).int() % (gamma + 1), gamma)
     chain._graph_batches = batches
     return [t.clone() for t in (draft.tokens_NB, draft.logits_GBV, draft.lse_GB)]
 
