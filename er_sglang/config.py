@@ -66,7 +66,6 @@ class DrafterConfig:
             raise ConfigError(
                 f'drafter.attention_window is {self.attention_window!r}; choose "auto", a number of tokens, or 0 for all.'
             )
-
         if self.window_by not in WINDOW_RULES:
             raise ConfigError(f"drafter.window_by is {self.window_by!r}; choose one of {', '.join(WINDOW_RULES)}.")
 

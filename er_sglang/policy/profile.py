@@ -34,7 +34,7 @@ REPAIR_REPORTED = 0.05  # a cell that the monotone repair moves further than thi
 
 
 class Rung(NamedTuple):
-    """A way to take a step: gamma drafted tokens, each attending to `window` recent tokens (0: to all)."""
+    """A way to take a step: gamma drafted tokens, each reading `window` tokens of a context (0: all)."""
 
     gamma: int
     window: int = 0

@@ -142,7 +142,7 @@ class Metrics:
     def snapshot(self) -> dict:
         """Plain values for /server_info.
 
-        window: recent tokens that the latest step's drafts attend to, 0 for all; cycles_by_window: its cycles so far.
+        window: tokens of a context that the latest step's drafts read, 0 for all; cycles_by_window: its cycles so far.
         accept_length: mean emitted tokens per request and cycle. acceptance_per_position: conditional acceptance
         of the i-th drafted token, None where none was tried. predicted_speedup, measured_speedup: of recent cycles over
         plain decoding, which takes as long as the profile says. plain_step_ratio: seconds of recent plain decode steps
@@ -202,7 +202,7 @@ class PrometheusExporter:
             return PrometheusCounter(f"sglang:self_quant_{name}", text, names).labels(**labels)
 
         self._gamma = gauge("gamma", "Drafted tokens per request of the latest step.")
-        self._window = gauge("window", "Recent tokens that a draft of the latest step attends to, 0 for all.")
+        self._window = gauge("window", "Tokens of a context that a draft of the latest step reads, 0 for all.")
         self._batch = gauge("running_batch", "Requests of the latest decode step.")
         self._predicted = gauge("predicted_speedup", "Recent cycles over plain decoding, as predicted.")
         self._measured = gauge("measured_speedup", "Recent cycles over plain decoding, as measured.")

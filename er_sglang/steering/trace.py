@@ -24,7 +24,7 @@ class Trace:
     time_s: Unix time at which the step's result reached the host.
     mode, settings_version: the policy's mode; how often its settings were replaced at run time before the step.
     batch, context_tokens: running requests and their mean context.
-    gamma, window, reason: drafted tokens per request, how many recent tokens they attend to (0: all), and why so.
+    gamma, window, reason: drafted tokens per request, how many tokens of a context they read (0: all), and why so.
     expected_speedup: over plain decoding, as predicted; null where the mode predicts nothing.
     outside: the prediction is extrapolated from the measured table.
     accepted: drafts accepted, all requests together; the step emitted accepted + batch tokens.

@@ -83,6 +83,7 @@ def test_draft_lengths_above_the_largest_gamma_are_refused(policy):
         ({"drafter": {"attention_window": -1}}, "drafter.attention_window is -1"),
         ({"drafter": {"attention_window": "wide"}}, "drafter.attention_window is 'wide'; choose \"auto\""),
         ({"drafter": {"attention_window": 8.5}}, "attention_window must be of type int or str"),
+        ({"drafter": {"window_by": "age"}}, "drafter.window_by is 'age'; choose one of recency, attention"),
         ({"max_draft_batch": 0}, "max_draft_batch is 0"),
         ({"gamma_max": 0}, "--speculative-num-steps is 0"),
         ({"gamma_max": 16}, "--speculative-num-steps is 16"),
