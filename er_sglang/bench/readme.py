@@ -14,7 +14,7 @@ from er_sglang.bench.shapes import SHAPES, write_model
 from er_sglang.tools.serving import ON_CPU, Server, exit_on_sigterm
 
 ACCEPTANCE = 0.93  # stated, and its share under a window: of Qwen2.5-Coder-0.5B in its own text, see launch/results
-WINDOWS = "256:0.914,512:0.99"
+WINDOWS = {"recency": "256:0.914,512:0.99", "attention": "256:0.987,512:0.998"}
 ARMS = [Arm.parse("self_quant:0"), Arm.parse("auto:7")]
 
 WORKLOADS = {
@@ -77,10 +77,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def plan(args: argparse.Namespace) -> list[tuple]:
     """Each workload's benchmark, and its arguments."""
     planned = []
+    rule = args.self_quant_config.get("drafter", {}).get("window_by", "recency")
     for name in args.only:
         benchmark, words = (WORKLOADS_ON_CPU if ON_CPU else WORKLOADS)[name]
         repeats = ["--repeats" if benchmark is decode else "--rollouts", str(args.repeats)]
-        stated = ["--acceptance", str(ACCEPTANCE), "--windows", WINDOWS]
+        stated = ["--acceptance", str(ACCEPTANCE), "--windows", WINDOWS[rule]]
         common = ["--model", args.model, "--arms", *map(str, ARMS), *stated, *repeats, "--out", str(args.out / name)]
         planned.append((benchmark, benchmark.parse_args([*common, *words.split()])))
     return planned
