@@ -48,5 +48,5 @@ def test_settings_of_two_nodes(tmp_path, windows):
     with mp.get_context("spawn").Manager() as manager:
         outcomes = manager.dict()
         mp.spawn(read, (str(tmp_path / "store"), windows, outcomes), nprocs=2)
-        expected = ["agreed"] * 2 if windows == (8, 8) else [f"attention_window={window})" for window in windows]
+        expected = ["agreed"] * 2 if windows == (8, 8) else [f"attention_window={window}," for window in windows]
         assert len(outcomes) == 2 and all(expected[rank] in outcome for rank, outcome in outcomes.items())
