@@ -18,37 +18,41 @@ NEW_TOKENS, GAMMA = 9, 2
 PROMPT = [random.Random(5).randrange(2, VOCAB) for _ in range(150)]
 
 
-def serve(policy, folder, rule):
-    drafter = {"attention_window": SIZE, "window_by": rule}
-    config = {"policy": {"mode": "cycle", "cycle": [3, 1, 0, 2]}, "drafter": drafter}
-    args, log = {"disable-overlap-schedule": False}, folder / f"window by {rule}.log"
-    return self_quant(policy, log, config, 3, args, plugins=[BULK])
-
-
-@pytest.fixture(scope="module", params=["recency", "attention"])
-def either(qwen3, folder, request):
-    with serve(qwen3, folder, request.param) as server:
-        yield server, request.param
+@pytest.fixture(
+    scope="module",
+    params=[("recency", 1), ("attention", 1), ("attention", 4)],
+    ids=["recency", "attention", "attention, pages"],
+)
+def served(qwen3, folder, request):
+    """A server, the rule of its window and the tokens of a page."""
+    rule, page = request.param
+    config = {
+        "policy": {"mode": "cycle", "cycle": [3, 1, 0, 2]},
+        "drafter": {"attention_window": SIZE, "window_by": rule},
+    }
+    args, log = {"disable-overlap-schedule": False, "page-size": page}, folder / f"window by {rule}, {page}.log"
+    with self_quant(qwen3, log, config, 3, args, plugins=[BULK]) as server:
+        yield server, rule, page
 
 
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=0.6, top_p=0.9)], ids=["T=1", "top_p"])
-def test_distribution(either, qwen3_oracle, sampling):
-    server, _ = either
+def test_distribution(served, qwen3_oracle, sampling):
+    server, *_ = served
     before = server.self_quant()
     answers = server.generate({"input_ids": [PROMPT] * 1200, "sampling_params": sampling.params(8)})
     assert_exact(cells(qwen3_oracle, PROMPT, tokens(answers), sampling))
     assert server.self_quant()["accepted_tokens"] > before["accepted_tokens"]
 
 
-def test_drafts_are_those_of_the_window(either, qwen3, qwen3_oracle):
+def test_drafts_are_those_of_the_window(served, qwen3, qwen3_oracle):
     """Of greedy requests, within the window and beyond, as many drafts are accepted as a reference in transformers says:
     the int4 weights on the policy's KV cache, cut to the window."""
-    server, rule = either
+    server, rule, page = served
     rng = random.Random(6)
-    prompts = [[rng.randrange(2, VOCAB) for _ in range(SINK_TOKENS - 20 + i)] for i in range(120)]
+    prompts = [[rng.randrange(2, VOCAB) for _ in range(SINK_TOKENS - 20 + i)] for i in range(90)]
     outputs = [qwen3_oracle.greedy(prompt, NEW_TOKENS + GAMMA) for prompt in prompts]
-    windows = {other: Window(other, SIZE) for other in ("recency", "attention")}
-    windows |= {"half": Window(rule, SIZE // 2), "all": Window("recency", 10**6)}
+    windows = {other: Window(other, SIZE, page) for other in ("recency", "attention")}
+    windows |= {"half": Window(rule, SIZE // 2, page), "all": Window("recency", 10**6, page)}
     accepted = {name: count_accepted(qwen3, prompts, outputs, window) for name, window in windows.items()}
     assert len(set(map(tuple, accepted.values()))) == len(windows), "another window would do as well"
     server.change_self_quant({"mode": "always", "fixed_gamma": GAMMA})
@@ -58,27 +62,30 @@ def test_drafts_are_those_of_the_window(either, qwen3, qwen3_oracle):
 
 
 class Window:
-    """Which positions drafts at ``length`` read; ``attend`` says how much the latest accepted one attended to each."""
+    """Which positions drafts at ``length`` read, the first tokens and the last pages; between them, if the rule is attention,
+    the pages with the largest of the weights that ``attend`` is given."""
 
-    def __init__(self, rule: str, size: int) -> None:
-        self.rule, self.size, self.chosen, self.until = rule, size, [], 0
+    def __init__(self, rule: str, size: int, page: int) -> None:
+        self.size, self.page = size, page
+        self.first, self.last = (SINK_TOKENS, size) if rule == "recency" else (FIRST_TOKENS, LAST_TOKENS)
+        self.by_attention = rule == "attention"
+        self.forget()
 
     def forget(self) -> None:
-        self.chosen, self.until = [], 0
+        self.chosen = []
 
     def positions(self, length: int) -> list[int]:
-        if self.rule == "recency":
-            return sorted({*range(min(SINK_TOKENS, length)), *range(max(length - self.size, 0), length)})
-        if self.until < FIRST_TOKENS + self.size:
-            begin = max(length - LAST_TOKENS - self.size, FIRST_TOKENS)
-            return [*range(min(FIRST_TOKENS, length)), *range(begin, length)]
-        return [*range(FIRST_TOKENS), *self.chosen, *range(length - LAST_TOKENS, length)]
+        last = self.last + (self.size if self.by_attention and not self.chosen else 0)
+        begin = max(length - last, self.first) // self.page * self.page
+        return [*range(min(self.first, length)), *self.chosen, *range(begin, length)]
 
     def attend(self, weights_S: torch.Tensor) -> None:
         """weights: of all tokens before the next draft."""
-        self.until = max(len(weights_S) - LAST_TOKENS, 0)
-        order = weights_S[FIRST_TOKENS : self.until].argsort(descending=True) + FIRST_TOKENS
-        self.chosen = order[: self.size].tolist()
+        until = (len(weights_S) - LAST_TOKENS) // self.page * self.page
+        if self.by_attention and until >= self.first + self.size:
+            pages = weights_S[self.first : until].unflatten(0, (-1, self.page)).amax(1).argsort(descending=True)
+            tokens = self.first + pages[: self.size // self.page, None] * self.page + torch.arange(self.page)
+            self.chosen = tokens.flatten().tolist()
 
 
 def count_accepted(policy, prompts: list[list[int]], outputs: list[list[int]], window: Window) -> list[int]:
