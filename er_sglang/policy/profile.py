@@ -114,8 +114,8 @@ class Profile:
         j, v = locate(self.contexts_tokens, context_tokens)
         forward_s = {gamma: blend(table, i, u, j, v) for gamma, table in self.forward_s.items()}
         step_s = {PLAIN: forward_s.pop(0)}
-        for window, table in self.draft_s.items():
-            draft_s = blend(table, i, u, j, v)
+        for window in self.draft_s:
+            draft_s = self.drafted_token_s(batch, context_tokens, window)
             for gamma, verify_s in forward_s.items():
                 step_s[Rung(gamma, window)] = gamma * draft_s + verify_s
         return Costs(step_s, self._is_outside(batch, context_tokens, i, u, j, v))
@@ -127,7 +127,15 @@ class Profile:
         return self._at(self.forward_s[gamma], batch, context_tokens)
 
     def drafted_token_s(self, batch: float, context_tokens: float, window: int = 0) -> float:
-        return self._at(self.draft_s[window], batch, context_tokens)
+        """A draft that sees all of its window takes as long in every context: as in the first measured one that is longer,
+        and in a shorter one no longer than without a window."""
+        longer = [context for context in self.contexts_tokens if context > window]
+        if not window or not longer:
+            return self._at(self.draft_s[window], batch, context_tokens)
+        if 0 not in self.draft_s:
+            return self._at(self.draft_s[window], batch, min(context_tokens, longer[-1]))
+        within_s = self._at(self.draft_s[0], batch, context_tokens)
+        return min(within_s, self._at(self.draft_s[window], batch, min(max(context_tokens, longer[0]), longer[-1])))
 
     def step_s(self, batch: float, context_tokens: float, rung: Rung) -> float:
         """As ``costs`` has it, of one rung."""

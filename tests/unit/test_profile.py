@@ -62,6 +62,21 @@ def test_a_window_bounds_what_drafts_read(context):
     assert windowed.forward_s == profile.forward_s
 
 
+@pytest.mark.parametrize(
+    ("context", "seen"), [(600, 600), (700, 700), (900, 764), (1024, 764), (4096, 764), (9000, 764)]
+)
+def test_a_window_costs_what_it_sees_between_measured_contexts_and_beyond(context, seen):
+    """Measured as a server measures: with 700 tokens besides the first 64, apart only where a context is longer."""
+    windowed = [Sample("draft", 0, b, c, plane(b, 764, 0) / 2, 700) for b in BATCHES for c in CONTEXTS if c > 700]
+    windowed += [Sample("draft", 0, b, 512, plane(b, 512, 0) / 2, 700) for b in BATCHES]
+    profile = Profile.from_samples([*samples(), *windowed])
+    assert profile.drafted_token_s(4, context, 700) == pytest.approx(plane(4, seen, 0) / 2)
+    alone = Profile.from_samples([each for each in samples() if each.phase != "draft"] + windowed)
+    assert alone.drafted_token_s(4, context, 700) == pytest.approx(
+        plane(4, min(764, 512 + (context - 512) * 252 / 512), 0) / 2
+    )
+
+
 @pytest.mark.parametrize(("batch", "context"), [(32, 1024), (4, 9000), (4, 100)])
 def test_outside_is_said(batch, context):
     assert Profile.from_samples(samples()).costs(batch, context).outside
