@@ -19,6 +19,7 @@ from sglang.srt.model_executor.model_runner import ModelRunner
 
 from er_sglang.config import FIRST_TOKENS, LAST_TOKENS
 from er_sglang.cycle.step import Step
+from er_sglang.cycle.window import whole_pages
 from er_sglang.drafting.attention_scores import asked, attention_scores
 from er_sglang.errors import ConfigError
 
@@ -45,7 +46,7 @@ class Attended:
         self._pool = runner.token_to_kv_pool
         self._req_to_token = req_to_token
         self._page_size = page_size
-        self.first = -(-FIRST_TOKENS // page_size) * page_size
+        self.first = whole_pages(FIRST_TOKENS, page_size)
         layers = [module for module in runner.model.modules() if isinstance(module, RadixAttention)]
         self._asked = {layer.layer_id: index for index, layer in enumerate(asked(layers))}
         self._scaling = layers[0].scaling
