@@ -29,6 +29,7 @@ KINDS = (
     ("int4 GEMM", "small_batch_gemm|wgmma_gemm|marlin"),
     ("norm", "norm"),
     ("attention", "flash|attn|fmha"),
+    ("choice of tokens", "_sums_kernel|_scores_kernel|topk|radix|sort"),
     ("draw and judge", "_shape_kernel|_partials_kernel|summarize_rows|_accept_kernel|_residual_kernel|_emit_kernel"),
     ("rope, KV store", "rope|rotary|kvcache|kv_cache"),
     ("activation", "silu|act_and_mul"),
@@ -130,6 +131,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--acceptance", type=float, default=0.9, metavar="A", help="stated acceptance; default %(default)s"
     )
+    parser.add_argument(
+        "--self-quant-config",
+        type=json.loads,
+        default={},
+        metavar="JSON",
+        help='other settings than the default ones, as {"drafter": {"attention_window": 256}}',
+    )
     parser.add_argument("--out", type=Path, default=Path("cycle-results"), metavar="DIR", help="default %(default)s")
     args = parser.parse_args(argv)
     if ON_CPU:
@@ -145,7 +153,7 @@ def main(argv: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as scratch:
         model_path = write_model(Path(scratch), args.model)
         with Server(
-            model_path, flags, env=server_env(arms, args.acceptance, {}), log_path=args.out / "server.log"
+            model_path, flags, env=server_env(arms, args.acceptance, args.self_quant_config), log_path=args.out / "server.log"
         ) as server:
             for batch in args.batch:
                 summary = profile(server, args, batch, Path(scratch, f"trace-{batch}"))

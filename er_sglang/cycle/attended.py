@@ -71,7 +71,7 @@ class Attended:
         return listening
 
     def forget(self, req_pool_indices_B: torch.Tensor) -> None:
-        self._until[req_pool_indices_B] = 0
+        self._until.index_fill_(0, req_pool_indices_B, 0)  # `[...] = 0` would wait for the GPU
 
     def of(self, step: Step) -> tuple[torch.Tensor, torch.Tensor]:
         """int64 [B], before which position each request's tokens were chosen, 0 if they were not yet; and these, int64

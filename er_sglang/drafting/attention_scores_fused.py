@@ -1,4 +1,8 @@
-"""Attention scores as two kernels that read the keys once each: one for the sums of the softmax, one for its weights."""
+"""Attention scores as kernels that read the keys twice: for the sums of the softmax, and for its weights.
+
+What differs from step to step is not specialised on (`do_not_specialize`): else a server would compile, for most of a
+second, in the middle of a rollout.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,7 @@ import triton
 import triton.language as tl
 
 BLOCK = 64  # keys at a time
-SPLIT = 512  # keys that a program of the first kernel sums over
+SPLIT = 256  # keys that a program of the first kernel sums over
 HEADS = 16  # of a key, padded: the least that tl.dot takes
 
 
@@ -23,21 +27,23 @@ def attention_scores_fused(
     columns: int,
     scale: float,
 ) -> torch.Tensor:
-    """As `attention_scores`. A key serves at most HEADS heads, and D is a power of two."""
+    """As `attention_scores`. A key serves at most HEADS heads, D is a power of two, and rows of keys are aligned to 16
+    bytes."""
     batch, layers, heads, head_dim = queries_BLHD.shape
     groups = keys[0].shape[1]
     splits = triton.cdiv(columns, SPLIT)
     pointers_L = _on_device(tuple(k_SGD.data_ptr() for k_SGD in keys), keys[0].device)
     sums = torch.empty((batch, layers * groups, splits, HEADS), dtype=torch.float32, device=queries_BLHD.device)
+    log_sums = torch.empty((batch, layers * groups, HEADS), dtype=torch.float32, device=queries_BLHD.device)
     scores_BC = torch.empty((batch, columns), dtype=torch.float32, device=queries_BLHD.device)
     shared = (queries_BLHD, keys[0], pointers_L, req_to_token, rows_B, lengths_B)
     row_stride, layer_stride, head_stride, _ = queries_BLHD.stride()
     strides = (layer_stride, row_stride, head_stride, *keys[0].stride()[:2], req_to_token.stride(0))
     constants = {"GROUPS": groups, "SHARING": heads // groups, "D": head_dim, "BLOCK": BLOCK, "HEADS": HEADS}
     _sums_kernel[(batch, layers * groups, splits)](*shared, sums, *strides, splits, scale, SPLIT=SPLIT, **constants)
-    log_sums = sums.logsumexp(2)
+    _log_sums_kernel[(batch * layers * groups,)](sums, log_sums, splits, HEADS=HEADS)
     _scores_kernel[(batch, triton.cdiv(columns, BLOCK))](
-        *shared, log_sums, scores_BC, *strides, columns, layers * groups, scale, **constants
+        *shared, log_sums, scores_BC, *strides, columns, scale, LAYERS=layers, **constants
     )
     return scores_BC
 
@@ -58,11 +64,12 @@ def _products(
     q_ptr = queries_ptr + layer * layer_stride + b * row_stride + group * SHARING * head_stride
     q = tl.load(q_ptr + head[:, None] * head_stride + lane[None, :], mask=head[:, None] < SHARING, other=0.0)
     k_ptr = tl.load(pointers_ptr + layer).to(like_ptr.dtype) + group * group_stride
-    k = tl.load(k_ptr + slots[None, :] * slot_stride + lane[:, None], mask=here[None, :], other=0.0)
+    k_ptrs = tl.multiple_of(k_ptr + slots[None, :] * slot_stride + lane[:, None], [16, 1])  # else two bytes a load
+    k = tl.load(k_ptrs, mask=here[None, :], other=0.0)
     return tl.dot(q, k.to(q.dtype), input_precision="ieee")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def _sums_kernel(
     queries_ptr, like_ptr, pointers_ptr, table_ptr, rows_ptr, lengths_ptr, sums_ptr,
     layer_stride, row_stride, head_stride, slot_stride, group_stride, table_stride, splits, scale,
@@ -91,11 +98,26 @@ def _sums_kernel(
     tl.store(sums_ptr + out, largest + tl.log(total))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
+def _log_sums_kernel(sums_ptr, log_sums_ptr, splits, HEADS: tl.constexpr):
+    """Per (request, layer and group): over all splits, the first of which is never empty."""
+    unit, head = tl.program_id(0), tl.arange(0, HEADS)
+    largest = tl.load(sums_ptr + unit * splits * HEADS + head)
+    total = tl.full((HEADS,), 1.0, tl.float32)
+    for split in range(1, splits):
+        x = tl.load(sums_ptr + (unit * splits + split) * HEADS + head)
+        larger = tl.maximum(largest, x)
+        total = total * tl.exp(largest - larger) + tl.exp(x - larger)
+        largest = larger
+    tl.store(log_sums_ptr + unit * HEADS + head, largest + tl.log(total))
+
+
+@triton.jit(do_not_specialize=["columns"])
 def _scores_kernel(
     queries_ptr, like_ptr, pointers_ptr, table_ptr, rows_ptr, lengths_ptr, log_sums_ptr, scores_ptr,
-    layer_stride, row_stride, head_stride, slot_stride, group_stride, table_stride, columns, parts, scale,
-    GROUPS: tl.constexpr, SHARING: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, HEADS: tl.constexpr,
+    layer_stride, row_stride, head_stride, slot_stride, group_stride, table_stride, columns, scale,
+    LAYERS: tl.constexpr, GROUPS: tl.constexpr, SHARING: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
+    HEADS: tl.constexpr,
 ):  # fmt: skip
     """Per (request, block of keys): the mean weight of each over all layers and heads."""
     b = tl.program_id(0)
@@ -106,13 +128,13 @@ def _scores_kernel(
     head = tl.arange(0, HEADS)
     score = tl.zeros((BLOCK,), tl.float32)
     if tl.program_id(1) * BLOCK < length:
-        for which in range(parts):
+        for which in range(LAYERS * GROUPS):
             x = _products(
                 queries_ptr, like_ptr, pointers_ptr, slots, b, which // GROUPS, which % GROUPS, here,
                 layer_stride, row_stride, head_stride, slot_stride, group_stride, SHARING, D, HEADS,
             )  # fmt: skip
-            log_sum = tl.load(log_sums_ptr + (b * parts + which) * HEADS + head)
+            log_sum = tl.load(log_sums_ptr + (b * LAYERS * GROUPS + which) * HEADS + head)
             weight = tl.exp(x * scale - log_sum[:, None])
             score += tl.sum(tl.where(head[:, None] < SHARING, weight, 0.0), 0)
-    score = tl.where(here, score / (parts * SHARING), 0.0)
+    score = tl.where(here, score / (LAYERS * GROUPS * SHARING), 0.0)
     tl.store(scores_ptr + b * columns + column, score, mask=column < columns)

@@ -54,7 +54,9 @@ def _reserve(original, batch):
             [_slots.allocated(req) for req in batch.reqs], pin_memory=is_pin_memory_available(batch.device)
         ).to(batch.device, non_blocking=True)
         beyond_BN = reserved_B.view(-1, 1) + torch.arange(_slots.get_alloc_reserve_per_decode(), device=batch.device)
-        batch.req_to_token_pool.req_to_token[batch.req_pool_indices.view(-1, 1), beyond_BN] = 0
+        # Not `[...] = 0`, which copies its 0 from the host and so waits for all that is in flight.
+        table = batch.req_to_token_pool.req_to_token
+        table.index_put_((batch.req_pool_indices.view(-1, 1), beyond_BN), table.new_zeros(()))
 
 
 def _commit_what_has_slots(outputs, processor, *, batch, **_):

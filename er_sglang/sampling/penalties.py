@@ -70,7 +70,7 @@ class PenaltyTable:
             self.words = grown
         rows = self._on_device(list(requests), torch.int64)
         settings = [[r.frequency, r.presence, r.repetition, r.least_tokens] for r in requests.values()]
-        self.words[rows] = 0
+        self.words.index_fill_(0, rows, 0)  # `[...] = 0` would wait for the GPU
         self._settings[rows] = self._on_device(settings, torch.float32)
         index, value = [], []
         for row, request in requests.items():

@@ -88,6 +88,15 @@ def test_graphs_equal_eager_runs_and_twins_their_originals(server, check, per_ba
     assert len(checks) == server.get_server_info()["tp_size"] * per_batch * len(batches)
 
 
+def test_the_host_never_waits_for_the_gpu(server) -> None:
+    """In a cycle, and in what SGLang and we reserve before it; requests are near their length limits from the start on."""
+    server.generate(
+        {"input_ids": [PROMPT[:20], PROMPT], "sampling_params": [{"max_new_tokens": tokens} for tokens in (20, 30)]}
+    )
+    waits = server.log_path.read_text().count("called a synchronizing CUDA operation")
+    assert waits == server.get_server_info()["tp_size"]  # the plugin provokes one in each process
+
+
 def sample(server, sampling) -> list[list[int]]:
     answers = server.generate({"input_ids": [PROMPT] * SAMPLES, "sampling_params": sampling.params(NEW_TOKENS)})
     return [answer["output_ids"] for answer in answers]
