@@ -29,8 +29,8 @@ WEIGHT_FORMATS = ("int4", "int4_asym", "fp8")
 HEADS = ("int4", "int4_rescored", "policy")
 SINK_TOKENS = 64  # the first of a context, which a draft attends to whatever its attention window ...
 FIRST_TOKENS, LAST_TOKENS = 4, 60  # ... and which first and last ones, if the window goes by attention
-WINDOW_RULES = ("recency", "attention")
-AUTO_WINDOWS = (0, 256, 512, 1024)  # tokens; 0: all
+WINDOW_RULES = ("attention", "recency")
+AUTO_WINDOWS = (0, 128, 256, 512, 1024)  # tokens; 0: all
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,22 +38,22 @@ class DrafterConfig:
     """How the drafter's weights are made from the policy's, and what of a context it reads.
 
     weights: storage format of the Linear layers ("int4", "int4_asym" or "fp8").
-    head: of lm_head, "int4"; "int4_rescored", whose leading tokens are scored again with the policy's rows; or "policy", its
+    head: of lm_head, "int4_rescored": int4, its leading tokens scored again with the policy's rows; "int4"; or "policy", its
         own weight, which a draft of few requests reads for up to a fifth of its time. Drafts are exact with each; which
         is accepted more, and which pays, is for measurement.
     group_size: input channels that share one scale (int4 formats).
     attention_window: tokens of a context that a draft attends to, besides SINK_TOKENS at its ends; 0: all; "auto": at each
         step, the one of AUTO_WINDOWS that pays best by measurement (mode auto; all, in the others). In long contexts a
         draft reads more KV cache than weights: a window makes it cheaper, for some acceptance.
-    window_by: which tokens these are. "recency": the last ones, after the first SINK_TOKENS. "attention": those that the
-        latest draft attended to most, between the first FIRST_TOKENS and the last LAST_TOKENS.
+    window_by: which tokens these are. "attention": those that the latest accepted draft attended to most, between the
+        first FIRST_TOKENS and the last LAST_TOKENS. "recency": the last ones, after the first SINK_TOKENS.
     """
 
     weights: str = "int4"
-    head: str = "int4"
+    head: str = "int4_rescored"
     group_size: int = 128
     attention_window: int | str = "auto"
-    window_by: str = "recency"
+    window_by: str = "attention"
 
     def __post_init__(self) -> None:
         if self.weights not in WEIGHT_FORMATS:

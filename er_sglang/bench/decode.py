@@ -6,6 +6,7 @@ import json
 import tempfile
 from collections.abc import Iterator, Sequence
 from itertools import product
+from math import ceil
 from pathlib import Path
 from statistics import median
 
@@ -114,6 +115,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--repeats", type=int, default=3, metavar="N", help="measurements per point; default %(default)s"
+    )
+    parser.add_argument(
+        "--least-tokens",
+        type=int,
+        default=0,
+        metavar="N",
+        help="repeat a point more often, until so many tokens are generated: acceptance of few tokens is chance; "
+        "default %(default)s",
     )
     parser.add_argument("--temperature", type=float, default=1.0, help="default %(default)s")
     add_server_arguments(parser)
@@ -264,7 +273,8 @@ def points(server: Server, arms: Sequence[Arm], args: argparse.Namespace) -> Ite
         for options, concurrency in product(args.options, args.concurrency):
             before = server.self_quant() if arm.self_quant else None
             load(concurrency, WARM_UP_TOKENS, str(arm), options)
-            results = [load(concurrency, args.output_tokens, str(arm), options) for _ in range(args.repeats)]
+            repeats = max(args.repeats, ceil(args.least_tokens / (concurrency * args.output_tokens)))
+            results = [load(concurrency, args.output_tokens, str(arm), options) for _ in range(repeats)]
             after = server.self_quant() if arm.self_quant else None
             rates = [result.steady_tokens_per_s() for result in results]
             rate = median(rates)

@@ -14,11 +14,11 @@ from er_sglang.bench.shapes import SHAPES, write_model
 from er_sglang.tools.serving import ON_CPU, Server, exit_on_sigterm
 
 ACCEPTANCE = 0.93  # stated, and its share under a window: of Qwen2.5-Coder-0.5B in its own text, see launch/results
-WINDOWS = {"recency": "256:0.914,512:0.99", "attention": "256:0.987,512:0.998"}
+WINDOWS = {"attention": "128:0.961,256:0.987,512:0.998", "recency": "128:0.873,256:0.914,512:0.99"}
 ARMS = [Arm.parse("self_quant:0"), Arm.parse("auto:7")]
 
 WORKLOADS = {
-    "decode": (decode, "--concurrency 1 8 16 32 48 64 96 128 --context 1024"),
+    "decode": (decode, "--concurrency 1 8 16 32 48 64 96 128 --context 1024 --least-tokens 2048"),
     "options": (decode, "--concurrency 8 32 --context 1024 --options logprob top_p top_k min_p penalties all"),
     "rollout": (
         rollout,
@@ -26,7 +26,7 @@ WORKLOADS = {
         "--options default logprob top_p top_k min_p penalties all",
     ),
     "long-tail": (rollout, "--requests 64 --lengths lognormal:400:1.2:8000 --prompt-tokens 128"),
-    "long-context": (decode, "--concurrency 4 8 16 --context 8000"),
+    "long-context": (decode, "--concurrency 4 8 16 --context 8000 --least-tokens 2048"),
 }
 WORKLOADS_ON_CPU = {
     "decode": (decode, "--concurrency 1 4 --context 64 --output-tokens 32"),
@@ -77,7 +77,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def plan(args: argparse.Namespace) -> list[tuple]:
     """Each workload's benchmark, and its arguments."""
     planned = []
-    rule = args.self_quant_config.get("drafter", {}).get("window_by", "recency")
+    rule = args.self_quant_config.get("drafter", {}).get("window_by", "attention")
     for name in args.only:
         benchmark, words = (WORKLOADS_ON_CPU if ON_CPU else WORKLOADS)[name]
         repeats = ["--repeats" if benchmark is decode else "--rollouts", str(args.repeats)]

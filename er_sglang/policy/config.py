@@ -43,7 +43,7 @@ class PolicyConfig:
     patience: float = 0.25
     prior_alpha: float = 0.9
     prior_weight: float = 4.0
-    prior_window: float = 0.9
+    prior_window: float = 0.97
     half_life_cycles: float = 24.0
     stale_half_life_cycles: float = 512.0
     update_keep: float = 0.5

@@ -87,7 +87,7 @@ def add_command(subparsers: argparse._SubParsersAction) -> None:
     add(
         "--window-by",
         type=_words(WINDOW_RULES),
-        default="recency",
+        default="attention",
         help="which tokens: the last ones, or those that the cycle before attended to most, one of all accepted drafts "
         "(default %(default)s; comma-separated)",
     )

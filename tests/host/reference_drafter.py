@@ -28,7 +28,7 @@ AttentionInterface.register(ATTENTION, _attend)
 class ReferenceDrafter:
     """int4 in groups of 128. head: of lm_head, "int4", "int4_rescored" or the "policy"'s."""
 
-    def __init__(self, policy: Path, head: str = "int4") -> None:
+    def __init__(self, policy: Path, head: str = "int4_rescored") -> None:
         self._policy = AutoModelForCausalLM.from_pretrained(policy, dtype=torch.float32).eval()
         self._model = model = AutoModelForCausalLM.from_pretrained(policy, dtype=torch.float32).eval()
         model.set_attn_implementation(ATTENTION)

@@ -196,9 +196,10 @@ def test_an_arm_states_its_acceptance_only_if_it_has_one():
 def test_an_arm_states_an_acceptance_for_every_window_that_auto_chooses_from():
     arm = Arm.parse("auto:3")
     stated = arm.settings(0.8, {256: 0.5})["simulate_acceptance"]
-    assert stated == {"0": 0.8, "256": 0.4, "512": 0.8, "1024": 0.8}
+    assert stated == {"0": 0.8, "128": 0.8, "256": 0.4, "512": 0.8, "1024": 0.8}
     assert simulated_acceptance(AUTO_WINDOWS, {SIMULATE_ACCEPTANCE_ENV: json.dumps(stated)}) == {
         0: 0.8,
+        128: 0.8,
         256: 0.4,
         512: 0.8,
         1024: 0.8,

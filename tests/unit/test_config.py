@@ -24,7 +24,7 @@ def test_defaults():
     config = load_config(None, None, {})
     assert (config.policy.mode, config.gamma_max) == ("auto", 7)
     assert config.policy.gammas == (1, 2, 3, 5, 7) and config.policy.fixed_gamma == 3
-    assert (config.drafter.weights, config.drafter.head) == ("int4", "int4")
+    assert (config.drafter.weights, config.drafter.head) == ("int4", "int4_rescored")
     assert config.profile is None and config.trace is None
 
 
@@ -83,7 +83,7 @@ def test_draft_lengths_above_the_largest_gamma_are_refused(policy):
         ({"drafter": {"attention_window": -1}}, "drafter.attention_window is -1"),
         ({"drafter": {"attention_window": "wide"}}, "drafter.attention_window is 'wide'; choose \"auto\""),
         ({"drafter": {"attention_window": 8.5}}, "attention_window must be of type int or str"),
-        ({"drafter": {"window_by": "age"}}, "drafter.window_by is 'age'; choose one of recency, attention"),
+        ({"drafter": {"window_by": "age"}}, "drafter.window_by is 'age'; choose one of attention, recency"),
         ({"max_draft_batch": 0}, "max_draft_batch is 0"),
         ({"gamma_max": 0}, "--speculative-num-steps is 0"),
         ({"gamma_max": 16}, "--speculative-num-steps is 16"),
