@@ -15,7 +15,7 @@ import triton.language as tl
 
 BLOCK = 64  # keys at a time
 SPLIT = 256  # keys that a program of the first kernel sums over
-HEADS = 16  # of a key, padded: the least that tl.dot takes
+LEAST_HEADS = 16  # of a key, padded: the least that tl.dot takes
 
 
 def attention_scores_fused(
@@ -27,21 +27,23 @@ def attention_scores_fused(
     columns: int,
     scale: float,
 ) -> torch.Tensor:
-    """As `attention_scores`. A key serves at most HEADS heads, D is a power of two, and rows of keys are aligned to 16
-    bytes."""
+    """As `attention_scores`; rows of keys are aligned to 16 bytes."""
     batch, layers, heads, head_dim = queries_BLHD.shape
     groups = keys[0].shape[1]
+    sharing = heads // groups
+    padded_heads, padded_dim = max(LEAST_HEADS, triton.next_power_of_2(sharing)), triton.next_power_of_2(head_dim)
     splits = triton.cdiv(columns, SPLIT)
     pointers_L = _on_device(tuple(k_SGD.data_ptr() for k_SGD in keys), keys[0].device)
-    sums = torch.empty((batch, layers * groups, splits, HEADS), dtype=torch.float32, device=queries_BLHD.device)
-    log_sums = torch.empty((batch, layers * groups, HEADS), dtype=torch.float32, device=queries_BLHD.device)
+    sums = torch.empty((batch, layers * groups, splits, padded_heads), dtype=torch.float32, device=queries_BLHD.device)
+    log_sums = torch.empty((batch, layers * groups, padded_heads), dtype=torch.float32, device=queries_BLHD.device)
     scores_BC = torch.empty((batch, columns), dtype=torch.float32, device=queries_BLHD.device)
     shared = (queries_BLHD, keys[0], pointers_L, req_to_token, rows_B, lengths_B)
     row_stride, layer_stride, head_stride, _ = queries_BLHD.stride()
     strides = (layer_stride, row_stride, head_stride, *keys[0].stride()[:2], req_to_token.stride(0))
-    constants = {"GROUPS": groups, "SHARING": heads // groups, "D": head_dim, "BLOCK": BLOCK, "HEADS": HEADS}
+    constants = {"GROUPS": groups, "SHARING": sharing, "HEADS": padded_heads, "D": head_dim, "PADDED_D": padded_dim}
+    constants["BLOCK"] = BLOCK
     _sums_kernel[(batch, layers * groups, splits)](*shared, sums, *strides, splits, scale, SPLIT=SPLIT, **constants)
-    _log_sums_kernel[(batch * layers * groups,)](sums, log_sums, splits, HEADS=HEADS)
+    _log_sums_kernel[(batch * layers * groups,)](sums, log_sums, splits, HEADS=padded_heads)
     _scores_kernel[(batch, triton.cdiv(columns, BLOCK))](
         *shared, log_sums, scores_BC, *strides, columns, scale, LAYERS=layers, **constants
     )
@@ -57,15 +59,16 @@ def _on_device(pointers: tuple[int, ...], device: torch.device) -> torch.Tensor:
 def _products(
     queries_ptr, like_ptr, pointers_ptr, slots, b, layer, group, here,
     layer_stride, row_stride, head_stride, slot_stride, group_stride,
-    SHARING: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr,
+    SHARING: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, PADDED_D: tl.constexpr,
 ):  # fmt: skip
     """q k^T of the heads that share the keys of a group, [HEADS, BLOCK]; rows beyond SHARING are 0."""
-    head, lane = tl.arange(0, HEADS), tl.arange(0, D)
+    head, lane = tl.arange(0, HEADS), tl.arange(0, PADDED_D)
     q_ptr = queries_ptr + layer * layer_stride + b * row_stride + group * SHARING * head_stride
-    q = tl.load(q_ptr + head[:, None] * head_stride + lane[None, :], mask=head[:, None] < SHARING, other=0.0)
+    q_here = (head[:, None] < SHARING) & (lane[None, :] < D)
+    q = tl.load(q_ptr + head[:, None] * head_stride + lane[None, :], mask=q_here, other=0.0)
     k_ptr = tl.load(pointers_ptr + layer).to(like_ptr.dtype) + group * group_stride
     k_ptrs = tl.multiple_of(k_ptr + slots[None, :] * slot_stride + lane[:, None], [16, 1])  # else two bytes a load
-    k = tl.load(k_ptrs, mask=here[None, :], other=0.0)
+    k = tl.load(k_ptrs, mask=here[None, :] & (lane[:, None] < D), other=0.0)
     return tl.dot(q, k.to(q.dtype), input_precision="ieee")
 
 
@@ -73,8 +76,8 @@ def _products(
 def _sums_kernel(
     queries_ptr, like_ptr, pointers_ptr, table_ptr, rows_ptr, lengths_ptr, sums_ptr,
     layer_stride, row_stride, head_stride, slot_stride, group_stride, table_stride, splits, scale,
-    SPLIT: tl.constexpr, GROUPS: tl.constexpr, SHARING: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
-    HEADS: tl.constexpr,
+    SPLIT: tl.constexpr, GROUPS: tl.constexpr, SHARING: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr,
+    PADDED_D: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Per (request, layer and group, split): the logarithm of the sum of exponents."""
     b, which, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -88,7 +91,7 @@ def _sums_kernel(
         slots = tl.load(row_ptr + column, mask=here, other=0).to(tl.int64)
         x = _products(
             queries_ptr, like_ptr, pointers_ptr, slots, b, which // GROUPS, which % GROUPS, here,
-            layer_stride, row_stride, head_stride, slot_stride, group_stride, SHARING, D, HEADS,
+            layer_stride, row_stride, head_stride, slot_stride, group_stride, SHARING, HEADS, D, PADDED_D,
         )  # fmt: skip
         x = tl.where(here[None, :], x * scale, float("-inf"))
         larger = tl.maximum(largest, tl.max(x, 1))
@@ -116,8 +119,8 @@ def _log_sums_kernel(sums_ptr, log_sums_ptr, splits, HEADS: tl.constexpr):
 def _scores_kernel(
     queries_ptr, like_ptr, pointers_ptr, table_ptr, rows_ptr, lengths_ptr, log_sums_ptr, scores_ptr,
     layer_stride, row_stride, head_stride, slot_stride, group_stride, table_stride, columns, scale,
-    LAYERS: tl.constexpr, GROUPS: tl.constexpr, SHARING: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
-    HEADS: tl.constexpr,
+    LAYERS: tl.constexpr, GROUPS: tl.constexpr, SHARING: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr,
+    PADDED_D: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Per (request, block of keys): the mean weight of each over all layers and heads."""
     b = tl.program_id(0)
@@ -131,7 +134,7 @@ def _scores_kernel(
         for which in range(LAYERS * GROUPS):
             x = _products(
                 queries_ptr, like_ptr, pointers_ptr, slots, b, which // GROUPS, which % GROUPS, here,
-                layer_stride, row_stride, head_stride, slot_stride, group_stride, SHARING, D, HEADS,
+                layer_stride, row_stride, head_stride, slot_stride, group_stride, SHARING, HEADS, D, PADDED_D,
             )  # fmt: skip
             log_sum = tl.load(log_sums_ptr + (b * LAYERS * GROUPS + which) * HEADS + head)
             weight = tl.exp(x * scale - log_sum[:, None])

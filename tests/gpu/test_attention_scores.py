@@ -12,7 +12,12 @@ from er_sglang.drafting.attention_scores import attention_scores, attention_scor
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
     ("layers", "heads", "groups", "head_dim", "lengths"),
-    [(4, 40, 8, 128, [8000, 1, 511, 513]), (3, 14, 2, 64, [100] * 33), (1, 16, 1, 256, [2048, 2047])],
+    [
+        (4, 40, 8, 128, [8000, 1, 511, 513]),
+        (3, 14, 2, 64, [100] * 33),
+        (1, 16, 1, 256, [2048, 2047]),
+        (2, 40, 2, 96, [300, 5]),
+    ],
 )
 def test_kernels_agree_with_the_reference(layers, heads, groups, head_dim, lengths, dtype):
     torch.manual_seed(heads)

@@ -11,10 +11,10 @@ LENGTHS = [1, 64, 700, 1190]
 COLUMNS = 1200
 
 
-def case(dtype=torch.float32):
+def case(dtype=torch.float32, heads=HEADS, head_dim=D):
     generator = torch.Generator().manual_seed(1)
-    queries_BLHD = torch.randn(len(LENGTHS), LAYERS, HEADS, D, generator=generator).to(dtype)
-    keys = [torch.randn(SLOTS, GROUPS, D, generator=generator).to(dtype) for _ in range(LAYERS)]
+    queries_BLHD = torch.randn(len(LENGTHS), LAYERS, heads, head_dim, generator=generator).to(dtype)
+    keys = [torch.randn(SLOTS, GROUPS, head_dim, generator=generator).to(dtype) for _ in range(LAYERS)]
     table = torch.stack([torch.randperm(SLOTS, generator=generator)[:CONTEXT] for _ in range(7)]).int()
     rows_B = torch.tensor([5, 0, 3, 6])
     return queries_BLHD, keys, table, rows_B, torch.tensor(LENGTHS), COLUMNS, 0.3
@@ -45,9 +45,11 @@ def test_what_lies_beyond_a_length_may_be_anything():
     torch.testing.assert_close(attention_scores_reference(*arguments), expected_BC)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_kernels_agree_with_the_reference(dtype):
+@pytest.mark.parametrize(
+    "dtype, heads, head_dim", [(torch.float32, 6, 32), (torch.float16, 6, 32), (torch.float32, 40, 48)]
+)
+def test_kernels_agree_with_the_reference(dtype, heads, head_dim):
     fused = pytest.importorskip("er_sglang.drafting.attention_scores_fused", reason="the kernels are written in Triton")
-    arguments = case(dtype)
+    arguments = case(dtype, heads, head_dim)
     found_BC = fused.attention_scores_fused(*arguments)
     torch.testing.assert_close(found_BC, attention_scores_reference(*arguments), rtol=1e-3, atol=1e-6)
