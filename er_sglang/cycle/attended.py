@@ -14,12 +14,12 @@ import torch
 import torch.nn.functional as F
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.layers.radix_attention import RadixAttention
-from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 from sglang.srt.model_executor.model_runner import ModelRunner
 
 from er_sglang.config import FIRST_TOKENS, LAST_TOKENS
 from er_sglang.cycle.step import Step
 from er_sglang.cycle.window import whole_pages
+from er_sglang.drafting.attention import is_plain
 from er_sglang.drafting.attention_scores import asked, attention_scores
 from er_sglang.errors import ConfigError
 
@@ -41,7 +41,7 @@ class Attended:
         page_size: int,
     ) -> None:
         """For the first ``requests`` rows of ``req_to_token``, int32 [rows, context]."""
-        if type(runner.token_to_kv_pool) is not MHATokenToKVPool:
+        if not is_plain(runner.token_to_kv_pool, runner.token_to_kv_pool.store_dtype):
             raise ConfigError('drafter.window_by "attention" needs an ordinary KV cache: set it to "recency".')
         self._pool = runner.token_to_kv_pool
         self._req_to_token = req_to_token
