@@ -9,6 +9,8 @@ from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
 
 def activate() -> None:
+    if not torch.cuda.is_available():  # the other plugins are tried on CPU
+        return
     for reserve_or_cycle in (
         "sglang.srt.managers.schedule_batch.ScheduleBatch.prepare_for_decode",
         "er_sglang.worker.SelfQuantWorker.cycle",
