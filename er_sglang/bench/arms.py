@@ -103,6 +103,16 @@ def by_window(alpha: float, windows: Mapping[int, float] | None) -> float | dict
     return {str(window): alpha * windows.get(window, 1.0) for window in AUTO_WINDOWS}
 
 
+def add_self_quant_config(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--self-quant-config",
+        type=json.loads,
+        default={},
+        metavar="JSON",
+        help='SELF_QUANT settings besides "policy", e.g. \'{"drafter": {"weights": "fp8"}}\'',
+    )
+
+
 def add_server_arguments(parser: argparse.ArgumentParser) -> None:
     """What the servers of all arms are started with and asked for."""
     add = parser.add_argument
@@ -122,13 +132,7 @@ def add_server_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help=f"what the requests ask for, each in turn: {', '.join(OPTIONS)}",
     )
-    add(
-        "--self-quant-config",
-        type=json.loads,
-        default={},
-        metavar="JSON",
-        help='SELF_QUANT settings besides "policy", e.g. \'{"drafter": {"weights": "fp8"}}\'',
-    )
+    add_self_quant_config(parser)
     add(
         "--server-args",
         type=shlex.split,

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from er_sglang.bench.arms import Arm, server_args, server_env, shared_args
+from er_sglang.bench.arms import Arm, add_self_quant_config, server_args, server_env, shared_args
 from er_sglang.bench.client import run_load
 from er_sglang.bench.load import Request, random_prompts
 from er_sglang.bench.shapes import SHAPES, write_model
@@ -131,13 +131,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--acceptance", type=float, default=0.9, metavar="A", help="stated acceptance; default %(default)s"
     )
-    parser.add_argument(
-        "--self-quant-config",
-        type=json.loads,
-        default={},
-        metavar="JSON",
-        help='other settings than the default ones, as {"drafter": {"attention_window": 256}}',
-    )
+    add_self_quant_config(parser)
     parser.add_argument("--out", type=Path, default=Path("cycle-results"), metavar="DIR", help="default %(default)s")
     args = parser.parse_args(argv)
     if ON_CPU:

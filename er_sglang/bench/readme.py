@@ -1,7 +1,6 @@
 """Measure the speeds that the README states, on this card: one server, every workload."""
 
 import argparse
-import json
 import shlex
 import tempfile
 from pathlib import Path
@@ -9,8 +8,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 from er_sglang.bench import decode, rollout
-from er_sglang.bench.arms import Arm, server_args, server_env, shared_args
+from er_sglang.bench.arms import Arm, add_self_quant_config, server_args, server_env, shared_args
 from er_sglang.bench.shapes import SHAPES, write_model
+from er_sglang.config import DrafterConfig
 from er_sglang.tools.serving import ON_CPU, Server, exit_on_sigterm
 
 ACCEPTANCE = 0.93  # stated, and its share under a window: of Qwen2.5-Coder-0.5B in its own text, see launch/results
@@ -40,8 +40,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         prog="python -m er_sglang.bench.readme",
         description="Measure the speeds that the README states: SELF_QUANT with default settings against the same server "
         "without drafting, with random weights and a stated acceptance. Each workload writes what launch/bench or "
-        "`python -m er_sglang.bench.rollout` writes, into a folder of its name. All of the 14B takes some eleven minutes on "
-        "an H100, once kernels are compiled.",
+        "`python -m er_sglang.bench.rollout` writes, into a folder of its name. All of the 14B should take some eleven "
+        "minutes on an H100, once kernels are compiled (its parts, added up).",
         epilog="workloads\n" + "\n".join(f"  {name:13} {words}" for name, (_, words) in workloads.items()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -56,13 +56,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="of the workloads below; default all",
     )
     add("--repeats", type=int, default=1, metavar="N", help="of decoding, and rollouts; default %(default)s")
-    add(
-        "--self-quant-config",
-        type=json.loads,
-        default={},
-        metavar="JSON",
-        help='other settings than the default ones, besides "policy"',
-    )
+    add_self_quant_config(parser)
     add("--server-args", type=shlex.split, default=[], metavar="'--FLAG VALUE ...'", help="more flags for the server")
     add(
         "--out",
@@ -77,7 +71,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def plan(args: argparse.Namespace) -> list[tuple]:
     """Each workload's benchmark, and its arguments."""
     planned = []
-    rule = args.self_quant_config.get("drafter", {}).get("window_by", "attention")
+    rule = DrafterConfig(**args.self_quant_config.get("drafter", {})).window_by
     for name in args.only:
         benchmark, words = (WORKLOADS_ON_CPU if ON_CPU else WORKLOADS)[name]
         repeats = ["--repeats" if benchmark is decode else "--rollouts", str(args.repeats)]

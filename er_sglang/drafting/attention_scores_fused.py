@@ -40,8 +40,14 @@ def attention_scores_fused(
     shared = (queries_BLHD, keys[0], pointers_L, req_to_token, rows_B, lengths_B)
     row_stride, layer_stride, head_stride, _ = queries_BLHD.stride()
     strides = (layer_stride, row_stride, head_stride, *keys[0].stride()[:2], req_to_token.stride(0))
-    constants = {"GROUPS": groups, "SHARING": sharing, "HEADS": padded_heads, "D": head_dim, "PADDED_D": padded_dim}
-    constants["BLOCK"] = BLOCK
+    constants = {
+        "GROUPS": groups,
+        "SHARING": sharing,
+        "HEADS": padded_heads,
+        "D": head_dim,
+        "PADDED_D": padded_dim,
+        "BLOCK": BLOCK,
+    }
     _sums_kernel[(batch, layers * groups, splits)](*shared, sums, *strides, splits, scale, SPLIT=SPLIT, **constants)
     _log_sums_kernel[(batch * layers * groups,)](sums, log_sums, splits, HEADS=padded_heads)
     _scores_kernel[(batch, triton.cdiv(columns, BLOCK))](

@@ -7,7 +7,7 @@ import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
-from er_sglang.config import HEADS, SINK_TOKENS, WEIGHT_FORMATS, WINDOW_RULES
+from er_sglang.config import HEADS, SINK_TOKENS, WEIGHT_FORMATS, WINDOW_RULES, DrafterConfig
 from er_sglang.errors import ConfigError
 
 _DESCRIPTION = f"""\
@@ -87,7 +87,7 @@ def add_command(subparsers: argparse._SubParsersAction) -> None:
     add(
         "--window-by",
         type=_words(WINDOW_RULES),
-        default="attention",
+        default=DrafterConfig().window_by,
         help="which tokens: the last ones, or those that the cycle before attended to most, one of all accepted drafts "
         "(default %(default)s; comma-separated)",
     )
