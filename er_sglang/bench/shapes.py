@@ -22,6 +22,7 @@ def _shape(family: dict, hidden: int, intermediate: int, layers: int, heads: int
 # Of Qwen2.5 and, where the name says so, Qwen3; `tiny` is for CPU.
 SHAPES = {
     "tiny": _shape(_QWEN2, 256, 512, 2, 4, 2, vocab_size=1024),
+    "0.5b": _shape(_QWEN2, 896, 4864, 24, 14, 2, vocab_size=151936, tie_word_embeddings=True),
     "7b": _shape(_QWEN2, 3584, 18944, 28, 28, 4),
     "14b": _shape(_QWEN2, 5120, 13824, 48, 40, 8),
     "32b": _shape(_QWEN2, 5120, 27648, 64, 40, 8),

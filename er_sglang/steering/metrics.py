@@ -22,7 +22,7 @@ class Launched:
     plain_s, step_s: the profile's seconds of a plain decode step of this batch, and of this step; None without one.
     probe: drafts to learn, not to gain.
     mode, settings_version: the policy's mode, and how often its settings were replaced at run time before it.
-    continuous: it follows another decode step at once, so that the time between their results is its duration.
+    continuous: it follows another decode step at once.
     refused: the whole batch is not drafted for, for this reason.
     riding: rows that are not drafted for in a cycle of the others, and why.
     """
@@ -102,13 +102,13 @@ class Metrics:
         if self._exporter:
             self._exporter.launched(step, switched)
 
-    def finished(self, step: Launched, accepted: Sequence[int], took_s: float) -> None:
-        """The result of a launched step is here: accepted drafts per request; took_s: since the one before."""
+    def finished(self, step: Launched, accepted: Sequence[int], took_s: float | None) -> None:
+        """The result of a launched step is here: accepted drafts per request; took_s: its duration, if that is known."""
         gamma, batch = step.rung.gamma, step.batch
         if len(accepted) != batch:
             raise RuntimeError(f"a step of {batch} requests came back with {len(accepted)}: results out of order")
         self.emitted_tokens += sum(accepted) + batch
-        if step.continuous and step.plain_s is not None:
+        if took_s is not None and step.plain_s is not None:
             self._compare(step, took_s, emitted=1 + sum(accepted) / batch)
         if gamma == 0:
             self.decode_steps += 1

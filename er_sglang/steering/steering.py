@@ -46,6 +46,7 @@ class Steering:
         self._continuous = False
         self._live = LiveFactor()
         self._finished_at_s = 0.0
+        self._finished_batch = 0
         # Steps whose results are not on the host yet, each with its decider, who learns from it.
         self._in_flight: deque[tuple[Launched, Controller]] = deque()
         self.settings_version = 0
@@ -111,9 +112,8 @@ class Steering:
     def finished(self, accepted: Sequence[int]) -> None:
         """accepted: drafts accepted of each request of the oldest step not yet reported."""
         step, decider = self._in_flight.popleft()
-        now_s = time.perf_counter()
-        took_s, self._finished_at_s = now_s - self._finished_at_s, now_s
-        if step.continuous and step.step_s is not None:
+        took_s = self._took_s(step)
+        if took_s is not None and step.step_s is not None:
             self._live.observe(step.rung.gamma > 0, step.step_s, took_s)
         self.metrics.finished(step, accepted, took_s)
         self._agreement.add(accepted)
@@ -121,6 +121,15 @@ class Steering:
             decider.observe([count for row, count in enumerate(accepted) if row not in step.riding], step.rung)
         if self._trace:
             self._trace.write(step, sum(accepted))
+
+    def _took_s(self, step: Launched) -> float | None:
+        """Seconds since the result before; None where the step alone did not take them: the host did something else in
+        between, such as ending requests, which costs as much as a step where the policy is small."""
+        now_s = time.perf_counter()
+        took_s, self._finished_at_s = now_s - self._finished_at_s, now_s
+        batches = {self._finished_batch, step.batch, *(later.batch for later, _ in self._in_flight)}
+        self._finished_batch = step.batch
+        return took_s if step.continuous and len(batches) == 1 else None
 
     def change_settings(self, config: PolicyConfig) -> None:
         """Decide by other settings from the next step on, as a server started with them would; counters run on."""

@@ -22,6 +22,7 @@ from er_sglang.steering.agreement import CHECK_EVERY_STEPS, Agreement
 from er_sglang.steering.metrics import Metrics
 from er_sglang.steering.steering import Steering
 from tests.host.servers import ARGS, ENV, TWO_RANKS, self_quant
+from tests.profiles import flat_profile
 
 GAMMA_MAX = 3
 AUTO = {"mode": "auto", "live_times": False}  # times are crafted
@@ -244,6 +245,26 @@ def test_acceptance_is_not_learned_from_riders():
     assert steering.launch([10, 10, 10], None, {1: "grammar"}).rung.gamma == 2
     steering.finished([2, 0, 1])
     assert always.acceptance[0].snapshot()["tried"] == [2.0, 2.0]
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+def test_what_the_host_does_between_steps_is_not_their_duration(overlap, monkeypatch):
+    """With a small policy, ending a request takes as long as a step. Were plain steps blamed for it, which at the head of a
+    rollout end many, cycles would be thought to pay where they do not."""
+    now_s = 100.0
+    monkeypatch.setattr("er_sglang.steering.steering.time.perf_counter", lambda: now_s)
+    off = Controller(PolicyConfig(mode="off"), flat_profile(target_s=0.010))
+    steering = Steering(off, Metrics(3), windows=(0,), max_draft_batch=64, agreement=Agreement(None), trace=None)
+    running, in_flight, host_s = 48, [], 5.0  # a prefill goes before
+    for ends in [0, 0, 3, 0, 0, 1, 1, 0, 0] * 8:
+        in_flight.append(steering.launch([10] * running, None, {}).batch)
+        if overlap and len(in_flight) == 1:
+            continue
+        now_s += 0.010 + host_s
+        steering.finished([0] * in_flight.pop(0))
+        running, host_s = running - ends, 0.010 * ends
+    assert steering.snapshot()["plain_step_ratio"] == pytest.approx(1.0)
+    assert steering.snapshot()["cycle_factor"] == pytest.approx(1.0)
 
 
 def test_a_batch_above_max_draft_batch_is_decoded_plainly():

@@ -56,21 +56,20 @@ def test_probes_are_no_switches():
 def test_measured_speedup():
     """Two cycles of 20 ms emit 3 tokens per request each, where plain decoding takes 10 ms a token: 1.5."""
     metrics = Metrics(gamma_max=3)
-    for index in range(3):
-        took_s = 0.020 if index else 5.0  # nobody knows since when the first one ran
-        metrics.finished(step(3, plain_s=0.010, expected_speedup=1.4, continuous=index > 0), [2, 2], took_s)
+    for took_s in (None, 0.020, 0.020):
+        metrics.finished(step(3, plain_s=0.010, expected_speedup=1.4), [2, 2], took_s)
     assert metrics.measured_speedup.value == pytest.approx(1.5)
     assert metrics.predicted_speedup.value == pytest.approx(1.4)
-    metrics.finished(step(0, plain_s=0.010), [0, 0], 5.0)  # behind a prefill
+    metrics.finished(step(0, plain_s=0.010), [0, 0], None)
     assert metrics.plain_step_ratio.value is None
-    metrics.finished(step(0, plain_s=0.010, continuous=True), [0, 0], 0.011)
+    metrics.finished(step(0, plain_s=0.010), [0, 0], 0.011)
     assert metrics.plain_step_ratio.value == pytest.approx(1.1)
 
 
 def test_without_a_profile_nothing_is_compared():
     metrics = Metrics(gamma_max=3)
     for _ in range(2):
-        metrics.finished(step(3, continuous=True), [2, 2], 0.01)
+        metrics.finished(step(3), [2, 2], 0.01)
     assert metrics.snapshot()["measured_speedup"] is None
 
 
