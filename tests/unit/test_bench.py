@@ -251,7 +251,8 @@ def head_dim(config: dict) -> int:
 
 
 @pytest.mark.parametrize(
-    "shape, parameters_e9", [("0.5b", 0.5), ("7b", 7.6), ("14b", 14.8), ("32b", 32.8), ("qwen3-4b", 4.0), ("qwen3-8b", 8.2)]
+    "shape, parameters_e9",
+    [("0.5b", 0.5), ("7b", 7.6), ("14b", 14.8), ("32b", 32.8), ("qwen3-4b", 4.0), ("qwen3-8b", 8.2)],
 )
 def test_shapes_have_the_size_of_their_name(shape, parameters_e9):
     c = model_config(shape)
