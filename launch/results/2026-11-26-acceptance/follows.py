@@ -13,6 +13,8 @@ import sys
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from er_sglang.offline import texts
+from er_sglang.quantize import rtn
 from launch.grpo import arithmetic
 
 STEPS, LEARNING_RATE, GROUP, NEW_TOKENS, PROMPTS = 8, 1e-5, 128, 96, 12
@@ -23,8 +25,9 @@ def trained(policy, tokenizer):
     optimizer = torch.optim.AdamW(policy.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.0)
     for _ in range(STEPS):
         for prompt in arithmetic.prompts(2, rng):
-            ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
-            answer = [*tokenizer(arithmetic.solution(prompt[-1]["content"]))["input_ids"], tokenizer.eos_token_id]
+            ids = texts.encode(tokenizer, prompt, False)
+            answer = tokenizer(arithmetic.solution(prompt[-1]["content"]))["input_ids"]
+            answer.append(policy.generation_config.eos_token_id)
             tokens = torch.tensor([ids + answer])
             labels = tokens.clone()
             labels[:, : len(ids)] = -100
@@ -41,50 +44,38 @@ def quantized(policy, how):
         if weight.dim() != 2 or "embed" in name or "lm_head" in name:
             continue
         if how == "fp8":
-            scale = weight.data.abs().amax(-1, keepdim=True) / 448
-            weight.data = (weight.data / scale).to(torch.float8_e4m3fn).float() * scale
+            weight.data = rtn.dequantize_fp8(*rtn.quantize_fp8(weight.data), weight.dtype)
             continue
-        groups = weight.data.view(weight.shape[0], -1, GROUP)
-        scale = (groups.abs().amax(-1, keepdim=True) / 7).clamp_min(1e-9)
-        steps = groups / scale
+        int4 = rtn.quantize_int4(weight.data, group_size=GROUP, symmetric=True)
         if how == "int4, rounded stochastically":
-            steps = steps + torch.rand(steps.shape, generator=generator) - 0.5
-        groups.copy_(steps.round().clamp(-8, 7) * scale)
+            noise = torch.rand(weight.shape, generator=generator) - 0.5
+            dithered = weight.data + noise * int4.scales_NG.repeat_interleave(GROUP, 1)
+            int4 = rtn.quantize_int4(dithered, group_size=GROUP, symmetric=True)
+        weight.data = rtn.dequantize_int4(*int4)
     return policy
 
 
-@torch.no_grad()
 def sample(policy, tokenizer):
     """Prompt and response, and the prompt's length."""
-    prompts = arithmetic.prompts(PROMPTS, random.Random(7))
-    ids = [tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False) for prompt in prompts]
-    width = max(map(len, ids))
-    out = policy.generate(
-        input_ids=torch.tensor([[tokenizer.pad_token_id] * (width - len(row)) + row for row in ids]),
-        attention_mask=torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in ids]),
-        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0, max_new_tokens=NEW_TOKENS,
-        pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
-    )  # fmt: skip
-    texts = []
-    for row, tokens in zip(ids, out[:, width:].tolist()):
-        end = tokens.index(tokenizer.eos_token_id) + 1 if tokenizer.eos_token_id in tokens else len(tokens)
-        texts.append((torch.tensor([row + tokens[:end]]), len(row)))
-    return texts
+    prompts = [texts.encode(tokenizer, prompt, False) for prompt in arithmetic.prompts(PROMPTS, random.Random(7))]
+    responses = texts.respond(
+        policy, prompts, temperature=1.0, new_tokens=NEW_TOKENS, batch=PROMPTS, seed=0, ignore_eos=False
+    )
+    return [(torch.tensor([response.tokens]), response.first) for response in responses]
 
 
 @torch.no_grad()
-def probabilities(policy, texts):
-    return torch.cat([policy(input_ids=tokens).logits[0, first - 1 : -1].softmax(-1) for tokens, first in texts])
+def probabilities(policy, samples):
+    return torch.cat([policy(input_ids=tokens).logits[0, first - 1 : -1].softmax(-1) for tokens, first in samples])
 
 
 def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
     before = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32).eval()
     after = trained(before, tokenizer)
-    torch.manual_seed(0)
     for name, policy, other in (("before", before, after), ("after", after, before)):
-        texts = sample(policy, tokenizer)
-        policy_NV = probabilities(policy, texts)
+        samples = sample(policy, tokenizer)
+        policy_NV = probabilities(policy, samples)
         print(f"the policy {name} training, {len(policy_NV)} tokens of its own")
         for what, draft in {
             "its int4 copy": lambda: quantized(policy, "int4"),
@@ -93,7 +84,7 @@ def main() -> None:
             "the other policy": lambda: other,
             "the other policy's int4 copy": lambda: quantized(other, "int4"),
         }.items():
-            overlap_N = torch.minimum(policy_NV, probabilities(draft(), texts)).sum(-1)
+            overlap_N = torch.minimum(policy_NV, probabilities(draft(), samples)).sum(-1)
             error = overlap_N.std() / len(overlap_N) ** 0.5
             print(f"    {what:40} {overlap_N.mean():.4f} +- {error:.4f}", flush=True)
 
