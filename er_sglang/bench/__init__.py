@@ -6,6 +6,7 @@ rollout.py      whole rollouts, each beside the simulator's prediction
 readme.py       the speeds that the README states, all on one server
 cycle.py        where the time of a cycle goes
 gemm.py         the int4 products against Marlin
+layer.py        a layer of a drafted token, shape by shape of its products
 attention.py    the draft's attention against FlashAttention-3
 sampling.py     drawing and judging against SGLang's sampler
 arms.py         what is compared, and its servers

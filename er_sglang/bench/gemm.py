@@ -22,7 +22,7 @@ from er_sglang.bench.timing import L2_BYTES, copy_bandwidth, graph_us
 from er_sglang.drafting.rescoring import rescore_
 from er_sglang.quantize import Format, Packed, create_format
 from er_sglang.quantize import blocks as shapes
-from er_sglang.quantize.blocks import MAX_ROWS, SMALL_BATCH, Blocks
+from er_sglang.quantize.blocks import MAX_ROWS, SMALL_BATCH, Blocks, Wave, Waves
 from er_sglang.tools.results import write_rows
 from er_sglang.tools.serving import ON_CPU
 
@@ -52,16 +52,18 @@ def between(y_MN: torch.Tensor, x_MK: torch.Tensor) -> None:
     torch.add(x[:count], y[:count], alpha=0.0, out=x[:count])
 
 
-def all_shapes(m: int, k: int) -> Iterator[Blocks | int]:
-    """Every way to share out a product of m rows that our kernels have and a multiprocessor's shared memory holds."""
+def all_shapes(m: int, n: int, k: int) -> Iterator[Blocks | Waves]:
+    """Every way to share out a product of m rows by blocks that are alike, as our kernels have them and a
+    multiprocessor's shared memory holds them."""
     if m <= SMALL_BATCH:
-        for warps_n, warps_k in shapes.RESIDENT[0]:
+        for warps_n, warps_k in shapes.RESIDENT:
             for splits in shapes.SPLITS:
                 blocks = Blocks(warps_n, warps_k, splits)
-                if shapes.shared_bytes(m, k, blocks) <= shapes.SHARED_BYTES:
+                if shapes.shared_bytes(k, blocks) <= shapes.SHARED_BYTES:
                     yield blocks
     if m <= MAX_ROWS:
-        yield from range(1, min(shapes.MAX_SPLITS, k // shapes.UNIT_K) + 1)
+        for splits in range(1, min(shapes.MAX_SPLITS, k // shapes.UNIT_K) + 1):
+            yield (Wave(-(-n // shapes.WGMMA_BLOCK_N), splits),)
 
 
 def measure(
@@ -84,7 +86,7 @@ def measure(
         def product_us(product: Callable[[Packed], torch.Tensor]) -> float:
             return graph_us(lambda i: between(product(copies[i]), x_MK), len(copies)) - between_us
 
-        def shaped(packed: Packed, shape: Blocks | int) -> torch.Tensor:
+        def shaped(packed: Packed, shape: Blocks | Waves) -> torch.Tensor:
             ours(packed, x_MK, None, y_MN, shape)
             return y_MN
 
@@ -97,21 +99,24 @@ def measure(
             "floor us": first.nbytes / bandwidth * 1e6,
             "Marlin us": product_us(lambda packed: marlin.apply(packed, x_MK, None)),
             "served us": product_us(lambda packed: fmt.apply(packed, x_MK, None)),
-            "by": _text(chosen) or "Marlin",
+            "by": shape_text(chosen) or "Marlin",
             "rescoring us": None,
         }
         if name == "lm_head":  # so flat that each class has its leader scored again, the most there can be
             logits_MN = fmt.apply(first, x_MK, None)
             row["rescoring us"] = graph_us(lambda _: rescore_(logits_MN, x_MK, weight_NK), 3)
         if every_shape and ours:
-            times_us = {shape: product_us(lambda packed: shaped(packed, shape)) for shape in all_shapes(m, k)}
+            times_us = {shape: product_us(lambda packed: shaped(packed, shape)) for shape in all_shapes(m, n, k)}
             best = min(times_us, key=times_us.__getitem__, default=None)
-            row |= {"best us": times_us.get(best), "best by": _text(best)}
+            row |= {"best us": times_us.get(best), "best by": shape_text(best)}
         yield row
 
 
-def _text(shape: Blocks | int | None) -> str | None:
-    return "-".join(map(str, shape)) if isinstance(shape, Blocks) else shape and f"wgmma {shape}"
+def shape_text(shape: Blocks | Waves | None) -> str | None:
+    """As tables name it."""
+    if isinstance(shape, Blocks):
+        return "-".join(map(str, shape))
+    return shape and "wgmma " + " + ".join(f"{columns} x {splits}" for columns, splits in shape)
 
 
 def main(argv: list[str] | None = None) -> int:

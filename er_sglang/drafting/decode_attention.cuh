@@ -35,7 +35,6 @@ constexpr int kStages = 2;
 constexpr int kBlocks = 2;  // of a multiprocessor
 constexpr int kHeads = 8;
 constexpr int kMostRequests = 512;
-constexpr int kLeastTiles = 2;  // of a block: fewer would cost more in adding up than they save
 
 struct Attention {
   const void* q;        // [requests, heads_q, head_dim]
@@ -239,7 +238,7 @@ SGL_DEVICE int tiles_of_a_block(int total, int longest) {
   const int whole = (even + longest - 1) / longest * longest;
   if (whole * 16 <= even * 17) return whole;
   if (longest <= 2 * even && total <= longest * (blocks / kBlocks)) return longest;
-  return max(kLeastTiles, even);
+  return even;
 }
 
 template <typename T, int kHeadDim>

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from er_sglang.drafting.policy_weight import policy_weight, unreadable
 from er_sglang.drafting.rescoring import rescore_
 from er_sglang.drafting.shadow import shadow, shallow_copy
-from er_sglang.drafting.twins import leave_head_norms_to_attention, small_twins
+from er_sglang.drafting.twins import Activated, gated_activations, leave_head_norms_to_attention, small_twins
 from er_sglang.errors import ConfigError
 from er_sglang.quantize import Format
 
@@ -47,6 +47,13 @@ class DraftLinearMethod(LinearMethodBase):
 
     def apply(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         return self.fmt.apply(self.packed, x, bias)
+
+
+class GatedLinearMethod(DraftLinearMethod):
+    """Of a gated MLP's first Linear: the activation behind it is part of the product."""
+
+    def apply(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        return self.fmt.apply_gated(self.packed, x, bias)
 
 
 class RescoredHeadMethod(DraftLinearMethod):
@@ -94,13 +101,18 @@ class Drafter:
             else:
                 self._methods[layer] = method(fmt, layer)
 
+        activations = gated_activations(policy)
         with weights_region:
             for name, layer in policy.named_modules():
                 if isinstance(layer, LinearBase):
-                    convert(name, layer, fmt, DraftLinearMethod)
+                    gated = layer in activations and fmt.gates(layer.output_size_per_partition)
+                    convert(name, layer, fmt, GatedLinearMethod if gated else DraftLinearMethod)
             if not self._methods:
                 raise ConfigError(f"no Linear layer of this model can be converted: {sorted(set(kept.values()))}.")
             small = small_twins(policy)
+            for layer, activation in activations.items():
+                if isinstance(self._methods.get(layer), GatedLinearMethod):
+                    small[activation] = Activated()
             self.model = shadow(policy, lambda module: small.get(module, self._linear_twin(module)))
             leave_head_norms_to_attention(self.model)
             if head_fmt is not None:

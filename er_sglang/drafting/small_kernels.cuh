@@ -23,6 +23,8 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "../quantize/activation.cuh"
+
 namespace er_sglang {
 
 constexpr int kWidth = 8;  // elements in 16 bytes
@@ -97,10 +99,7 @@ __global__ void silu_and_mul_kernel(const T* x, T* y, int width) {
   const auto gate = load<T>(x, 2 * row * width + column), up = load<T>(x, (2 * row + 1) * width + column);
   Vector<T> out;
 #pragma unroll
-  for (int i = 0; i < kWidth; ++i) {
-    const float g = static_cast<float>(gate.at[i]);
-    out.at[i] = static_cast<T>(__fdividef(g, 1.f + __expf(-g)) * static_cast<float>(up.at[i]));
-  }
+  for (int i = 0; i < kWidth; ++i) out.at[i] = silu_and_mul(gate.at[i], up.at[i]);
   store(y, row * width + column, out);
 }
 

@@ -1,8 +1,8 @@
 """Twins of a model's small modules, on Hopper: the same functions, by kernels that let the next one start early.
 
-Norms and activations are exchanged one by one. Rotation, and Qwen3's norms of heads, move into the attention: a rotary
-embedding's twin hands q and k on as they are, and the attention's twin rotates them on their way into the KV cache, one
-kernel instead of three or four.
+Norms and activations are exchanged one by one; an activation that an int4 product computes is left out. Rotation, and
+Qwen3's norms of heads, move into the attention: a rotary embedding's twin hands q and k on as they are, and the
+attention's twin rotates them on their way into the KV cache, one kernel instead of three or four.
 """
 
 from __future__ import annotations
@@ -46,6 +46,22 @@ def small_twins(policy: nn.Module) -> dict[nn.Module, nn.Module]:
     if twins:
         early.load(weight.dtype)
     return twins
+
+
+def gated_activations(policy: nn.Module) -> dict[nn.Module, nn.Module]:
+    """Of gated MLPs, the activation by the Linear before it, whose output is gate and up side by side."""
+    return {
+        mlp.gate_up_proj: mlp.act_fn
+        for mlp in policy.modules()
+        if {"gate_up_proj", "act_fn"} <= mlp._modules.keys() and type(mlp.act_fn) is SiluAndMul
+    }
+
+
+class Activated(nn.Module):
+    """Stands for an activation that the product before it computes."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x
 
 
 def leave_head_norms_to_attention(shadow: nn.Module) -> None:

@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 from er_sglang.quantize.scaled import ScaledWeight
 
@@ -56,6 +57,15 @@ class Format(ABC):
     @abstractmethod
     def apply(self, packed: Packed, x_MK: torch.Tensor, bias_N: torch.Tensor | None) -> torch.Tensor:
         """y_MN = x_MK @ W_hat.T + bias, in the weight's dtype."""
+
+    def gates(self, n: int) -> bool:
+        """Whether a drafter should call `apply_gated` for a gated MLP's first weight, of n output features."""
+        return False
+
+    def apply_gated(self, packed: Packed, x_MK: torch.Tensor, bias_N: torch.Tensor | None) -> torch.Tensor:
+        """silu(gate) * up [M, N/2] of the halves of `apply`'s y: computed in float32, rounded as y is."""
+        gate, up = self.apply(packed, x_MK, bias_N).chunk(2, dim=1)
+        return (F.silu(gate.float()) * up.float()).to(gate.dtype)
 
     @abstractmethod
     def dequantize(self, packed: Packed) -> torch.Tensor:

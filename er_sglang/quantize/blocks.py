@@ -1,13 +1,12 @@
 """How an int4 product is shared out over a Hopper chip. Pure Python; the numbers are those of the two kernels.
 
-Up to SMALL_BATCH rows `small_batch_gemm.cuh` multiplies, up to MAX_ROWS `wgmma_gemm.cuh`. In a chain of the 14B's
-layers on an H100 they cross there: at 9 rows the first is ahead, at 17 the second.
+Up to SMALL_BATCH rows `small_batch_gemm.cuh` multiplies, up to MAX_ROWS `wgmma_gemm.cuh`.
 """
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
-SMALL_BATCH = 16  # rows
+SMALL_BATCH = 8  # rows
 MAX_ROWS = 128
 UNIT_K = 128  # of K, what a warp multiplies at a time
 TILE_N = 64  # of N, likewise
@@ -24,51 +23,70 @@ class Blocks(NamedTuple):
     splits: int
 
 
-# Blocks of that many warps that a multiprocessor's registers hold, for up to 8 rows and up to 16. Wide blocks read x
-# less often and come first; narrow ones fill the chip where those leave a gap.
-RESIDENT = (
-    {(4, 2): 2, (2, 4): 2, (4, 1): 5},
-    {(4, 2): 1, (2, 4): 1, (4, 1): 3},
-)
+# Blocks of that many warps that a multiprocessor's registers hold. Wide blocks read x less often and come first; narrow
+# ones fill the chip where those leave a gap.
+RESIDENT = {(4, 2): 2, (2, 4): 2, (4, 1): 5}
 
 WGMMA_BLOCK_N = 256
 MAX_SPLITS = 8  # blocks of a cluster
+WAVE_UNITS = 8  # that a block could have multiplied while it starts and ends
 
 
-def shared_bytes(m: int, k: int, blocks: Blocks) -> int:
+class Wave(NamedTuple):
+    """The next `columns` blocks of columns, each shared by `splits` blocks, a cluster."""
+
+    columns: int
+    splits: int
+
+
+Waves = tuple[Wave, ...]
+"""A product by the wgmma kernel: a launch each."""
+
+
+def shared_bytes(k: int, blocks: Blocks) -> int:
     """Shared memory of a block: its part of x, and later in the same place its parts of y."""
-    rows = 8 * -(-m // 8)
-    x_bytes = rows * (-(-(k // UNIT_K) // blocks.splits) * UNIT_K + 8) * 2
-    y_bytes = blocks.warps_k * rows * (blocks.warps_n * TILE_N + 4) * 4
+    x_bytes = SMALL_BATCH * (-(-(k // UNIT_K) // blocks.splits) * UNIT_K + 8) * 2
+    y_bytes = blocks.warps_k * SMALL_BATCH * (blocks.warps_n * TILE_N + 4) * 4
     return max(x_bytes, y_bytes)
 
 
-def choose_blocks(m: int, n: int, k: int, multiprocessors: int) -> Blocks:
+def choose_blocks(n: int, k: int, multiprocessors: int) -> Blocks:
     """For up to SMALL_BATCH rows: fills the chip best with blocks that all run at once, each warp with two units of K
     or more."""
     best, best_fill = None, 0.0
-    for (warps_n, warps_k), by_registers in RESIDENT[-(-m // 8) - 1].items():
+    for (warps_n, warps_k), by_registers in RESIDENT.items():
         columns = -(-n // (TILE_N * warps_n))
         for splits in SPLITS:
             blocks = Blocks(warps_n, warps_k, splits)
-            resident = min(by_registers, SHARED_BYTES // shared_bytes(m, k, blocks)) * multiprocessors
+            resident = min(by_registers, SHARED_BYTES // shared_bytes(k, blocks)) * multiprocessors
             if columns * splits <= MOST_FILL * resident and k // UNIT_K >= 1.7 * splits * warps_k:
                 if columns * splits / resident > best_fill + 0.02:
                     best, best_fill = blocks, columns * splits / resident
     # A product too large for one wave, or too small to be cut: the fewest blocks that hold their part of x.
-    fewest = (blocks for splits in SPLITS if shared_bytes(m, k, blocks := Blocks(4, 2, splits)) <= SHARED_BYTES)
+    fewest = (blocks for splits in SPLITS if shared_bytes(k, blocks := Blocks(2, 4, splits)) <= SHARED_BYTES)
     return best or next(fewest)
 
 
-def choose_splits(n: int, k: int, resident_clusters: Sequence[int]) -> int:
-    """For up to MAX_ROWS rows: blocks that share K, so that the busiest multiprocessor has the least to do.
+def choose_waves(n: int, k: int, resident_clusters: Sequence[int]) -> Waves:
+    """For up to MAX_ROWS rows: so that the busiest multiprocessor has the least to do.
 
     `resident_clusters[i]`: clusters of i + 1 blocks that the chip runs at once. A block fills a multiprocessor; blocks
-    of a cluster must share a part of the chip (GPC), so some sizes leave a sixth or more of it idle.
+    of a cluster must share a part of the chip (GPC), so some sizes leave a sixth or more of it idle. What full waves
+    leave over is cut finer, in a launch of its own: else a few blocks would take as long as a wave.
     """
-    columns, units = -(-n // WGMMA_BLOCK_N), k // UNIT_K
+    units, all_splits = k // UNIT_K, range(1, min(MAX_SPLITS, k // UNIT_K) + 1)
 
-    def longest(splits: int) -> int:  # units one after another on a multiprocessor
-        return -(-columns // resident_clusters[splits - 1]) * -(-units // splits)
+    def time(wave: Wave) -> int:  # of the busiest multiprocessor, in units
+        rounds = -(-wave.columns // resident_clusters[wave.splits - 1])
+        return rounds * (WAVE_UNITS + -(-units // wave.splits))
 
-    return min(range(1, min(MAX_SPLITS, units) + 1), key=longest)
+    def in_one(columns: int) -> Waves:
+        return (min((Wave(columns, splits) for splits in all_splits), key=time),)
+
+    columns = -(-n // WGMMA_BLOCK_N)
+    plans = [in_one(columns)]
+    for splits in all_splits:
+        rest = columns % resident_clusters[splits - 1]
+        if 0 < rest < columns:
+            plans.append((Wave(columns - rest, splits), *in_one(rest)))
+    return min(plans, key=lambda waves: sum(map(time, waves)))

@@ -6,7 +6,7 @@ import torch
 
 from er_sglang.host.releases import adapter
 from er_sglang.quantize.base import Packed
-from er_sglang.quantize.blocks import MAX_SPLITS, SMALL_BATCH, Blocks, choose_blocks, choose_splits
+from er_sglang.quantize.blocks import MAX_SPLITS, SMALL_BATCH, Blocks, Waves, choose_blocks, choose_waves
 
 _kernels = adapter("kernels")
 
@@ -48,16 +48,30 @@ class HopperGemm:
         self._resident_clusters = [wgmma.resident_clusters(splits) for splits in range(1, MAX_SPLITS + 1)]
         self._none = torch.empty(0, dtype=torch.int32, device=device)
 
-    def shape(self, m: int, packed: Packed) -> Blocks | int:
-        """How to share out a product of m rows: blocks of the small-batch kernel, or splits of the wgmma kernel."""
+    def shape(self, m: int, packed: Packed) -> Blocks | Waves:
+        """How to share out a product of m rows: blocks of the small-batch kernel, or waves of the wgmma kernel."""
         if m <= SMALL_BATCH:
-            return choose_blocks(m, packed.n, packed.k, self._multiprocessors)
-        return choose_splits(packed.n, packed.k, self._resident_clusters)
+            return choose_blocks(packed.n, packed.k, self._multiprocessors)
+        return choose_waves(packed.n, packed.k, self._resident_clusters)
 
     def __call__(
-        self, packed: Packed, x_MK: torch.Tensor, bias_N: torch.Tensor | None, y_MN: torch.Tensor, shape: Blocks | int
+        self,
+        packed: Packed,
+        x_MK: torch.Tensor,
+        bias_N: torch.Tensor | None,
+        y_MN: torch.Tensor,
+        shape: Blocks | Waves,
+        *,
+        gated: bool = False,
     ) -> None:
+        """gated: y is silu(gate) * up, [M, N / 2]; the product's first half is gate, the second up, each rounded."""
         zeros = self._none if packed.zeros is None else packed.zeros
         bias = self._none if bias_N is None else bias_N
-        gemm, shape = (self._small_batch, shape) if isinstance(shape, Blocks) else (self._wgmma, (shape,))
-        gemm(x_MK, packed.codes, packed.scales, zeros, bias, y_MN, *shape)
+        operands = (x_MK, packed.codes, packed.scales, zeros, bias, y_MN, gated)
+        if isinstance(shape, Blocks):
+            self._small_batch(*operands, *shape)
+            return
+        begin = 0
+        for columns, splits in shape:
+            self._wgmma(*operands, begin, columns, splits)
+            begin += columns

@@ -77,8 +77,8 @@ class MarlinInt4(Format):
 
     def apply(self, packed: Packed, x_MK: torch.Tensor, bias_N: torch.Tensor | None) -> torch.Tensor:
         y_MN = x_MK.new_empty(x_MK.shape[0], packed.n)
-        hopper = self._hopper_gemm.get(packed.dtype)
-        if hopper and len(x_MK) <= MAX_ROWS:
+        if self._on_hopper and len(x_MK) <= MAX_ROWS:
+            hopper = self._hopper_gemm[packed.dtype]
             hopper(packed, x_MK, bias_N, y_MN, hopper.shape(len(x_MK), packed))
             return y_MN
         self._gemm[packed.dtype](
@@ -100,6 +100,17 @@ class MarlinInt4(Format):
             False,  # is_zp_float
         )
         return y_MN if bias_N is None else y_MN.add_(bias_N)
+
+    def gates(self, n: int) -> bool:
+        return self._on_hopper and n % (2 * marlin_layout.TILE_N) == 0
+
+    def apply_gated(self, packed: Packed, x_MK: torch.Tensor, bias_N: torch.Tensor | None) -> torch.Tensor:
+        if not self._on_hopper or len(x_MK) > MAX_ROWS:
+            return super().apply_gated(packed, x_MK, bias_N)
+        y_MN = x_MK.new_empty(x_MK.shape[0], packed.n // 2)
+        hopper = self._hopper_gemm[packed.dtype]
+        hopper(packed, x_MK, bias_N, y_MN, hopper.shape(len(x_MK), packed), gated=True)
+        return y_MN
 
     def dequantize(self, packed: Packed) -> torch.Tensor:
         zeros_NG = None if self.symmetric else marlin_layout.unpack_zeros(packed.zeros)

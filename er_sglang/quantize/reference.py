@@ -45,6 +45,9 @@ class ReferenceInt4(Format):
     def apply(self, packed: Packed, x_MK: torch.Tensor, bias_N: torch.Tensor | None) -> torch.Tensor:
         return F.linear(x_MK, self.dequantize(packed), bias_N)
 
+    def gates(self, n: int) -> bool:
+        return True
+
     def dequantize(self, packed: Packed) -> torch.Tensor:
         codes_NK = torch.stack((packed.codes & 0xF, packed.codes >> 4), dim=2).flatten(1)
         return rtn.dequantize_int4(codes_NK, packed.scales, packed.zeros)

@@ -1,6 +1,6 @@
 // y[M, N] = x[M, K] @ W_hat[N, K]^T + bias for the few rows of a draft step, W_hat in Marlin's int4 layout (marlin_layout.py).
 //
-// Up to 16 rows. The product is a read of W_hat: the floor is its bytes over the memory bandwidth. What it takes to come near:
+// Up to 8 rows. The product is a read of W_hat: the floor is its bytes over the memory bandwidth. What it takes to come near:
 //
 // - Weights go from memory to registers, no shared memory in between. Marlin's layout gives each lane the A operand of four
 //   m16n8k16 products (W_hat's rows are the product's rows, x's are its columns) in one 16-byte load; a ring of eight such loads
@@ -23,6 +23,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "activation.cuh"
 #include "int4.cuh"
 #include "mma.cuh"
 
@@ -30,6 +31,7 @@ namespace er_sglang {
 
 constexpr int kUnitK = 128;  // a warp's piece of K, by one tile of W_hat's rows; holds one or more groups
 constexpr int kUnitTiles = kUnitK / kTileK;
+constexpr int kRows = 8;  // of x, at most
 constexpr int kPadX = 8;  // elements between rows of x in shared memory: ldmatrix without bank conflicts
 constexpr int kPadY = 4;  // floats between rows of the parts: stores without bank conflicts
 
@@ -64,19 +66,19 @@ struct Operands {
   const void* scales;   // [K / group, N]
   const uint32_t* zeros;  // [K / group, N / 8], asymmetric only
   const void* bias;     // [N] or null
-  void* y;              // [M, N]
+  void* y;              // [M, N], or [M, N / 2] of a gated product
   int m, n, k;
   int row_stride_x;
+  bool gated;  // y is silu(gate) * up: the product's first half is gate, the second up
 };
 
-template <typename T, bool kSymmetric, int kGroup, int kTilesM, int kWarpsN, int kWarpsK>
-__global__ void __launch_bounds__(kWarpsN * kWarpsK * 32, kTilesM == 1 ? 20 / (kWarpsN * kWarpsK) : 1)
-    small_batch_gemm_kernel(const __grid_constant__ Operands p) {  // up to 8 rows leave registers for 20 warps
+template <typename T, bool kSymmetric, int kGroup, int kWarpsN, int kWarpsK>
+__global__ void __launch_bounds__(kWarpsN * kWarpsK * 32, 20 / (kWarpsN * kWarpsK))
+    small_batch_gemm_kernel(const __grid_constant__ Operands p) {
   namespace cg = cooperative_groups;
   constexpr int kThreads = kWarpsN * kWarpsK * 32;
   constexpr int kGroups = kUnitK / kGroup;
   constexpr int kBlockN = kWarpsN * kTileN;
-  constexpr int kRows = 8 * kTilesM;
   extern __shared__ __align__(16) char shared[];
 
   const auto cluster = cg::this_cluster();
@@ -84,9 +86,12 @@ __global__ void __launch_bounds__(kWarpsN * kWarpsK * 32, kTilesM == 1 ? 20 / (k
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int r = lane / 4;
   const int warp_n = warp % kWarpsN, warp_k = warp / kWarpsN;
-  const int block_n = blockIdx.y * kBlockN;
-  const int n0 = block_n + warp_n * kTileN;
-  const bool has_columns = n0 < p.n;
+  // Its columns: of y, and in `halves` of a gated product those of W_hat.
+  const int halves = p.gated ? 2 : 1, block_columns = kBlockN / halves, y_columns = p.n / halves;
+  const int begin = blockIdx.y * block_columns, columns = min(block_columns, y_columns - begin);
+  const int half = warp_n * kTileN / block_columns, in_half = warp_n * kTileN % block_columns;
+  const int n0 = half * y_columns + begin + in_half;
+  const bool has_columns = in_half < columns;
 
   const int units = p.k / kUnitK;
   const int first = units * split / splits, last = units * (split + 1) / splits;  // this block's
@@ -131,7 +136,7 @@ __global__ void __launch_bounds__(kWarpsN * kWarpsK * 32, kTilesM == 1 ? 20 / (k
     __syncthreads();
   }
 
-  float sum[4][kTilesM][4] = {};  // [16 rows of W_hat][8 rows of x][this lane's part of the product]
+  float sum[4][4] = {};  // [16 rows of W_hat][this lane's part of the product]
   uint32_t fragment = shared_x + ((lane % 8) * stride_x + (unit - first) * kUnitK + lane / 8 * 8) * sizeof(T);
   while (active) {
     unit += kWarpsK;
@@ -145,17 +150,14 @@ __global__ void __launch_bounds__(kWarpsN * kWarpsK * 32, kTilesM == 1 ? 20 / (k
 
 #pragma unroll
     for (int g = 0; g < kGroups; ++g) {
-      float part[4][kTilesM][4] = {};
-      uint32_t b[kTilesM][4];
+      float part[4][4] = {};
+      uint32_t b[4];
 #pragma unroll
       for (int i = 0; i < kGroup / kTileK; ++i) {  // counted so, nvcc unrolls groups of 64 too: the ring stays in registers
         const int t = g * (kGroup / kTileK) + i;
         const uint32_t q[4] = {ring[t].x, ring[t].y, ring[t].z, ring[t].w};
         if (more) ring[t] = load_once(next + t * tile_stride);
-        if (t % 2 == 0) {
-#pragma unroll
-          for (int j = 0; j < kTilesM; ++j) load_x_fragments(b[j], fragment + (8 * j * stride_x + t * kTileK) * sizeof(T));
-        }
+        if (t % 2 == 0) load_x_fragments(b, fragment + t * kTileK * sizeof(T));
 #pragma unroll
         for (int w = 0; w < 4; ++w) {
           uint32_t zero[2];
@@ -165,18 +167,14 @@ __global__ void __launch_bounds__(kWarpsN * kWarpsK * 32, kTilesM == 1 ? 20 / (k
           a[1] = subtract2<T>(magic_codes<T>(q[w] >> 8), zero[1]);
           a[2] = subtract2<T>(magic_codes<T>(q[w] >> 4), zero[0]);
           a[3] = subtract2<T>(magic_codes<T>(q[w] >> 12), zero[1]);
-#pragma unroll
-          for (int j = 0; j < kTilesM; ++j) multiply_add<T>(part[w][j], a, b[j][t % 2 * 2], b[j][t % 2 * 2 + 1]);
+          multiply_add<T>(part[w], a, b[t % 2 * 2], b[t % 2 * 2 + 1]);
         }
       }
       const T* scale = reinterpret_cast<const T*>(&group_scales[g]);
 #pragma unroll
       for (int w = 0; w < 4; ++w) {
 #pragma unroll
-        for (int j = 0; j < kTilesM; ++j) {
-#pragma unroll
-          for (int i = 0; i < 4; ++i) sum[w][j][i] += static_cast<float>(scale[2 * w + i / 2]) * part[w][j][i];
-        }
+        for (int i = 0; i < 4; ++i) sum[w][i] += static_cast<float>(scale[2 * w + i / 2]) * part[w][i];
       }
     }
     fragment += kWarpsK * kUnitK * sizeof(T);
@@ -191,48 +189,47 @@ __global__ void __launch_bounds__(kWarpsN * kWarpsK * 32, kTilesM == 1 ? 20 / (k
 #pragma unroll
   for (int w = 0; w < 4; ++w) {
 #pragma unroll
-    for (int j = 0; j < kTilesM; ++j) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int row = 8 * j + lane % 4 * 2 + i % 2, column = warp_n * kTileN + 16 * w + 8 * (i / 2) + r;
-        parts[(warp_k * kRows + row) * kStrideY + column] = sum[w][j][i];
-      }
+    for (int i = 0; i < 4; ++i) {
+      const int row = lane % 4 * 2 + i % 2, column = warp_n * kTileN + 16 * w + 8 * (i / 2) + r;
+      parts[(warp_k * kRows + row) * kStrideY + column] = sum[w][i];
     }
   }
   cluster.sync();
-  const int columns = min(kBlockN, p.n - block_n);
-  for (int i = (split * kThreads + threadIdx.x) * 2; i < p.m * kBlockN; i += splits * kThreads * 2) {
-    const int row = i / kBlockN, column = i % kBlockN;
+  for (int i = (split * kThreads + threadIdx.x) * 2; i < p.m * block_columns; i += splits * kThreads * 2) {
+    const int row = i / block_columns, column = i % block_columns;
     if (column >= columns) continue;
-    float y[2] = {0, 0};
-    for (int s = 0; s < splits; ++s) {
-      const float* theirs = cluster.map_shared_rank(parts, s);
+    T out[2];
+    for (int h = 0; h < halves; ++h) {
+      float y[2] = {0, 0};
+      for (int s = 0; s < splits; ++s) {
+        const float* theirs = cluster.map_shared_rank(parts, s);
 #pragma unroll
-      for (int w = 0; w < kWarpsK; ++w) {
-        const float2 part = *reinterpret_cast<const float2*>(theirs + (w * kRows + row) * kStrideY + column);
-        y[0] += part.x, y[1] += part.y;
+        for (int w = 0; w < kWarpsK; ++w) {
+          const float2 part = *reinterpret_cast<const float2*>(theirs + (w * kRows + row) * kStrideY + h * block_columns + column);
+          y[0] += part.x, y[1] += part.y;
+        }
+      }
+      const T* bias = static_cast<const T*>(p.bias) + h * y_columns + begin + column;
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        const T rounded = static_cast<T>(p.bias ? y[j] + static_cast<float>(bias[j]) : y[j]);
+        out[j] = h == 0 ? rounded : silu_and_mul(out[j], rounded);
       }
     }
-    if (p.bias) {
-      const T* bias = static_cast<const T*>(p.bias) + block_n + column;
-      y[0] += static_cast<float>(bias[0]), y[1] += static_cast<float>(bias[1]);
-    }
-    T* out = static_cast<T*>(p.y) + int64_t(row) * p.n + block_n + column;
-    T pair[2] = {static_cast<T>(y[0]), static_cast<T>(y[1])};
-    *reinterpret_cast<uint32_t*>(out) = *reinterpret_cast<const uint32_t*>(pair);
+    *reinterpret_cast<uint32_t*>(static_cast<T*>(p.y) + int64_t(row) * y_columns + begin + column) = reinterpret_cast<const uint32_t&>(out);
   }
   cluster.sync();  // nobody leaves while others read its parts
 }
 
 template <typename T, bool kSymmetric, int kGroup>
 struct SmallBatchGemm {
-  template <int kTilesM, int kWarpsN, int kWarpsK>
+  template <int kWarpsN, int kWarpsK>
   static void launch(const Operands& p, int splits, DLDevice device) {
-    constexpr auto kernel = small_batch_gemm_kernel<T, kSymmetric, kGroup, kTilesM, kWarpsN, kWarpsK>;
+    constexpr auto kernel = small_batch_gemm_kernel<T, kSymmetric, kGroup, kWarpsN, kWarpsK>;
     constexpr int kBlockN = kWarpsN * kTileN;
     const int units = p.k / kUnitK;
-    const int x_bytes = 8 * kTilesM * (host::div_ceil(units, splits) * kUnitK + kPadX) * sizeof(T);
-    const int parts_bytes = kWarpsK * 8 * kTilesM * (kBlockN + kPadY) * sizeof(float);
+    const int x_bytes = kRows * (host::div_ceil(units, splits) * kUnitK + kPadX) * sizeof(T);
+    const int parts_bytes = kWarpsK * kRows * (kBlockN + kPadY) * sizeof(float);
     const int shared_bytes = std::max(x_bytes, parts_bytes);
     static int allowed_bytes = 48 * 1024;
     if (shared_bytes > allowed_bytes) {
@@ -244,17 +241,8 @@ struct SmallBatchGemm {
         .config({.use_pdl = true, .cluster_dim = dim3(splits)})(kernel, p);
   }
 
-  template <int kTilesM>
-  static void launch(const Operands& p, int splits, int warps_n, int warps_k, DLDevice device) {
-    switch (warps_n * 10 + warps_k) {
-      case 42: return launch<kTilesM, 4, 2>(p, splits, device);
-      case 24: return launch<kTilesM, 2, 4>(p, splits, device);
-      case 41: return launch<kTilesM, 4, 1>(p, splits, device);
-      default: host::Panic("no kernel for ", warps_n, " x ", warps_k, " warps");
-    }
-  }
-
-  // zeros and bias may be empty. warps_n: warps of a block side by side along N; splits: blocks that share K, 1 to 8.
+  // zeros and bias may be empty. gated: y is [M, N / 2], see Operands. warps_n: warps of a block side by side along N; splits: blocks
+  // that share K, 1 to 8.
   static void
   run(tvm::ffi::TensorView x,
       tvm::ffi::TensorView codes,
@@ -262,6 +250,7 @@ struct SmallBatchGemm {
       tvm::ffi::TensorView zeros,
       tvm::ffi::TensorView bias,
       tvm::ffi::TensorView y,
+      bool gated,
       int64_t warps_n,
       int64_t warps_k,
       int64_t splits) {
@@ -270,11 +259,13 @@ struct SmallBatchGemm {
     auto device = SymbolicDevice{};
     device.set_options<kDLCUDA>();
     TensorMatcher({M, K}).with_strides({stride, 1}).with_dtype<T>().with_device(device).verify(x);
-    TensorMatcher({M, N}).with_dtype<T>().with_device(device).verify(y);
-    TensorMatcher({K.unwrap() / kTileK, 2 * N.unwrap()}).with_dtype<int32_t>().with_device(device).verify(codes);
     TensorMatcher({K.unwrap() / kGroup, N}).with_dtype<T>().with_device(device).verify(scales);
+    TensorMatcher({K.unwrap() / kTileK, 2 * N.unwrap()}).with_dtype<int32_t>().with_device(device).verify(codes);
     const int m = M.unwrap(), n = N.unwrap(), k = K.unwrap();
-    RuntimeCheck(1 <= m && m <= 16 && n % kTileN == 0 && k % kUnitK == 0, "unsupported shape: m ", m, ", n ", n, ", k ", k);
+    const int tiles_n = n / kTileN * kTileN == n ? n / kTileN : 0;
+    RuntimeCheck(1 <= m && m <= kRows && tiles_n && k % kUnitK == 0, "unsupported shape: m ", m, ", n ", n, ", k ", k);
+    RuntimeCheck(!gated || tiles_n % 2 == 0, "gate and up are not of whole tiles: n ", n);
+    TensorMatcher({M, gated ? n / 2 : n}).with_dtype<T>().with_device(device).verify(y);
     RuntimeCheck(stride.unwrap() % 8 == 0, "rows of x are not aligned to 16 bytes");
     RuntimeCheck(1 <= splits && splits <= 8, "splits is ", splits, "; it must be 1 to 8");
     if constexpr (!kSymmetric) TensorMatcher({k / kGroup, n / 8}).with_dtype<int32_t>().with_device(device).verify(zeros);
@@ -289,9 +280,14 @@ struct SmallBatchGemm {
         m,
         n,
         k,
-        static_cast<int>(stride.unwrap())};
-    if (m <= 8) return launch<1>(p, splits, warps_n, warps_k, device.unwrap());
-    return launch<2>(p, splits, warps_n, warps_k, device.unwrap());
+        static_cast<int>(stride.unwrap()),
+        gated};
+    switch (warps_n * 10 + warps_k) {
+      case 42: return launch<4, 2>(p, splits, device.unwrap());
+      case 24: return launch<2, 4>(p, splits, device.unwrap());
+      case 41: return launch<4, 1>(p, splits, device.unwrap());
+      default: Panic("no kernel for ", warps_n, " x ", warps_k, " warps");
+    }
   }
 };
 

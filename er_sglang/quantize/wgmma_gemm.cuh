@@ -4,7 +4,7 @@
 //
 // - W_hat is wgmma's A operand, straight from registers: Marlin's layout gives each lane the fragments of four slabs of 16
 //   rows of a 64 x 16 tile. Rows of x are wgmma's N, in multiples of 8: 33 rows cost 40.
-// - One thread of a block keeps a ring of stages in shared memory full, by the copy engine: 128 of K, for 256 columns of y
+// - One warp of a block keeps a ring of stages in shared memory full, by the copy engine: 128 of K, for 256 columns of y
 //   and all rows of x. Weights of the first stages are requested before the previous kernel has ended (programmatic
 //   dependent launch), x after it.
 // - Two warpgroups multiply; each of their eight warps takes two slabs of one of the four tiles. It rounds
@@ -28,6 +28,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "activation.cuh"
 #include "int4.cuh"
 #include "wgmma.cuh"
 
@@ -36,6 +37,7 @@ namespace er_sglang {
 constexpr int kStageK = 128;  // holds one or more groups
 constexpr int kStageTiles = kStageK / kTileK;
 constexpr int kBlockN = 256;
+constexpr int kHalfN = kBlockN / 2;  // of a gated product, one half is gate and one up
 constexpr int kSwizzleK = 64;  // elements in a swizzled row of x: 128 bytes
 constexpr int kWarps = 8;  // that multiply: two warpgroups
 constexpr int kPadY = 4;  // floats between rows of the parts: stores without bank conflicts
@@ -97,6 +99,17 @@ SGL_DEVICE void copy_weights(uint32_t to, const void* from, int bytes, uint32_t 
       : "memory");
 }
 
+SGL_DEVICE void copy_codes(uint32_t to, const CUtensorMap& from, int column, int tile, uint32_t barrier) {
+  asm volatile(
+      "{.reg .b64 once; createpolicy.fractional.L2::evict_first.b64 once;"
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%2, %3}], [%4], once;}" ::"r"(to),
+      "l"(&from),
+      "r"(column),
+      "r"(tile),
+      "r"(barrier)
+      : "memory");
+}
+
 SGL_DEVICE void copy_x(uint32_t to, const CUtensorMap& from, int k, uint32_t barrier) {
   asm volatile(
       "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(to),
@@ -107,14 +120,15 @@ SGL_DEVICE void copy_x(uint32_t to, const CUtensorMap& from, int k, uint32_t bar
       : "memory");
 }
 
-struct Operands {
-  const uint4* codes;     // [K / 16, N / 64, 32]
+struct Operands {  // beside x and codes
   const void* scales;     // [K / group, N]
   const uint32_t* zeros;  // [K / group, N / 8], asymmetric only
   const void* bias;       // [N] or null
-  void* y;                // [M, N]
+  void* y;                // [M, N], or [M, N / 2] of a gated product
   int m, n, k;
   int splits;  // blocks of a cluster: they share K
+  int begin;   // the first block of columns
+  bool gated;  // y is silu(gate) * up: the product's first half is gate, the second up
 };
 
 // kRows: of x, rounded up to a multiple of 8.
@@ -140,7 +154,8 @@ struct Stage {
 
 template <typename T, bool kSymmetric, int kGroup, int kRows>
 __global__ void __launch_bounds__(Stage<kSymmetric, kGroup, kRows>::kThreads, 1)
-    wgmma_gemm_kernel(const __grid_constant__ CUtensorMap x, const __grid_constant__ Operands p) {
+    wgmma_gemm_kernel(
+        const __grid_constant__ CUtensorMap x, const __grid_constant__ CUtensorMap codes, const __grid_constant__ Operands p) {
   namespace cg = cooperative_groups;
   using S = Stage<kSymmetric, kGroup, kRows>;
   constexpr int kStages = S::kStages;
@@ -151,8 +166,10 @@ __global__ void __launch_bounds__(Stage<kSymmetric, kGroup, kRows>::kThreads, 1)
   const uint32_t ring_address = full + kBarrierBytes;
 
   const int split = blockIdx.x;
-  const int block_n = blockIdx.y * kBlockN;
-  const int columns = min(kBlockN, p.n - block_n);
+  // This block's columns: of y, and in `halves` of a gated product those of W_hat.
+  const int halves = p.gated ? 2 : 1, block_columns = kBlockN / halves, y_columns = p.n / halves;
+  const int block_n = (p.begin + blockIdx.y) * block_columns;
+  const int columns = min(block_columns, y_columns - block_n);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int units = p.k / kStageK;
   const int first = units * split / p.splits, count = units * (split + 1) / p.splits - first;  // this block's
@@ -166,29 +183,35 @@ __global__ void __launch_bounds__(Stage<kSymmetric, kGroup, kRows>::kThreads, 1)
 
   if (warp >= kWarps) {  // copies
     if constexpr (S::kMoveRegisters) asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
-    if (threadIdx.x == 32 * kWarps) {
-      const int64_t first_group = int64_t(first) * S::kGroups * p.n + block_n;
-      const char* codes = reinterpret_cast<const char*>(p.codes) + (int64_t(first) * kStageK * p.n + block_n * kTileK) / 2;
-      const T* scales = static_cast<const T*>(p.scales) + first_group;
-      const uint32_t* zeros = p.zeros + first_group / 8;
+    if (warp == kWarps) {
+      // Lanes 0 and 16 copy a half's codes, those after them its groups' scales and zeros. The copy engine takes as long for
+      // small pieces as for large ones: one for each row of tiles would be the slowest part of the kernel.
+      const int half = lane / 16, part = lane % 16, group = (part - 1) % S::kGroups;
+      const int column = p.gated ? half * y_columns + block_n : block_n + half * kHalfN;
+      const int half_columns = p.gated ? columns : min(kHalfN, columns - half * kHalfN);
+      const int64_t first_number = (int64_t(first) * S::kGroups + group) * p.n + column;
+      const char* from = nullptr;
+      int64_t step = 0;  // bytes
+      int to = 0, bytes = 0;
+      if (part == 0 || half_columns <= 0) {
+      } else if (part <= S::kGroups) {
+        from = static_cast<const char*>(p.scales) + first_number * 2, step = int64_t(S::kGroups) * p.n * 2;
+        to = S::kScales + (group * kBlockN + half * kHalfN) * 2, bytes = half_columns * 2;
+      } else if (!kSymmetric && part <= 2 * S::kGroups) {
+        from = reinterpret_cast<const char*>(p.zeros) + first_number / 2, step = int64_t(S::kGroups) * p.n / 2;
+        to = S::kZeros + (group * kBlockN + half * kHalfN) / 2, bytes = half_columns / 2;
+      }
+      const int stage_bytes = S::kCodesBytes + 2 * S::kHalfXBytes + halves * columns * (S::kScalesBytes + S::kZerosBytes) / kBlockN;
       const auto fetch_weights = [&](int i) {  // i = 0, 1, 2, ...
         const uint32_t stage = ring_address + i % kStages * S::kBytes, barrier = full + 8 * (i % kStages);
-        barrier_expect(barrier, 2 * S::kHalfXBytes + columns * (S::kCodesBytes + S::kScalesBytes + S::kZerosBytes) / kBlockN);
-#pragma unroll
-        for (int t = 0; t < kStageTiles; ++t, codes += p.n * (kTileK / 2)) {
-          copy_weights(stage + t * kBlockN * kTileK / 2, codes, columns * kTileK / 2, barrier);
-        }
-#pragma unroll
-        for (int g = 0; g < S::kGroups; ++g, scales += p.n, zeros += p.n / 8) {
-          copy_weights(stage + S::kScales + g * kBlockN * 2, scales, columns * 2, barrier);
-          if constexpr (!kSymmetric) copy_weights(stage + S::kZeros + g * kBlockN / 2, zeros, columns / 2, barrier);
-        }
+        if (lane == 0) barrier_expect(barrier, stage_bytes);
+        if (part == 0) copy_codes(stage + half * S::kCodesBytes / 2, codes, column, (first + i) * kStageTiles, barrier);
+        if (bytes) copy_weights(stage + to, from, bytes, barrier);
+        from += step;
       };
       const auto fetch_x = [&](int i) {
         const uint32_t stage = ring_address + i % kStages * S::kBytes + S::kX, barrier = full + 8 * (i % kStages);
-        const int k = (first + i) * kStageK;
-        copy_x(stage, x, k, barrier);
-        copy_x(stage + S::kHalfXBytes, x, k + kSwizzleK, barrier);
+        if (lane < 2) copy_x(stage + lane * S::kHalfXBytes, x, (first + i) * kStageK + lane * kSwizzleK, barrier);
       };
       const int ahead = min(count, kStages);
       for (int i = 0; i < ahead; ++i) fetch_weights(i);
@@ -214,10 +237,11 @@ __global__ void __launch_bounds__(Stage<kSymmetric, kGroup, kRows>::kThreads, 1)
       const char* stage = ring + s * S::kBytes;
       const uint64_t x_descriptor = matrix_descriptor(ring_address + s * S::kBytes + S::kX);
       barrier_wait(full + 8 * s, i / kStages % 2);
-      uint2 codes[kStageTiles];
+      const char* tiles = stage + (tile / 2 * kStageTiles * kHalfN + tile % 2 * kTileN) * kTileK / 2 + lane * 16 + slab * 4;
+      uint2 q[kStageTiles];
 #pragma unroll
       for (int t = 0; t < kStageTiles; ++t) {
-        codes[t] = *reinterpret_cast<const uint2*>(stage + (t * kBlockN + tile * kTileN) * kTileK / 2 + lane * 16 + slab * 4);
+        q[t] = *reinterpret_cast<const uint2*>(tiles + t * kHalfN * kTileK / 2);
       }
 #pragma unroll
       for (int g = 0; g < S::kGroups; ++g) {
@@ -240,12 +264,12 @@ __global__ void __launch_bounds__(Stage<kSymmetric, kGroup, kRows>::kThreads, 1)
 #pragma unroll
         for (int j = g * (2 * kGroup / kTileK); j < (g + 1) * (2 * kGroup / kTileK); ++j) {
           const int t = j / 2, w = j % 2;
-          const uint32_t q = w ? codes[t].y : codes[t].x;
+          const uint32_t c = w ? q[t].y : q[t].x;
           uint32_t (&now)[4] = a[j % kDepth];
-          now[0] = subtract_multiply2<T>(magic_codes<T>(q), zero[w][0], scale[w][0]);
-          now[1] = subtract_multiply2<T>(magic_codes<T>(q >> 8), zero[w][1], scale[w][1]);
-          now[2] = subtract_multiply2<T>(magic_codes<T>(q >> 4), zero[w][0], scale[w][0]);
-          now[3] = subtract_multiply2<T>(magic_codes<T>(q >> 12), zero[w][1], scale[w][1]);
+          now[0] = subtract_multiply2<T>(magic_codes<T>(c), zero[w][0], scale[w][0]);
+          now[1] = subtract_multiply2<T>(magic_codes<T>(c >> 8), zero[w][1], scale[w][1]);
+          now[2] = subtract_multiply2<T>(magic_codes<T>(c >> 4), zero[w][0], scale[w][0]);
+          now[3] = subtract_multiply2<T>(magic_codes<T>(c >> 12), zero[w][1], scale[w][1]);
           pin(now);
           constexpr int kTilesPerHalf = kSwizzleK / kTileK;
           const uint64_t b = x_descriptor + (t / kTilesPerHalf * S::kHalfXBytes + t % kTilesPerHalf * kTileK * 2) / 16;
@@ -276,28 +300,42 @@ __global__ void __launch_bounds__(Stage<kSymmetric, kGroup, kRows>::kThreads, 1)
     cluster_arrive();
     cluster_wait();
     const auto cluster = cg::this_cluster();
-    for (int i = (split * 32 * kWarps + threadIdx.x) * 4; i < p.m * kBlockN; i += p.splits * 32 * kWarps * 4) {
-      const int row = i / kBlockN, column = i % kBlockN;
+    for (int i = (split * 32 * kWarps + threadIdx.x) * 4; i < p.m * block_columns; i += p.splits * 32 * kWarps * 4) {
+      const int row = i / block_columns, column = i % block_columns;
       if (column >= columns) continue;
-      const float* parts = reinterpret_cast<const float*>(ring) + row * (kBlockN + kPadY) + column;
-      float y[4] = {};
-#pragma unroll 4
-      for (int s = 0; s < p.splits; ++s) {
-        const float4 part = *reinterpret_cast<const float4*>(cluster.map_shared_rank(parts, s));
-        y[0] += part.x, y[1] += part.y, y[2] += part.z, y[3] += part.w;
-      }
       T out[4];
-      const T* bias = static_cast<const T*>(p.bias) + block_n + column;
+      for (int h = 0; h < halves; ++h) {
+        const float* parts = reinterpret_cast<const float*>(ring) + row * (kBlockN + kPadY) + h * block_columns + column;
+        float y[4] = {};
+#pragma unroll 4
+        for (int s = 0; s < p.splits; ++s) {
+          const float4 part = *reinterpret_cast<const float4*>(cluster.map_shared_rank(parts, s));
+          y[0] += part.x, y[1] += part.y, y[2] += part.z, y[3] += part.w;
+        }
+        const T* bias = static_cast<const T*>(p.bias) + h * y_columns + block_n + column;
 #pragma unroll
-      for (int j = 0; j < 4; ++j) out[j] = static_cast<T>(p.bias ? y[j] + static_cast<float>(bias[j]) : y[j]);
-      *reinterpret_cast<uint2*>(static_cast<T*>(p.y) + int64_t(row) * p.n + block_n + column) = reinterpret_cast<const uint2&>(out);
+        for (int j = 0; j < 4; ++j) {
+          const T rounded = static_cast<T>(p.bias ? y[j] + static_cast<float>(bias[j]) : y[j]);
+          out[j] = h == 0 ? rounded : silu_and_mul(out[j], rounded);
+        }
+      }
+      *reinterpret_cast<uint2*>(static_cast<T*>(p.y) + int64_t(row) * y_columns + block_n + column) = reinterpret_cast<const uint2&>(out);
     }
     cluster_arrive_relaxed();
     cluster_wait();  // nobody leaves while others read its part
   }
 }
 
-inline CUtensorMap map_x(const void* x, CUtensorMapDataType type, int m, int k, int64_t row_stride, int rows) {
+// How the copy engine finds boxes of a matrix whose rows are `stride` bytes apart; beyond the matrix it finds zeros.
+inline CUtensorMap map_matrix(
+    const void* matrix,
+    CUtensorMapDataType type,
+    CUtensorMapSwizzle swizzle,
+    int64_t rows,
+    int64_t columns,
+    int64_t stride,
+    int box_rows,
+    int box_columns) {
   static const auto encode = [] {
     void* symbol = nullptr;
     cudaDriverEntryPointQueryResult found;
@@ -305,12 +343,12 @@ inline CUtensorMap map_x(const void* x, CUtensorMapDataType type, int m, int k, 
     return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(symbol);
   }();
   CUtensorMap map;
-  const cuuint64_t sizes[2] = {cuuint64_t(k), cuuint64_t(m)}, strides[1] = {cuuint64_t(row_stride) * 2};
-  const cuuint32_t box[2] = {kSwizzleK, cuuint32_t(rows)}, steps[2] = {1, 1};
+  const cuuint64_t sizes[2] = {cuuint64_t(columns), cuuint64_t(rows)}, strides[1] = {cuuint64_t(stride)};
+  const cuuint32_t box[2] = {cuuint32_t(box_columns), cuuint32_t(box_rows)}, steps[2] = {1, 1};
   const CUresult result = encode(
-      &map, type, 2, const_cast<void*>(x), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-      CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);  // rows from m on are 0
-  host::RuntimeCheck(result == CUDA_SUCCESS, "x cannot be described to the copy engine: error ", int(result));
+      &map, type, 2, const_cast<void*>(matrix), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle,
+      CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  host::RuntimeCheck(result == CUDA_SUCCESS, "the copy engine cannot read this matrix: error ", int(result));
   return map;
 }
 
@@ -329,15 +367,19 @@ struct WgmmaGemm {
   }
 
   template <int kRows = kMostRows>
-  static void launch(const void* x, int64_t row_stride, const Operands& p, cudaStream_t stream) {
+  static void launch(const void* x, int64_t row_stride, const void* codes, const Operands& p, int columns, cudaStream_t stream) {
     if constexpr (kRows > 8) {
-      if (p.m <= kRows - 8) return launch<kRows - 8>(x, row_stride, p, stream);
+      if (p.m <= kRows - 8) return launch<kRows - 8>(x, row_stride, codes, p, columns, stream);
     }
     using S = Stage<kSymmetric, kGroup, kRows>;
-    const dim3 grid(p.splits, host::div_ceil(p.n, kBlockN));
+    const dim3 grid(p.splits, columns);
+    const auto x_map = map_matrix(x, kType, CU_TENSOR_MAP_SWIZZLE_128B, p.m, p.k, row_stride * sizeof(T), kRows, kSwizzleK);
+    // A column of a row of tiles is 16 codes, 8 bytes.
+    const auto codes_map = map_matrix(
+        codes, CU_TENSOR_MAP_DATA_TYPE_INT64, CU_TENSOR_MAP_SWIZZLE_NONE, p.k / kTileK, p.n, int64_t(p.n) * 8, kStageTiles, kHalfN);
     host::LaunchKernel(grid, S::kThreads, stream, S::kSharedBytes)
         .config({.use_pdl = true, .cluster_dim = dim3(p.splits)})(
-            allowed_kernel<kRows>(), map_x(x, kType, p.m, p.k, row_stride, kRows), p);
+            allowed_kernel<kRows>(), x_map, codes_map, p);
   }
 
   // Clusters of that many blocks that the chip runs at once.
@@ -352,7 +394,8 @@ struct WgmmaGemm {
     return clusters;
   }
 
-  // zeros and bias may be empty. splits: blocks that share K, 1 to 8.
+  // zeros and bias may be empty. gated: y is [M, N / 2], see Operands. Only `columns` blocks of columns, from `begin` on, are computed.
+  // splits: blocks that share K, 1 to 8.
   static void
   run(tvm::ffi::TensorView x,
       tvm::ffi::TensorView codes,
@@ -360,23 +403,28 @@ struct WgmmaGemm {
       tvm::ffi::TensorView zeros,
       tvm::ffi::TensorView bias,
       tvm::ffi::TensorView y,
+      bool gated,
+      int64_t begin,
+      int64_t columns,
       int64_t splits) {
     using namespace host;
     auto M = SymbolicSize{"M"}, N = SymbolicSize{"N"}, K = SymbolicSize{"K"}, stride = SymbolicSize{"row stride of x"};
     auto device = SymbolicDevice{};
     device.set_options<kDLCUDA>();
     TensorMatcher({M, K}).with_strides({stride, 1}).with_dtype<T>().with_device(device).verify(x);
-    TensorMatcher({M, N}).with_dtype<T>().with_device(device).verify(y);
-    TensorMatcher({K.unwrap() / kTileK, 2 * N.unwrap()}).with_dtype<int32_t>().with_device(device).verify(codes);
     TensorMatcher({K.unwrap() / kGroup, N}).with_dtype<T>().with_device(device).verify(scales);
+    TensorMatcher({K.unwrap() / kTileK, 2 * N.unwrap()}).with_dtype<int32_t>().with_device(device).verify(codes);
     const int m = M.unwrap(), n = N.unwrap(), k = K.unwrap();
     RuntimeCheck(1 <= m && m <= kMostRows && n % kTileN == 0 && k % kStageK == 0, "unsupported shape: m ", m, ", n ", n, ", k ", k);
+    RuntimeCheck(!gated || n % (2 * kTileN) == 0, "gate and up are not of whole tiles: n ", n);
+    TensorMatcher({M, gated ? n / 2 : n}).with_dtype<T>().with_device(device).verify(y);
+    const bool exist = 0 <= begin && 1 <= columns && begin + columns <= div_ceil(n, kBlockN);
+    RuntimeCheck(exist, "no blocks of columns ", begin, " to ", begin + columns, " for n ", n);
     RuntimeCheck(stride.unwrap() % 8 == 0, "rows of x are not aligned to 16 bytes");
     RuntimeCheck(1 <= splits && splits <= std::min(8, k / kStageK), "splits is ", splits, " for k ", k);
     if constexpr (!kSymmetric) TensorMatcher({k / kGroup, n / 8}).with_dtype<int32_t>().with_device(device).verify(zeros);
     if (bias.size(0)) TensorMatcher({N}).with_dtype<T>().with_device(device).verify(bias);
     const Operands p{
-        static_cast<const uint4*>(codes.data_ptr()),
         scales.data_ptr(),
         kSymmetric ? nullptr : static_cast<const uint32_t*>(zeros.data_ptr()),
         bias.size(0) ? bias.data_ptr() : nullptr,
@@ -384,8 +432,10 @@ struct WgmmaGemm {
         m,
         n,
         k,
-        static_cast<int>(splits)};
-    launch(x.data_ptr(), stride.unwrap(), p, LaunchKernel::resolve_device(device.unwrap()));
+        static_cast<int>(splits),
+        static_cast<int>(begin),
+        gated};
+    launch(x.data_ptr(), stride.unwrap(), codes.data_ptr(), p, static_cast<int>(columns), LaunchKernel::resolve_device(device.unwrap()));
   }
 };
 

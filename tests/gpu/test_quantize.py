@@ -13,8 +13,10 @@ if not torch.cuda.is_available():
     pytest.skip("needs a CUDA GPU", allow_module_level=True)
 pytest.importorskip("sglang", reason="needs SGLang's Marlin and fp8 kernels")
 
+from er_sglang.bench.gemm import all_shapes
+from er_sglang.drafting import early
 from er_sglang.quantize import FORMATS, Format, Packed, create_format, marlin_layout, rtn
-from er_sglang.quantize.blocks import MAX_SPLITS
+from er_sglang.quantize.blocks import MAX_SPLITS, WGMMA_BLOCK_N, Wave
 from er_sglang.quantize.kernels import refresh_int4_marlin_
 from er_sglang.quantize.marlin import MarlinInt4
 from er_sglang.quantize.scaled import ScaledWeight
@@ -192,22 +194,58 @@ def test_unsupported_shapes_have_reasons(name):
 # ---- our kernels for Hopper
 
 
+on_hopper = pytest.mark.skipif(torch.cuda.get_device_capability() != (9, 0), reason="our kernels are for Hopper")
+
+
+@on_hopper
 @pytest.mark.parametrize("name", INT4)
-@pytest.mark.parametrize("m", [17, 33, 64, 128])
+@pytest.mark.parametrize("m", [1, 9, 33, 64, 128])
 @pytest.mark.parametrize("n, k", [(192, 1024), (4608, 3584)])
-def test_every_split_is_the_product(name, m, n, k):
-    """Any number of splits, by rows that are NaN before: all of y is written; and twice the same bits."""
-    if torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("our kernels are for Hopper")
+def test_every_way_to_share_out_is_the_product(name, m, n, k):
+    """Any number of splits, in one wave or two, by rows that are NaN before: all of y is written; and twice the same
+    bits."""
     fmt = create_format(name, group_size=128, device=CUDA)
     packed, x, bias = filled(fmt, random_weight(n, k)), random_weight(m, k, seed=1) * 50, random_weight(1, n, seed=2)[0]
     expected = x.float() @ fmt.dequantize(packed).float().T + bias.float()
-    for splits in range(1, MAX_SPLITS + 1):
+    columns = -(-n // WGMMA_BLOCK_N)
+    shapes = [(Wave(columns, splits),) for splits in range(1, MAX_SPLITS + 1)]
+    shapes += [(Wave(columns - 1, 2), Wave(1, 5))] * (columns > 1)
+    for shape in shapes + list(all_shapes(m, n, k)):
         y, again = torch.full((2, m, n), torch.nan, dtype=torch.bfloat16, device=CUDA)
-        fmt._hopper_gemm[torch.bfloat16](packed, x, bias, y, splits)
-        fmt._hopper_gemm[torch.bfloat16](packed, x, bias, again, splits)
+        fmt._hopper_gemm[torch.bfloat16](packed, x, bias, y, shape)
+        fmt._hopper_gemm[torch.bfloat16](packed, x, bias, again, shape)
         assert relative_error(y, expected) < 0.006
         assert torch.equal(y, again)
+
+
+@on_hopper
+@pytest.mark.parametrize("name", INT4)
+@pytest.mark.parametrize("m", [1, 5, 8, 9, 16, 33, 128])
+@pytest.mark.parametrize(
+    "n, k", [(128, 1024), (384, 1024), (37888, 3584)]
+)  # half a block of gate, one and a half, two waves
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_a_gated_product_is_the_product_and_its_activation_bit_for_bit(name, m, n, k, with_bias):
+    fmt = create_format(name, group_size=128, device=CUDA)
+    packed, x = filled(fmt, random_weight(n, k)), random_weight(m, k, seed=1) * 50
+    bias = random_weight(1, n, seed=2)[0] if with_bias else None
+    assert fmt.gates(n)
+    ours = fmt._hopper_gemm[torch.bfloat16]
+    y = torch.empty(m, n, dtype=torch.bfloat16, device=CUDA)
+    for shape in all_shapes(m, n, k):
+        gated = torch.full((m, n // 2), torch.nan, dtype=torch.bfloat16, device=CUDA)
+        ours(packed, x, bias, y, shape)
+        ours(packed, x, bias, gated, shape, gated=True)
+        assert torch.equal(gated, early.silu_and_mul(y))
+    # Of two waves, the second one's columns are others, so sums are rounded otherwise.
+    assert relative_error(fmt.apply_gated(packed, x, bias), early.silu_and_mul(fmt.apply(packed, x, bias))) < 0.003
+
+
+def test_gates_of_more_rows_than_our_kernels_take():
+    fmt = create_format("int4", group_size=128, device=CUDA)
+    packed, x = filled(fmt, random_weight(384, 1024)), random_weight(130, 1024, seed=1) * 50
+    gate, up = fmt.apply(packed, x, None).float().chunk(2, dim=1)
+    assert relative_error(fmt.apply_gated(packed, x, None), torch.nn.functional.silu(gate) * up) < 0.003
 
 
 # ---- graphs

@@ -23,4 +23,5 @@ def test_twins_draft_what_the_policys_own_modules_draft(folder, family):
     assert answer["meta_info"]["spec_accept_length"] > 1
     text = log.read_text()
     assert len(re.findall(r"^TWIN_CHECK", text, re.MULTILINE)) == 2 * 3  # sizes, tensors
-    assert len(re.findall(r"^TWIN_CALL ", text, re.MULTILINE)) == 5, "a twin was never called"
+    called = set(re.findall(r"^TWIN_CALL (\w+)", text, re.MULTILINE))
+    assert called == {"rms_norm", "add_rms_norm_", "apply_gated", "rope_store_", "attend"}

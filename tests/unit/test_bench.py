@@ -12,7 +12,7 @@ from er_sglang.bench.arms import Arm, server_args, server_env, server_name, serv
 from er_sglang.bench.load import Completion, LoadResult, Request, interpolate, payload, random_prompts
 from er_sglang.bench.shapes import SHAPES, W4_DRAFT, model_config, write_model
 from er_sglang.config import AUTO_WINDOWS, SIMULATE_ACCEPTANCE_ENV, load_config, simulated_acceptance
-from er_sglang.quantize.blocks import MAX_ROWS, SHARED_BYTES, SMALL_BATCH, Blocks, choose_blocks, shared_bytes
+from er_sglang.quantize.blocks import MAX_ROWS, SHARED_BYTES, SMALL_BATCH, Blocks, Wave, choose_blocks, shared_bytes
 from er_sglang.steering.control import Control, replaced
 from er_sglang.tools.plots import Bin
 from er_sglang.tools.results import environment, table, write_json, write_rows
@@ -483,22 +483,23 @@ def test_products_are_those_of_a_layer(model):
 def test_every_shape_is_one_that_the_kernels_can_run():
     from er_sglang.bench.gemm import all_shapes
 
-    def blocks(m: int, k: int) -> list[Blocks]:
-        return [shape for shape in all_shapes(m, k) if isinstance(shape, Blocks)]
+    def blocks(k: int) -> list[Blocks]:
+        return [shape for shape in all_shapes(SMALL_BATCH, 512, k) if isinstance(shape, Blocks)]
 
-    assert len(set(blocks(8, 5120))) == 3 * 5  # all
-    large = blocks(SMALL_BATCH, 48000)
-    assert large and all(shared_bytes(SMALL_BATCH, 48000, shape) <= SHARED_BYTES for shape in large)
+    assert len(set(blocks(5120))) == 3 * 5  # all
+    large = blocks(96000)
+    assert large and all(shared_bytes(96000, shape) <= SHARED_BYTES for shape in large)
     assert len(large) < 3 * 5
-    assert list(all_shapes(SMALL_BATCH + 1, 5120)) == list(range(1, 9)) and list(all_shapes(MAX_ROWS, 256)) == [1, 2]
-    assert not list(all_shapes(MAX_ROWS + 1, 5120))
+    assert list(all_shapes(SMALL_BATCH + 1, 640, 5120)) == [(Wave(3, splits),) for splits in range(1, 9)]
+    assert list(all_shapes(MAX_ROWS, 640, 256)) == [(Wave(3, 1),), (Wave(3, 2),)]
+    assert not list(all_shapes(MAX_ROWS + 1, 640, 5120))
 
 
-@pytest.mark.parametrize("m, n, k", [(1, 7168, 5120), (16, 27648, 5120), (9, 5120, 13824)])
-def test_the_chosen_blocks_are_among_them(m, n, k):
+@pytest.mark.parametrize("n, k", [(7168, 5120), (27648, 5120), (5120, 13824)])
+def test_the_chosen_blocks_are_among_them(n, k):
     from er_sglang.bench.gemm import all_shapes
 
-    assert choose_blocks(m, n, k, multiprocessors=132) in [*all_shapes(m, k)]
+    assert choose_blocks(n, k, multiprocessors=132) in [*all_shapes(1, n, k)]
 
 
 # ---------------------------------------------------------------- rollouts

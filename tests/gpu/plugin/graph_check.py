@@ -9,15 +9,19 @@ attention window of a few tokens sees.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import functools
 from types import SimpleNamespace
 
 import torch
 from sglang.srt.managers.schedule_batch import ScheduleBatch
 from sglang.srt.model_executor.forward_batch_info import CaptureHiddenMode
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+from torch import nn
 
 from er_sglang.cycle.step import Step
+from er_sglang.drafting.drafter import Drafter, DraftLinearMethod, GatedLinearMethod
 from er_sglang.drafting.shadow import shadow
 from er_sglang.policy.profile import Rung
 from er_sglang.sampling import SamplingParams
@@ -34,7 +38,7 @@ def activate() -> None:
 def _compare_all(result, worker) -> None:
     chain = worker._chain
     _fill_kv(worker.runner.token_to_kv_pool, worker.device)
-    other = shadow(worker.runner.model, worker._drafter._linear_twin)
+    other = shadow(worker.runner.model, functools.partial(_plain_linear, worker._drafter))
     other.lm_head = worker._drafter.model.lm_head
     for size in chain._graph_batches or (1, 2):  # without graphs, on CPU: eager against eager, to try this plugin
         for gamma in worker.config.policy.gammas:
@@ -55,6 +59,15 @@ def _compare_all(result, worker) -> None:
         chain._backends = [chain.model_runner._get_attention_backend() for _ in backends]
         _close(f"draft at batch {size}", ours, _first_draft(worker, step))
         chain._drafter, chain._backends = drafter, backends
+
+
+def _plain_linear(drafter: Drafter, module: nn.Module) -> nn.Module | None:
+    """A Linear's twin; a gated MLP's leaves the activation to the policy's own."""
+    twin = drafter._linear_twin(module)
+    if twin is not None and isinstance(twin.quant_method, GatedLinearMethod):
+        twin.quant_method = copy.copy(twin.quant_method)
+        twin.quant_method.__class__ = DraftLinearMethod
+    return twin
 
 
 def _close(what: str, ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> None:

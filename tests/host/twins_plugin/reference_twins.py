@@ -8,8 +8,9 @@ from __future__ import annotations
 import torch
 
 from er_sglang.drafting import attention, early, twins
+from er_sglang.quantize.reference import ReferenceInt4
 
-KERNELS = ("rms_norm", "add_rms_norm_", "silu_and_mul", "rope_store_")
+KERNELS = ("rms_norm", "add_rms_norm_", "rope_store_")
 
 
 def activate() -> None:
@@ -20,6 +21,7 @@ def activate() -> None:
     twins._computes = lambda module, cls: isinstance(module, cls)
     for name in KERNELS:
         setattr(early, name, _announced(name, globals()[f"_{name}"]))
+    ReferenceInt4.apply_gated = _announced("apply_gated", ReferenceInt4.apply_gated)
     attention.is_hopper = lambda device: True
     attention.DTYPES = (torch.float32,)
     attention.HEAD_DIMS = range(1024)
@@ -48,11 +50,6 @@ def _rms_norm(x, weight, eps):
 def _add_rms_norm_(x, residual, weight, eps):
     residual += x
     x.copy_(_rms_norm(residual, weight, eps))
-
-
-def _silu_and_mul(x):
-    gate, up = x.chunk(2, dim=1)
-    return torch.nn.functional.silu(gate) * up
 
 
 def _rope_store_(q, k, v, k_cache, v_cache, cos_sin, positions, slots, norms):
