@@ -67,6 +67,29 @@ def real_policy(name: str, cache: Path) -> Path:
     return path
 
 
+def off_grid(checkpoint: Path) -> Path:
+    """A checkpoint of `real_policy` whose Linear weights have left their grid; made now, beside it, unless it is there.
+
+    Many weights of a grid lie halfway between two codes of an int4 drafter, and a small update tips them all the way it
+    points: their drafter cannot follow training, one of weights trained in bf16 can. Each weight is moved by less than
+    half of a sixteenth of the largest of its block of 32, which is about what the grid's rounding had moved it by.
+    """
+    path = checkpoint.with_name(f"{checkpoint.name}-off-grid")
+    if not (path / "tokenizer.json").exists():  # written last
+        model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.bfloat16)
+        generator = torch.Generator().manual_seed(0)
+        for module in model.modules():
+            if isinstance(module, torch.nn.Linear) and module is not model.lm_head:
+                blocks_NGb = module.weight.data.float().unflatten(1, (-1, 32))
+                steps_NG1 = blocks_NGb.abs().amax(2, keepdim=True) / 16
+                noise_NGb = torch.rand(blocks_NGb.shape, generator=generator) - 0.5
+                module.weight.data = (blocks_NGb + noise_NGb * steps_NG1).flatten(1).bfloat16()
+        model.config.er_sglang_origin += ", then moved off it at random"
+        model.save_pretrained(path)
+        AutoTokenizer.from_pretrained(checkpoint).save_pretrained(path)
+    return path
+
+
 def group_size(checkpoint: Path) -> int:
     """The largest of a drafter's that divides the input features of every Linear: 128, 64 or 32."""
     config = AutoConfig.from_pretrained(checkpoint)

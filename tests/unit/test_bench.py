@@ -618,3 +618,50 @@ def test_a_table_has_what_is_gained_over_the_first_arm():
         for arm, options, rate in (("plain", "default", 10.0), ("plain", "top_p", 5.0), ("auto:7", "top_p", 10.0))
     ]
     assert [row["x plain"] for row in against_first(rows)] == [1.0, 1.0, 2.0]
+
+
+# ---------------------------------------------------------------- real policies
+
+
+def test_weights_leave_their_grid_by_less_than_half_a_step(tmp_path):
+    import torch
+    from tokenizers import Tokenizer, models
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config
+
+    from er_sglang.bench.real import off_grid
+
+    config = Qwen2Config(
+        vocab_size=16,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+    )
+    config.er_sglang_origin = "made here"
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    for weight in model.parameters():
+        weight.data = weight.data.mul(400).round().div(400)  # a grid
+    model.save_pretrained(tmp_path / "policy")
+    PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0}, "a"))).save_pretrained(
+        tmp_path / "policy"
+    )
+
+    path = off_grid(tmp_path / "policy")
+    moved = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
+    assert "moved off" in moved.config.er_sglang_origin
+    linear = [
+        name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear) and name != "lm_head"
+    ]
+    assert len(linear) == 7
+    for name, weight in model.named_parameters():
+        difference = moved.get_parameter(name).detach().float() - weight.detach().float()
+        if name.removesuffix(".weight") not in linear:
+            assert not difference.any()
+            continue
+        largest = weight.detach().float().unflatten(1, (-1, 32)).abs().amax(2, keepdim=True)
+        shares = difference.unflatten(1, (-1, 32)) / largest
+        assert shares.abs().max() < 1 / 32 + 2**-8  # and rounding to bf16
+        assert shares.std() > 1 / 32 / 3**0.5 * 0.9
+    (path / "mark").touch()
+    assert off_grid(tmp_path / "policy") == path and (path / "mark").exists()
