@@ -78,7 +78,7 @@ def measure(
     for _ in range(4 * L2_BYTES // first.nbytes + 1):
         copies.append(dataclasses.replace(first, **{name: tensor.clone() for name, tensor in first.tensors().items()}))
     marlin = copy.copy(fmt)  # without our kernels
-    ours, marlin._hopper_gemm = fmt._hopper_gemm.get(DTYPE), {}
+    ours, marlin._on_hopper = fmt._hopper_gemm.get(DTYPE), False
     for m in rows:
         x_MK, y_MN = torch.randn(m, k, device=device, dtype=DTYPE), torch.zeros(m, n, device=device, dtype=DTYPE)
         between_us = graph_us(lambda i: between(y_MN, x_MK), len(copies))

@@ -1,4 +1,4 @@
-// y[M, N] = x[M, K] @ W_hat[N, K]^T + bias for 17 to 128 rows, W_hat in Marlin's int4 layout (marlin_layout.py). Hopper only.
+// y[M, N] = x[M, K] @ W_hat[N, K]^T + bias for 9 to 128 rows, W_hat in Marlin's int4 layout (marlin_layout.py). Hopper only.
 //
 // The floor is W_hat's bytes over the memory bandwidth, from about 90 rows on the tensor cores' time. To come near it:
 //
