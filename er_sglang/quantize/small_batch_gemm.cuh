@@ -262,9 +262,8 @@ struct SmallBatchGemm {
     TensorMatcher({K.unwrap() / kGroup, N}).with_dtype<T>().with_device(device).verify(scales);
     TensorMatcher({K.unwrap() / kTileK, 2 * N.unwrap()}).with_dtype<int32_t>().with_device(device).verify(codes);
     const int m = M.unwrap(), n = N.unwrap(), k = K.unwrap();
-    const int tiles_n = n / kTileN * kTileN == n ? n / kTileN : 0;
-    RuntimeCheck(1 <= m && m <= kRows && tiles_n && k % kUnitK == 0, "unsupported shape: m ", m, ", n ", n, ", k ", k);
-    RuntimeCheck(!gated || tiles_n % 2 == 0, "gate and up are not of whole tiles: n ", n);
+    RuntimeCheck(1 <= m && m <= kRows && n % kTileN == 0 && k % kUnitK == 0, "unsupported shape: m ", m, ", n ", n, ", k ", k);
+    RuntimeCheck(!gated || n % (2 * kTileN) == 0, "gate and up are not of whole tiles: n ", n);
     TensorMatcher({M, gated ? n / 2 : n}).with_dtype<T>().with_device(device).verify(y);
     RuntimeCheck(stride.unwrap() % 8 == 0, "rows of x are not aligned to 16 bytes");
     RuntimeCheck(1 <= splits && splits <= 8, "splits is ", splits, "; it must be 1 to 8");
