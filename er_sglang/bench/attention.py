@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from er_sglang.bench.shapes import SHAPES
+from er_sglang.bench.shapes import SHAPES, heads
 from er_sglang.bench.timing import L2_BYTES, copy_bandwidth, graph_us
 from er_sglang.tools.results import write_rows
 from er_sglang.tools.serving import ON_CPU
@@ -29,8 +29,7 @@ def measure(shape: dict, points: list[str], bandwidth: float) -> Iterator[dict]:
 
     from er_sglang.drafting import attention
 
-    heads_q, heads_k = shape["num_attention_heads"], shape["num_key_value_heads"]
-    head_dim = shape.get("head_dim", shape["hidden_size"] // heads_q)
+    heads_q, heads_k, head_dim = heads(shape)
     device, scale = torch.device("cuda"), head_dim**-0.5
     for point in tqdm(points, desc="points"):
         batch, tokens = map(int, point.split("x"))

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from er_sglang.bench.shapes import SHAPES
+from er_sglang.bench.shapes import SHAPES, heads
 from er_sglang.bench.timing import L2_BYTES, copy_bandwidth, graph_us
 from er_sglang.drafting.rescoring import rescore_
 from er_sglang.quantize import Format, Packed, create_format
@@ -32,12 +32,10 @@ DTYPE = torch.bfloat16
 def products(shape: dict) -> dict[str, tuple[int, int]]:
     """(n, k) of a layer's fused Linears, and of lm_head, which a drafted token multiplies by once."""
     hidden, intermediate = shape["hidden_size"], shape["intermediate_size"]
-    head_dim = shape.get("head_dim", hidden // shape["num_attention_heads"])
-    heads = shape["num_attention_heads"] * head_dim
-    qkv = heads + 2 * shape["num_key_value_heads"] * head_dim
+    heads_q, heads_k, head_dim = heads(shape)
     return {
-        "qkv": (qkv, hidden),
-        "o": (hidden, heads),
+        "qkv": ((heads_q + 2 * heads_k) * head_dim, hidden),
+        "o": (hidden, heads_q * head_dim),
         "gate_up": (2 * intermediate, hidden),
         "down": (hidden, intermediate),
         "lm_head": (shape["vocab_size"], hidden),
@@ -74,9 +72,7 @@ def measure(
     first = fmt.allocate(n, k, DTYPE, device)
     weight_NK = torch.randn(n, k, device=device, dtype=DTYPE) * 0.02
     fmt.refresh_(first, weight_NK)
-    copies = [first]
-    for _ in range(4 * L2_BYTES // first.nbytes + 1):
-        copies.append(dataclasses.replace(first, **{name: tensor.clone() for name, tensor in first.tensors().items()}))
+    copies = [first] + [clone(first) for _ in range(4 * L2_BYTES // first.nbytes + 1)]
     marlin = copy.copy(fmt)  # without our kernels
     ours, marlin._on_hopper = fmt._hopper_gemm.get(DTYPE), False
     for m in rows:
@@ -112,6 +108,10 @@ def measure(
         yield row
 
 
+def clone(packed: Packed) -> Packed:
+    return dataclasses.replace(packed, **{name: tensor.clone() for name, tensor in packed.tensors().items()})
+
+
 def shape_text(shape: Blocks | Waves | None) -> str | None:
     """As tables name it."""
     if isinstance(shape, Blocks):
@@ -120,8 +120,25 @@ def shape_text(shape: Blocks | Waves | None) -> str | None:
 
 
 def main(argv: list[str] | None = None) -> int:
+    parser = argument_parser("gemm", __doc__)
+    args = parser.parse_args(argv)
+    if ON_CPU:
+        parser.error("needs a GPU: on a CPU int4 products are plain torch")
+    bandwidth = copy_bandwidth()
+    fmt = create_format(args.weights, group_size=args.group_size, device=torch.device("cuda"))
+    rows = []
+    for name, (n, k) in tqdm(products(SHAPES[args.model]).items(), desc="products"):
+        rows += measure(name, n, k, fmt, args.rows, args.all_shapes, bandwidth)
+    write_rows(args.out, rows, bandwidth=bandwidth)
+    return 0
+
+
+def argument_parser(name: str, description: str) -> argparse.ArgumentParser:
+    """Of a benchmark of int4 products, the module ``name``."""
     parser = argparse.ArgumentParser(
-        prog="python -m er_sglang.bench.gemm", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=f"python -m er_sglang.bench.{name}",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--model", default="14b", choices=list(SHAPES), help="default %(default)s")
     parser.add_argument("--weights", default="int4", choices=("int4", "int4_asym"), help="default %(default)s")
@@ -137,17 +154,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--all-shapes", action="store_true", help="time every shape of our kernels: is the best chosen?"
     )
-    parser.add_argument("--out", type=Path, default=Path("gemm-results"), metavar="DIR", help="default %(default)s")
-    args = parser.parse_args(argv)
-    if ON_CPU:
-        parser.error("needs a GPU: on a CPU int4 products are plain torch")
-    bandwidth = copy_bandwidth()
-    fmt = create_format(args.weights, group_size=args.group_size, device=torch.device("cuda"))
-    rows = []
-    for name, (n, k) in tqdm(products(SHAPES[args.model]).items(), desc="products"):
-        rows += measure(name, n, k, fmt, args.rows, args.all_shapes, bandwidth)
-    write_rows(args.out, rows, bandwidth=bandwidth)
-    return 0
+    parser.add_argument("--out", type=Path, default=Path(f"{name}-results"), metavar="DIR", help="default %(default)s")
+    return parser
 
 
 if __name__ == "__main__":

@@ -8,16 +8,13 @@ lets kernels overlap here as it does in a chain, which a product by itself canno
 of one product at a time. Needs a Hopper GPU and SGLang.
 """
 
-import argparse
-import dataclasses
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from er_sglang.bench.gemm import all_shapes, products, shape_text
-from er_sglang.bench.shapes import SHAPES
+from er_sglang.bench.gemm import all_shapes, argument_parser, clone, products, shape_text
+from er_sglang.bench.shapes import SHAPES, heads
 from er_sglang.bench.timing import L2_BYTES, copy_bandwidth, graph_us
 from er_sglang.quantize import Format, Packed, create_format
 from er_sglang.quantize.blocks import Blocks, Waves
@@ -44,7 +41,7 @@ class Layers:
         self.weight_bytes = sum(packed.nbytes for packed in first.values())
         self._gemm = fmt._hopper_gemm[DTYPE]
         self._layers = [first] + [
-            {name: _clone(packed) for name, packed in first.items()}
+            {name: clone(packed) for name, packed in first.items()}
             for _ in range(4 * L2_BYTES // self.weight_bytes + 1)
         ]
 
@@ -56,27 +53,19 @@ class Layers:
         return {name: self._gemm.shape(rows, packed) for name, packed in self._layers[0].items()}
 
     def kv_bytes(self, rows: int, tokens: int) -> int:
-        heads, head_dim = self._heads()[1:]
-        return 2 * rows * tokens * heads * head_dim * DTYPE.itemsize
+        _, heads_k, head_dim = heads(self._shape)
+        return 2 * rows * tokens * heads_k * head_dim * DTYPE.itemsize
 
     def us(self, rows: int, tokens: int, shapes: Shapes, *, between: bool = True) -> float:
         """Microseconds of a layer with `rows` requests that read `tokens` of their contexts; without what lies between
         the products, if not `between`."""
         return graph_us(self._step(rows, tokens, shapes, between), len(self))
 
-    def _heads(self) -> tuple[int, int, int]:
-        heads = self._shape["num_attention_heads"]
-        return (
-            heads,
-            self._shape["num_key_value_heads"],
-            self._shape.get("head_dim", self._shape["hidden_size"] // heads),
-        )
-
     def _step(self, rows: int, tokens: int, shapes: Shapes, between: bool) -> Callable[[int], None]:
         from er_sglang.drafting import early
         from er_sglang.drafting.attention import attend, scratch
 
-        heads_q, heads_k, head_dim = self._heads()
+        heads_q, heads_k, head_dim = heads(self._shape)
         hidden, device = self._shape["hidden_size"], torch.device("cuda")
         x, residual = torch.randn(2, rows, hidden, dtype=DTYPE, device=device)
         qkv, gated = (x.new_empty(rows, n) for n in (self.products["qkv"][0], self.products["down"][1]))
@@ -111,10 +100,6 @@ class Layers:
         return step if between else only_products
 
 
-def _clone(packed: Packed) -> Packed:
-    return dataclasses.replace(packed, **{name: tensor.clone() for name, tensor in packed.tensors().items()})
-
-
 def measure(layers: Layers, all_rows: list[int], tokens: int, every_shape: bool, bandwidth: float) -> Iterator[dict]:
     """A table row per number of rows; bandwidth in bytes per second."""
     for rows in tqdm(all_rows, desc="rows"):
@@ -137,27 +122,10 @@ def measure(layers: Layers, all_rows: list[int], tokens: int, every_shape: bool,
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m er_sglang.bench.layer",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--model", default="14b", choices=list(SHAPES), help="default %(default)s")
-    parser.add_argument("--weights", default="int4", choices=("int4", "int4_asym"), help="default %(default)s")
-    parser.add_argument("--group-size", type=int, default=128, choices=(32, 64, 128), help="default %(default)s")
-    parser.add_argument(
-        "--rows",
-        nargs="+",
-        type=int,
-        default=[1, 8, 16, 32, 64, 128],
-        metavar="M",
-        help="requests; default 1 8 16 32 64 128",
-    )
+    parser = argument_parser("layer", __doc__)
     parser.add_argument(
         "--tokens", type=int, default=320, metavar="T", help="of a context that a draft reads; default %(default)s"
     )
-    parser.add_argument("--all-shapes", action="store_true", help="is the best shape of each product chosen?")
-    parser.add_argument("--out", type=Path, default=Path("layer-results"), metavar="DIR", help="default %(default)s")
     args = parser.parse_args(argv)
     if ON_CPU:
         parser.error("needs a Hopper GPU")

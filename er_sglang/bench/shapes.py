@@ -34,6 +34,12 @@ SHAPES = {
 W4_DRAFT = {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True, "version": "gemm"}
 
 
+def heads(shape: dict) -> tuple[int, int, int]:
+    """Query heads, KV heads and head_dim of a shape."""
+    heads_q = shape["num_attention_heads"]
+    return heads_q, shape["num_key_value_heads"], shape.get("head_dim", shape["hidden_size"] // heads_q)
+
+
 def model_config(shape: str, *, quantized: bool = False) -> dict:
     """The Hugging Face config of `shape`; `quantized` adds the 4-bit weights of W4_DRAFT."""
     config = {

@@ -1,9 +1,10 @@
-"""How an int4 product is shared out over a Hopper chip. Pure Python; the numbers are those of the two kernels.
+"""How an int4 product is shared out over a Hopper chip. Pure Python; the numbers are those of the two kernels. Every
+product of an eager step asks for its choice, so each is made once.
 
 Up to SMALL_BATCH rows `small_batch_gemm.cuh` multiplies, up to MAX_ROWS `wgmma_gemm.cuh`.
 """
 
-from collections.abc import Sequence
+import functools
 from typing import NamedTuple
 
 SMALL_BATCH = 8  # rows
@@ -50,6 +51,7 @@ def shared_bytes(k: int, blocks: Blocks) -> int:
     return max(x_bytes, y_bytes)
 
 
+@functools.cache
 def choose_blocks(n: int, k: int, multiprocessors: int) -> Blocks:
     """For up to SMALL_BATCH rows: fills the chip best with blocks that all run at once, each warp with two units of K
     or more."""
@@ -67,7 +69,8 @@ def choose_blocks(n: int, k: int, multiprocessors: int) -> Blocks:
     return best or next(fewest)
 
 
-def choose_waves(n: int, k: int, resident_clusters: Sequence[int]) -> Waves:
+@functools.cache
+def choose_waves(n: int, k: int, resident_clusters: tuple[int, ...]) -> Waves:
     """For up to MAX_ROWS rows: so that the busiest multiprocessor has the least to do.
 
     `resident_clusters[i]`: clusters of i + 1 blocks that the chip runs at once. A block fills a multiprocessor; blocks

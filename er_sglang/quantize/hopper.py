@@ -45,7 +45,7 @@ class HopperGemm:
         self._small_batch = _small_batch_module(dtype, symmetric, group_size).gemm
         self._wgmma = wgmma.gemm
         self._multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
-        self._resident_clusters = [wgmma.resident_clusters(splits) for splits in range(1, MAX_SPLITS + 1)]
+        self._resident_clusters = tuple(wgmma.resident_clusters(splits) for splits in range(1, MAX_SPLITS + 1))
         self._none = torch.empty(0, dtype=torch.int32, device=device)
 
     def shape(self, m: int, packed: Packed) -> Blocks | Waves:

@@ -13,15 +13,19 @@ from tests.host.servers import TWINS, greedy, self_quant
 PLUGINS = (TWINS, Path(__file__).parents[1] / "gpu" / "plugin")
 
 
-@pytest.mark.parametrize("family", ["qwen3", "llama"])
-def test_twins_draft_what_the_policys_own_modules_draft(folder, family):
+@pytest.mark.parametrize(
+    ("family", "weights", "activation"),
+    [("qwen3", "int4", "apply_gated"), ("llama", "int4", "apply_gated"), ("llama", "fp8", "silu_and_mul")],
+)
+def test_twins_draft_what_the_policys_own_modules_draft(folder, family, weights, activation):
     """The plugin compares logits, keys and values at start-up and stops the server unless they are close."""
-    log = folder / f"twins-{family}.log"
-    policy = make_policy(folder / f"twins-{family}", family, seed=3)
-    with self_quant(policy, log, {"policy": {"mode": "always"}}, 3, plugins=PLUGINS) as server:
+    log = folder / f"twins-{family}-{weights}.log"
+    policy = make_policy(folder / f"twins-{family}-{weights}", family, seed=3)
+    config = {"policy": {"mode": "always"}, "drafter": {"weights": weights}}
+    with self_quant(policy, log, config, 3, plugins=PLUGINS) as server:
         answer = server.generate({"input_ids": [5, 6, 7], "sampling_params": greedy(12)})
     assert answer["meta_info"]["spec_accept_length"] > 1
     text = log.read_text()
     assert len(re.findall(r"^TWIN_CHECK", text, re.MULTILINE)) == 2 * 3  # sizes, tensors
     called = set(re.findall(r"^TWIN_CALL (\w+)", text, re.MULTILINE))
-    assert called == {"rms_norm", "add_rms_norm_", "apply_gated", "rope_store_", "attend"}
+    assert called == {"rms_norm", "add_rms_norm_", activation, "rope_store_", "attend"}

@@ -10,7 +10,7 @@ import torch
 from er_sglang.drafting import attention, early, twins
 from er_sglang.quantize.reference import ReferenceInt4
 
-KERNELS = ("rms_norm", "add_rms_norm_", "rope_store_")
+KERNELS = ("rms_norm", "add_rms_norm_", "silu_and_mul", "rope_store_")
 
 
 def activate() -> None:
@@ -50,6 +50,11 @@ def _rms_norm(x, weight, eps):
 def _add_rms_norm_(x, residual, weight, eps):
     residual += x
     x.copy_(_rms_norm(residual, weight, eps))
+
+
+def _silu_and_mul(x):
+    gate, up = x.chunk(2, dim=1)
+    return torch.nn.functional.silu(gate) * up
 
 
 def _rope_store_(q, k, v, k_cache, v_cache, cos_sin, positions, slots, norms):
