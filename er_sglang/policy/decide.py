@@ -166,13 +166,12 @@ def predicted_speedups(
 
     alphas: by window, per draft position, for the largest gamma. drafted_share: of the requests, those drafted for.
     """
-    speedups = {}
-    for window, at in alphas.items():
-        tokens = emitted(at)
-        for gamma in gammas:
-            rung = Rung(gamma, window)
-            speedups[rung] = (1.0 + drafted_share * (tokens[gamma] - 1.0)) * step_s[PLAIN] / step_s[rung]
-    return speedups
+    tokens, plain_s = {window: emitted(at) for window, at in alphas.items()}, step_s[PLAIN]
+    return {
+        rung: (1.0 + drafted_share * (tokens[rung.window][rung.gamma] - 1.0)) * plain_s / seconds
+        for rung, seconds in step_s.items()
+        if rung.gamma in gammas and rung.window in tokens
+    }
 
 
 def _probe(
