@@ -363,14 +363,15 @@ FILTERED_ROWS = {
     "near zero": lambda x: 1e-6 * x,
     "steep": lambda x: 40 * x,
     "masked": lambda x: torch.where(torch.arange(x.shape[-1]) % 50 == 3, x, -torch.inf),
+    "blocks masked": lambda x: torch.where(torch.arange(x.shape[-1]) // 4096 == 1, x, -torch.inf),  # as by a grammar
     "equal": torch.zeros_like,
     "one far above": lambda x: torch.where(torch.arange(x.shape[-1]) == 70, 30.0, x),
 }
 FILTER_SETTINGS = {
-    "top_k": [2, 50, 50, 1 << 30, 1 << 30, 40, 40, 50, 50, 4000],
-    "top_p": [1, 1, 0.95, 0.95, 0.3, 0.7, 0.7, 1, 0.9, 0.99],
-    "min_p": [0, 0, 0, 0, 0, 0, 0, 0.1, 0.02, 0],
-    "sequential": [0, 0, 0, 1, 0, 0, 1, 0, 1, 1],
+    "top_k": [2, 50, 50, 1 << 30, 1 << 30, 40, 40, 50, 50, 4000, 1 << 30],
+    "top_p": [1, 1, 0.95, 0.95, 0.3, 0.7, 0.7, 1, 0.9, 0.99, 1],
+    "min_p": [0, 0, 0, 0, 0, 0, 0, 0.1, 0.02, 0, 0],
+    "sequential": [0, 0, 0, 1, 0, 0, 1, 0, 1, 1, 0],
 }
 
 
