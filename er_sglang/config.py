@@ -120,7 +120,7 @@ class SelfQuantConfig:
     gamma_max: drafted tokens per request and cycle, at most; from ``--speculative-num-steps``.
     max_draft_batch: running requests above which a step never drafts (bounds graphs and draft buffers).
     policy: how many tokens a step drafts. Left open, ``ladder`` is the default one up to gamma_max, and
-        ``fixed_gamma`` is gamma_max where that is given.
+        ``fixed_gamma`` is gamma_max.
     drafter, updates: what it is made of, and when it follows the policy.
     profile: measured times to decide by; None: those in the cache, measured at start-up if there are none.
     calibration_s: how long that measuring may take (on a CPU, 5 at most); on a GPU every cell is measured three to five
@@ -177,8 +177,7 @@ def load_config(path: str | None, gamma_max: int | None, env: Mapping[str, str] 
     values = checked(SelfQuantConfig, {"policy": {}, "drafter": {}, "updates": {}, **values}, source)
     limit = max(1, values.get("gamma_max", SelfQuantConfig().gamma_max))
     ladder = tuple(gamma for gamma in PolicyConfig().ladder if gamma <= limit)
-    fixed_gamma = limit if "gamma_max" in values else PolicyConfig().fixed_gamma
-    values["policy"] = PolicyConfig(**{"ladder": ladder, "fixed_gamma": fixed_gamma, **values["policy"]})
+    values["policy"] = PolicyConfig(**{"ladder": ladder, "fixed_gamma": limit, **values["policy"]})
     values["drafter"] = DrafterConfig(**values["drafter"])
     values["updates"] = UpdatesConfig(**values["updates"])
     return SelfQuantConfig(**values)

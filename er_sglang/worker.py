@@ -209,6 +209,7 @@ class SelfQuantWorker(ServedWorker):
     def idle(self) -> None:
         self.steering.idle()
         self._penalised.forget()
+        self._shaper.load(None, None)  # which holds on to the last ones
 
     # -- the step ----------------------------------------------------------------------------------------------
 

@@ -71,10 +71,7 @@ class Verifier:
             self._runners[gamma] = _verify_view(target, algorithm, gamma, graph_batches)
 
     def prepare(self, batch, step: Step, gamma: int) -> ForwardBatch:
-        """Lay out the forward of a cycle: everything but the drafted tokens, which come later.
-
-        Reads the shared request table here, so that the scheduler may change it while the cycle runs.
-        """
+        """Lay out the forward of a cycle: everything but the drafted tokens, which come later."""
         runner, width = self._runners[gamma], gamma + 1
         positions = step.seq_lens_B.view(-1, 1) + torch.arange(width, device=step.seq_lens_B.device)
         batch.forward_mode = ForwardMode.TARGET_VERIFY

@@ -34,7 +34,7 @@ def _compiled_kernels(config: SelfQuantConfig) -> Iterator[str]:
     if int4:
         yield "gptq_marlin"
     if torch.cuda.get_device_capability("cuda") == (9, 0):
-        yield "er_sglang_small_kernels"
+        yield from ("er_sglang_small_kernels", "er_sglang_decode_attention")
         if int4:
             yield from ("er_sglang_small_batch_gemm", "er_sglang_wgmma_gemm")
 

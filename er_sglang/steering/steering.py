@@ -151,7 +151,9 @@ class Steering:
         }
 
     def policy_updated(self) -> None:
-        """The drafter follows new weights of the policy."""
+        """The drafter follows new weights of the policy. The step in flight waited for them, too."""
+        self.interrupted()
+        self._finished_batch = 0
         self.controller.policy_updated()
 
     def idle(self) -> None:

@@ -267,6 +267,23 @@ def test_what_the_host_does_between_steps_is_not_their_duration(overlap, monkeyp
     assert steering.snapshot()["cycle_factor"] == pytest.approx(1.0)
 
 
+def test_a_pause_for_an_update_is_not_the_duration_of_a_step(monkeypatch):
+    """SGLang reports the step in flight after the pause, when the next one has been launched."""
+    now_s = 100.0
+    monkeypatch.setattr("er_sglang.steering.steering.time.perf_counter", lambda: now_s)
+    off = Controller(PolicyConfig(mode="off"), flat_profile(target_s=0.010))
+    steering = Steering(off, Metrics(3), windows=(0,), max_draft_batch=64, agreement=Agreement(None), trace=None)
+    steering.launch([10] * 4, None, {})
+    for _ in range(5):
+        for _ in range(20):
+            steering.launch([10] * 4, None, {})
+            now_s += 0.010
+            steering.finished([0] * 4)
+        now_s += 30.0
+        steering.policy_updated()
+    assert steering.snapshot()["plain_step_ratio"] == pytest.approx(1.0)
+
+
 def test_a_batch_above_max_draft_batch_is_decoded_plainly():
     always = Controller(PolicyConfig(mode="always"))
     steering = Steering(always, Metrics(3), windows=(0,), max_draft_batch=2, agreement=Agreement(None), trace=None)

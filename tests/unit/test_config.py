@@ -23,7 +23,7 @@ def load(settings: dict, gamma_max: int | None = None):
 def test_defaults():
     config = load_config(None, None, {})
     assert (config.policy.mode, config.gamma_max) == ("auto", 7)
-    assert config.policy.gammas == (1, 2, 3, 5, 7) and config.policy.fixed_gamma == 3
+    assert config.policy.gammas == (1, 2, 3, 5, 7) and config.policy.fixed_gamma == 7
     assert (config.drafter.weights, config.drafter.head) == ("int4", "int4_rescored")
     assert config.profile is None and config.trace is None
 
@@ -35,6 +35,13 @@ def test_open_draft_lengths_follow_the_largest_gamma(gamma_max, ladder):
     assert load({"policy": {"mode": "auto"}}, gamma_max).policy.gammas == ladder
     assert load({"policy": {"mode": "always"}}, gamma_max).policy.gammas == (gamma_max,)
     assert load({"policy": {"mode": "threshold"}, "gamma_max": gamma_max}).policy.gammas == (gamma_max,)
+
+
+@pytest.mark.parametrize("mode", ["auto", "always", "threshold", "off"])
+def test_read_again_with_the_gamma_that_was_found_settings_are_the_same(mode):
+    """As ServerArgs keep it for the schedulers."""
+    found = load({"policy": {"mode": mode}})
+    assert load({"policy": {"mode": mode}}, found.gamma_max) == found
 
 
 def test_given_draft_lengths_hold():

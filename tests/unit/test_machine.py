@@ -83,9 +83,9 @@ def test_no_compiler_on_hopper(gpu, monkeypatch):
     folder = gpu(9, 0)
     (folder / "cuda/bin/nvcc").unlink()
     monkeypatch.setenv("CUDA_HOME", f"{folder}/cuda")
-    with pytest.raises(ConfigError, match=r"\(er_sglang_small_kernels\)"):
+    with pytest.raises(ConfigError, match=r"\(er_sglang_small_kernels, er_sglang_decode_attention\)"):
         check("fp8")
-    compiled(folder, "gptq_marlin", "er_sglang_small_kernels")
+    compiled(folder, "gptq_marlin", "er_sglang_small_kernels", "er_sglang_decode_attention")
     check("fp8")
     with pytest.raises(ConfigError, match=r"\(er_sglang_small_batch_gemm, er_sglang_wgmma_gemm\)"):
         check("int4")

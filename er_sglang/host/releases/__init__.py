@@ -24,7 +24,7 @@ RELEASES = ("0.5.15.post1", "0.5.17", "0.5.19", "0.5.20", "0.5.21", "0.5.23")
 # pip installs it where nothing else is asked for: what we tested longest.
 DEFAULT_RELEASE = RELEASES[0]
 # The others were run on CPU alone.
-RUN_ON_GPU = ("0.5.15.post1",)
+RUN_ON_GPU = ("0.5.15.post1", "0.5.17")
 
 
 def adapter(drift: str) -> ModuleType:
