@@ -3,8 +3,8 @@
 One policy update is everything that happens to the policy's weights between two moments of generation: any number of
 calls by any transport (the q, k and v of one fused layer may arrive in different ones), direct writes that nobody
 reports, or both. It ends when generation goes on, at `continue_generation` or at the next decode step, and only then is
-the drafter refreshed, once. Writes that nobody reports are known of at `continue_generation` alone. If one of its calls failed, the update failed: nothing is drafted until a later one
-succeeds.
+the drafter refreshed, once. Of writes that nobody reports, `continue_generation` alone knows. If one of its calls
+failed, the update failed: nothing is drafted until a later one succeeds.
 
     receiving() ...   continued() or close_update() ensure()
     update open  -->  update ended             -->  refreshed, if due
