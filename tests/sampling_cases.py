@@ -134,22 +134,41 @@ def chain_p_value(sampler, device, filters, spoil=lambda draft: draft) -> float:
     return min(1.0, 4 * min(values))
 
 
-def independence_p_value(sampler, device) -> float:
-    """Of a chain of 3 over few tokens, where each random number weighs; Bonferroni-corrected over its 7 tests.
+def accepted_paths(p_of: list[torch.Tensor], q_of: list[torch.Tensor]) -> list[torch.Tensor]:
+    """By i: probability that the first i drafts are x_1 ... x_i and accepted, float64 [V] * i; distributions of a
+    token whatever was before. Sun et al. 2024 (arXiv 2403.10444): q(x_1 ... x_i) * joint_i."""
+    drawn = joint = torch.ones((), dtype=torch.float64)
+    paths = [joint]
+    for p_V, q_V in zip(p_of, q_of):
+        joint = (joint[..., None] * p_V / q_V).clamp(max=1)
+        drawn = drawn[..., None] * q_V
+        paths.append(drawn * joint)
+    return paths
 
-    The first emitted token follows p; any two, given that the later was reached, are independent: the earlier follows
-    min(p, q), for it was accepted, and the later p. Numbers that drafts, acceptance and residual share break either.
-    """
+
+def run_few_tokens(sampler, device):
+    """A chain of 3 over few tokens, and the distributions p and q that it follows."""
     q_GV, p_NV = make_logits(1, 3, FEW_TOKENS), make_logits(2, 4, FEW_TOKENS)
     p_NV[:3] = q_GV + 0.5 * p_NV[:3]
     _, verdict, _ = run_cycle(sampler, device, q_GV, p_NV, {})
-    p_of = [exact(p_V) for p_V in p_NV]
-    overlap_of = [torch.minimum(p_V, exact(q_V)) for p_V, q_V in zip(p_of, q_GV)]
+    return verdict, [exact(p_V) for p_V in p_NV], [exact(q_V) for q_V in q_GV]
+
+
+def independence_p_value(sampler, device) -> float:
+    """Of a chain of 3 over few tokens, where each random number weighs; Bonferroni-corrected over its 7 tests.
+
+    The first emitted token follows p; any two, given that the later was reached, are independent: the earlier is of an
+    accepted path, and the later follows p. Numbers that drafts, acceptance and residual share break either.
+    """
+    verdict, p_of, q_of = run_few_tokens(sampler, device)
+    paths = accepted_paths(p_of, q_of)
     values = [p_value(verdict.emitted_BN[:, 0], p_of[0])]
     for later in range(1, 4):
         tokens_BN = verdict.emitted_BN[verdict.accept_lens_B > later]
         for earlier in range(later):
-            pairs = torch.outer(overlap_of[earlier] / overlap_of[earlier].sum(), p_of[later]).flatten()
+            others = [axis for axis in range(later) if axis != earlier]
+            accepted_V = paths[later].sum(others) if others else paths[later]
+            pairs = torch.outer(accepted_V / accepted_V.sum(), p_of[later]).flatten()
             values.append(p_value(tokens_BN[:, earlier] * FEW_TOKENS + tokens_BN[:, later], pairs))
     return min(1.0, len(values) * min(values))
 
@@ -223,6 +242,18 @@ class SamplerCases:
         overlap = torch.minimum(exact(q_GV[0]), exact(p_NV[0])).sum().item()
         rate = (verdict.accept_lens_B - 1).double().mean().item()
         assert abs(rate - overlap) < 4 * (overlap * (1 - overlap) / REQUESTS) ** 0.5  # false alarm 6e-5
+
+    def test_drafts_are_accepted_as_often_as_can_be(self, sampler, device):
+        """As block verification accepts them: more often, from the second on, than one after the other."""
+        verdict, p_of, q_of = run_few_tokens(sampler, device)
+        alone = 1.0
+        for i, path in enumerate(accepted_paths(p_of, q_of)[1:], start=1):
+            alone *= torch.minimum(p_of[i - 1], q_of[i - 1]).sum().item()
+            expected = path.sum().item()
+            tolerance = 4 * (expected * (1 - expected) / REQUESTS) ** 0.5  # false alarm 6e-5 each
+            rate = (verdict.accept_lens_B > i).double().mean().item()
+            assert abs(rate - expected) < tolerance
+            assert i == 1 or rate - alone > tolerance
 
     def test_equal_distributions_accept_everything(self, sampler, device):
         logits = make_logits(5, 3, VOCAB)
@@ -317,25 +348,25 @@ class SamplerCases:
         """Several blocks per row, a row length that is no multiple of a block, mixed settings."""
         from er_sglang.sampling.reference import ReferenceSampler
 
-        vocab, rows = 10_007, 8
+        vocab, rows, gamma = 10_007, 8, 4
         params = make_params(rows, "cpu")
         params.temperature_B[:] = torch.tensor([1, 1, 1, 1, 0.7, 1.3, 1, 1.0])
         params.top_k_B[:] = torch.tensor([1 << 30, 1, 50, 1 << 30, 1 << 30, 900, 1, 1 << 30])
         params.top_p_B[:] = torch.tensor([1, 1, 1, 0.8, 0.95, 0.5, 1, 1.0])
         params.min_p_B[:] = torch.tensor([0, 0, 0, 0, 0, 0.01, 0, 0.1])
-        q_GBV, p_BNV = make_logits(9, 2, rows, vocab), make_logits(10, rows, 3, vocab)
-        p_BNV[:, :2] = q_GBV.transpose(0, 1) + 0.3 * p_BNV[:, :2]
+        q_GBV, p_BNV = make_logits(9, gamma, rows, vocab), make_logits(10, rows, gamma + 1, vocab)
+        p_BNV[:, :gamma] = q_GBV.transpose(0, 1) + 0.3 * p_BNV[:, :gamma]
         results = []
         for which, where in ((ReferenceSampler(), "cpu"), (sampler, device)):
             random = RandomState.create(11, torch.device(where))
             moved = SamplingParams(*(each.to(where) for each in params))
             draft = Draft(
-                torch.zeros((3, rows), dtype=torch.int64, device=where),
+                torch.zeros((gamma + 1, rows), dtype=torch.int64, device=where),
                 q_GBV.to(where),
-                torch.empty((2, rows), device=where),
-                torch.empty((2, rows), device=where),
+                torch.empty((gamma, rows), device=where),
+                torch.empty((gamma, rows), device=where),
             )
-            for step in range(2):
+            for step in range(gamma):
                 which.draw(
                     draft.logits_GBV[step],
                     moved,

@@ -29,6 +29,8 @@ import torch
 STREAM_ACCEPT = 1 << 16
 STREAM_RESIDUAL = 1 << 17
 
+LEAST_FLOAT = 2.0**-126  # the smallest normal float32
+
 
 class SamplingParams(NamedTuple):
     """Per-request settings, tensors of shape [B]: float32 except ``top_k_B`` (int32) and ``sequential_B`` (bool).
@@ -105,7 +107,20 @@ class Verdict:
 
 
 class Sampler(ABC):
-    """Speculative sampling, Leviathan et al. 2023 (arXiv 2211.17192), algorithm 1, for a chain.
+    """Speculative sampling by block verification, Sun et al. 2024 (arXiv 2403.10444), algorithm 2, for a chain.
+
+    The emitted tokens follow p, as by the rule of Leviathan et al. 2023 (arXiv 2211.17192), which accepts token after
+    token with min(1, p / q). Here what a token has too much of p makes up for what earlier ones lacked: with drafted
+    tokens x_1 to x_G, p_i and q_i the distributions of the token after the first i of them,
+
+        joint_0 = 1,  joint_i = min(1, joint_(i-1) * p_(i-1)(x_i) / q_(i-1)(x_i))
+        rest_i  = sum over x of max(joint_i * p_i(x) - q_i(x), 0)
+        stop_i  = rest_i / (rest_i + 1 - joint_i) for i < G,  joint_G for i = G;  1 where joint_i = 1
+
+    Of independent events with probabilities stop_i, the last that happens says how many drafts are accepted; stop_0 = 1
+    always does. Given the drafts, at least i are accepted with probability joint_i, which is never less than the product
+    of the min(1, p / q), and equal to it for one draft. Then a token is drawn from max(joint_i * p_i - q_i, 0), after the
+    last draft from p.
 
     simulated_acceptance: accept each drafted token with this probability instead of the rule. The output is then
         NOT the policy's; it exists to time random weights at a stated acceptance.
@@ -136,8 +151,8 @@ class Sampler(ABC):
         random: RandomState,
         rides_B: torch.Tensor | None = None,
     ) -> Verdict:
-        """Accept drafted token x with min(1, p(x) / q(x)); at the first rejection draw from max(p - q, 0), after
-        the last acceptance from p. Requests that ride along accept nothing and draw from p.
+        """Accept a number of drafts and draw the token after them. Requests that ride along accept nothing and draw
+        from p.
 
         logits_BNV: float32, the policy's logits after each of the N tokens.
         rides_B: bool; None if no request rides along.

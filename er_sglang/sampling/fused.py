@@ -1,9 +1,10 @@
 """The sampler as kernels that read each row of logits once, and each row with filters twice more, seldom thrice.
 
-Cost per cycle without filters: a draft step reads its [B, V] logits once (one split pass and one reduction), the
-verdict reads [B, N, V] once for the log-sum-exps, which log-probabilities share, and one target and one draft row per
-request for the token after the last acceptance. Rows with top-k, top-p or min-p find their floor by radix selection
-(summary.cu). No probabilities are ever stored and nothing is sorted.
+Cost per cycle without filters: a draft step reads its [B, V] logits once (one split pass and one reduction). The
+verdict reads [B, N, V] once for the log-sum-exps, which log-probabilities share; the target's and the draft's rows but
+each request's first and last, for how many drafts are accepted; and a row of each for the token after them. Rows with
+top-k, top-p or min-p find their floor by radix selection (summary.cu). No probabilities are ever stored and nothing is
+sorted.
 
 Random numbers, floors and tie rules are those of ``reference.py``; both run under the same tests.
 """
@@ -18,7 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
-from er_sglang.sampling.base import STREAM_ACCEPT, STREAM_RESIDUAL, Sampler, SamplingParams, Verdict
+from er_sglang.sampling.base import LEAST_FLOAT, STREAM_ACCEPT, STREAM_RESIDUAL, Sampler, SamplingParams, Verdict
 
 BLOCK = 4096
 SUMMARY_THREADS = 1024  # kThreads in summary.cu
@@ -87,68 +88,108 @@ def _probability(x, floor, lse):
 
 
 @triton.jit
-def _accept_kernel(
+def _probabilities(row_ptr, floor_ptr, lse_ptr, offset, size, temperature):
+    return _probability(_scaled(row_ptr, offset, size, temperature), tl.load(floor_ptr), tl.load(lse_ptr))
+
+
+@triton.jit
+def _joint_kernel(
     target_ptr, draft_ptr, tokens_ptr, temperature_ptr, top_k_ptr, state_ptr,
-    p_floor_ptr, p_lse_ptr, p_top_ptr, q_floor_ptr, q_lse_ptr, rides_ptr, accepted_ptr,
+    p_floor_ptr, p_lse_ptr, p_top_ptr, q_floor_ptr, q_lse_ptr, rides_ptr, joint_ptr,
     target_stride, draft_step_stride, draft_row_stride, tokens_stride, q_stride, stream,
-    simulated_acceptance, GAMMA: tl.constexpr, SIMULATE: tl.constexpr, RIDES: tl.constexpr,
+    simulated_acceptance, LEAST_FLOAT: tl.constexpr, GAMMA: tl.constexpr, SIMULATE: tl.constexpr, RIDES: tl.constexpr,
 ):  # fmt: skip
-    """Per request: how many drafted tokens are accepted before the first rejection."""
+    """Per request: joint_0 to joint_GAMMA."""
     request = tl.program_id(0)
     temperature = tl.load(temperature_ptr + request)
     greedy = tl.load(top_k_ptr + request) <= 1
-    alive = 1
+    joint = 1.0
+    tl.store(joint_ptr + request * (GAMMA + 1), joint)
     if RIDES:
-        alive = 1 - tl.load(rides_ptr + request).to(tl.int32)
-    accepted = 0
+        joint = 1.0 - tl.load(rides_ptr + request).to(tl.float32)
     for step in tl.static_range(GAMMA):
         row = request * (GAMMA + 1) + step
         token = tl.load(tokens_ptr + (step + 1) * tokens_stride + request)
-        p_x = tl.load(target_ptr + row.to(tl.int64) * target_stride + token) / temperature
-        q_row = draft_ptr + step * draft_step_stride + request.to(tl.int64) * draft_row_stride
-        q_x = tl.load(q_row + token).to(tl.float32) / temperature
-        p = _probability(p_x, tl.load(p_floor_ptr + row), tl.load(p_lse_ptr + row))
-        q = _probability(
-            q_x, tl.load(q_floor_ptr + step * q_stride + request), tl.load(q_lse_ptr + step * q_stride + request)
-        )
-        u = _uniform(_bits(state_ptr, tl.full((), step, tl.int32), request, stream))
         if SIMULATE:
-            accept = (u < simulated_acceptance).to(tl.int32)
+            u = _uniform(_bits(state_ptr, tl.full((), step, tl.int32), request, stream))
+            joint *= (u < simulated_acceptance).to(tl.float32)
         else:
-            drawn = (u * q < p).to(tl.int32)
-            same = (token == tl.load(p_top_ptr + row)).to(tl.int32)
-            accept = tl.where(greedy, same, drawn)
-        alive = alive * accept
-        accepted += alive
+            p_x = tl.load(target_ptr + row.to(tl.int64) * target_stride + token) / temperature
+            q_row = (
+                draft_ptr + tl.full((), step, tl.int64) * draft_step_stride + request.to(tl.int64) * draft_row_stride
+            )
+            q_x = tl.load(q_row + token).to(tl.float32) / temperature
+            p = _probability(p_x, tl.load(p_floor_ptr + row), tl.load(p_lse_ptr + row))
+            q_at = step * q_stride + request
+            q = _probability(q_x, tl.load(q_floor_ptr + q_at), tl.load(q_lse_ptr + q_at))
+            same = (token == tl.load(p_top_ptr + row)).to(tl.float32)
+            joint = tl.where(greedy, joint * same, tl.minimum(joint * p / tl.maximum(q, LEAST_FLOAT), 1.0))
+        tl.store(joint_ptr + row + 1, joint)
+
+
+@_varying
+def _rest_kernel(
+    target_ptr, draft_ptr, temperature_ptr, joint_ptr, p_floor_ptr, p_lse_ptr, q_floor_ptr, q_lse_ptr, rest_ptr,
+    target_stride, draft_step_stride, draft_row_stride, q_stride, size, blocks, gamma, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Per (request, step from 1 to gamma - 1, block): its share of rest_step."""
+    request, step, block = tl.program_id(0), tl.program_id(1) + 1, tl.program_id(2)
+    temperature = tl.load(temperature_ptr + request)
+    row = request * (gamma + 1) + step
+    offset = block * BLOCK + tl.arange(0, BLOCK)
+    p_row = target_ptr + row.to(tl.int64) * target_stride
+    p = _probabilities(p_row, p_floor_ptr + row, p_lse_ptr + row, offset, size, temperature)
+    q_row = draft_ptr + step.to(tl.int64) * draft_step_stride + request.to(tl.int64) * draft_row_stride
+    q_at = step * q_stride + request
+    q = _probabilities(q_row, q_floor_ptr + q_at, q_lse_ptr + q_at, offset, size, temperature)
+    rest = tl.sum(tl.maximum(tl.load(joint_ptr + row) * p - q, 0.0), 0)
+    tl.store(rest_ptr + row * blocks + block, rest)
+
+
+@triton.jit
+def _accept_kernel(
+    state_ptr, joint_ptr, rest_ptr, accepted_ptr, blocks, stream, GAMMA: tl.constexpr, BLOCKS_POW2: tl.constexpr
+):
+    """Per request: how many drafted tokens are accepted."""
+    request = tl.program_id(0)
+    part = tl.arange(0, BLOCKS_POW2)
+    accepted = 0
+    for step in tl.static_range(1, GAMMA + 1):
+        row = request * (GAMMA + 1) + step
+        joint = tl.load(joint_ptr + row)
+        stops = joint
+        if step < GAMMA:
+            rest = tl.sum(tl.load(rest_ptr + row * blocks + part, mask=part < blocks, other=0.0), 0)
+            stops = tl.where(joint < 1.0, rest / (rest + 1.0 - joint), 1.0)
+        u = _uniform(_bits(state_ptr, tl.full((), step, tl.int32), request, stream))
+        accepted = tl.where(u <= stops, step, accepted)
     tl.store(accepted_ptr + request, accepted)
 
 
 @_varying
 def _residual_kernel(
-    target_ptr, draft_ptr, temperature_ptr, state_ptr, accepted_ptr, p_floor_ptr, p_lse_ptr, q_floor_ptr, q_lse_ptr,
-    rides_ptr, best_ptr, arg_ptr, fallback_ptr, fallback_arg_ptr,
+    target_ptr, draft_ptr, temperature_ptr, state_ptr, accepted_ptr, joint_ptr,
+    p_floor_ptr, p_lse_ptr, q_floor_ptr, q_lse_ptr, rides_ptr, best_ptr, arg_ptr, fallback_ptr, fallback_arg_ptr,
     target_stride, draft_step_stride, draft_row_stride, q_stride, size, blocks, stream, gamma,
     RIDES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Per (request, block): the leader of the race over max(p - q, 0), and over p for an empty residual."""
+    """Per (request, block): the leader of the race over max(joint * p - q, 0), and over p for an empty rest."""
     request, block = tl.program_id(0), tl.program_id(1)
     temperature = tl.load(temperature_ptr + request)
     step = tl.load(accepted_ptr + request)
     row = request * (gamma + 1) + step
     offset = block * BLOCK + tl.arange(0, BLOCK)
-    x = _scaled(target_ptr + row.to(tl.int64) * target_stride, offset, size, temperature)
-    p = _probability(x, tl.load(p_floor_ptr + row), tl.load(p_lse_ptr + row))
+    p_row = target_ptr + row.to(tl.int64) * target_stride
+    p = _probabilities(p_row, p_floor_ptr + row, p_lse_ptr + row, offset, size, temperature)
     weight = p
     subtract = step < gamma
     if RIDES:
         subtract = subtract & (tl.load(rides_ptr + request) == 0)
     if subtract:
         q_row = draft_ptr + step.to(tl.int64) * draft_step_stride + request.to(tl.int64) * draft_row_stride
-        q_x = _scaled(q_row, offset, size, temperature)
-        q = _probability(
-            q_x, tl.load(q_floor_ptr + step * q_stride + request), tl.load(q_lse_ptr + step * q_stride + request)
-        )
-        weight = tl.maximum(p - q, 0.0)
+        q_at = step * q_stride + request
+        q = _probabilities(q_row, q_floor_ptr + q_at, q_lse_ptr + q_at, offset, size, temperature)
+        weight = tl.maximum(tl.load(joint_ptr + row) * p - q, 0.0)
     arrival = _log_exponential(_bits(state_ptr, offset, request, stream))
     score = tl.where(weight > 0, tl.log(weight) - arrival, float("-inf"))
     fallback = tl.where(p > 0, tl.log(p) - arrival, float("-inf"))
@@ -238,21 +279,33 @@ class FusedSampler(Sampler):
         p_top_R = torch.empty(batch * width, dtype=torch.int64, device=device)
         self._summarize(logits_RV, params, random.state, 0, False, lse_BN, p_floor_R, p_lse_R, p_top_R)
 
-        accepted_B = torch.empty(batch, dtype=torch.int32, device=device)
         draft_strides = draft.logits_GBV.stride(0), draft.logits_GBV.stride(1)
-        _accept_kernel[(batch,)](
+        p_and_q = p_floor_R, p_lse_R, draft.floor_GB, draft.lse_GB
+        (joint_R,) = _floats(1, batch * width, device=device)
+        _joint_kernel[(batch,)](
             logits_RV, draft.logits_GBV, draft.tokens_NB, params.temperature_B, params.top_k_B, random.state,
-            p_floor_R, p_lse_R, p_top_R, draft.floor_GB, draft.lse_GB, rides_B, accepted_B,
+            p_floor_R, p_lse_R, p_top_R, draft.floor_GB, draft.lse_GB, rides_B, joint_R,
             logits_RV.stride(0), *draft_strides, draft.tokens_NB.stride(0), draft.lse_GB.stride(0), STREAM_ACCEPT,
-            self.simulated_acceptance or 0.0, GAMMA=gamma, SIMULATE=self.simulated_acceptance is not None,
-            RIDES=rides_B is not None,
+            self.simulated_acceptance or 0.0, LEAST_FLOAT=LEAST_FLOAT, GAMMA=gamma,
+            SIMULATE=self.simulated_acceptance is not None, RIDES=rides_B is not None,
         )  # fmt: skip
         blocks = triton.cdiv(size, BLOCK)
+        blocks_pow2 = triton.next_power_of_2(blocks)
+        (rest,) = _floats(1, batch * width, blocks, device=device)
+        if gamma > 1:
+            _rest_kernel[(batch, gamma - 1, blocks)](
+                logits_RV, draft.logits_GBV, params.temperature_B, joint_R, *p_and_q, rest,
+                logits_RV.stride(0), *draft_strides, draft.lse_GB.stride(0), size, blocks, gamma, BLOCK=BLOCK,
+            )  # fmt: skip
+        accepted_B = torch.empty(batch, dtype=torch.int32, device=device)
+        _accept_kernel[(batch,)](
+            random.state, joint_R, rest, accepted_B, blocks, STREAM_ACCEPT, GAMMA=gamma, BLOCKS_POW2=blocks_pow2
+        )
         best, fallback = _floats(2, batch, blocks, device=device)
         arg, fallback_arg = (_tokens(batch, blocks, device=device) for _ in range(2))
         _residual_kernel[(batch, blocks)](
-            logits_RV, draft.logits_GBV, params.temperature_B, random.state, accepted_B,
-            p_floor_R, p_lse_R, draft.floor_GB, draft.lse_GB, rides_B, best, arg, fallback, fallback_arg,
+            logits_RV, draft.logits_GBV, params.temperature_B, random.state, accepted_B, joint_R, *p_and_q,
+            rides_B, best, arg, fallback, fallback_arg,
             logits_RV.stride(0), *draft_strides, draft.lse_GB.stride(0), size, blocks, STREAM_RESIDUAL,
             gamma, RIDES=rides_B is not None, BLOCK=BLOCK,
         )  # fmt: skip
@@ -262,7 +315,7 @@ class FusedSampler(Sampler):
         _emit_kernel[(batch,)](
             draft.tokens_NB, params.top_k_B, accepted_B, p_top_R, best, arg, fallback, fallback_arg,
             emitted_BN, accept_lens_B, last_B, draft.tokens_NB.stride(0), blocks,
-            GAMMA=gamma, BLOCKS_POW2=triton.next_power_of_2(blocks),
+            GAMMA=gamma, BLOCKS_POW2=blocks_pow2,
         )  # fmt: skip
         return Verdict(emitted_BN, accept_lens_B, last_B, lse_BN)
 

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import torch
 
-from er_sglang.sampling.base import STREAM_ACCEPT, STREAM_RESIDUAL, RandomState, Sampler, SamplingParams, Verdict
+from er_sglang.sampling.base import (
+    LEAST_FLOAT,
+    STREAM_ACCEPT,
+    STREAM_RESIDUAL,
+    RandomState,
+    Sampler,
+    SamplingParams,
+    Verdict,
+)
 from er_sglang.sampling.philox import exponential, philox, uniform
 
 
@@ -52,13 +60,6 @@ def race(weight_BV: torch.Tensor, random: RandomState, stream: int) -> torch.Ten
     return (weight_BV.log() - arrival_BV.log()).argmax(-1)
 
 
-def residual(p_BV: torch.Tensor, q_BV: torch.Tensor) -> torch.Tensor:
-    """Weights of the token after a rejection, max(p - q, 0)."""
-    weight_BV = (p_BV - q_BV).clamp_min(0)
-    # p = q cannot be rejected, so an empty residual is rounding: draw from p.
-    return torch.where(weight_BV.sum(-1, keepdim=True) > 0, weight_BV, p_BV)
-
-
 class ReferenceSampler(Sampler):
     def draw(self, logits_BV, params, random, step, token_B, floor_B, lse_B) -> None:
         x_BV = scale(logits_BV, params)
@@ -71,32 +72,42 @@ class ReferenceSampler(Sampler):
         batch, width, _ = logits_BNV.shape
         greedy_B = params.top_k_B <= 1
         rows_B = torch.arange(batch, device=logits_BNV.device)
-        alive_B = torch.ones(batch, dtype=torch.bool, device=logits_BNV.device)
+        joint_B = torch.ones(batch, device=logits_BNV.device)
         accepted_B = torch.zeros(batch, dtype=torch.int64, device=logits_BNV.device)
         weight_BV = torch.zeros((), device=logits_BNV.device)
         lse_BN = torch.empty((batch, width), dtype=torch.float32, device=logits_BNV.device)
         if rides_B is None:
-            rides_B = torch.zeros_like(alive_B)
+            rides_B = torch.zeros_like(greedy_B)
         for position in range(width):
             x_BV = scale(logits_BNV[:, position], params)
             lse_BN[:, position] = x_BV.logsumexp(-1)
             p_BV = distribution(x_BV, *summarize(x_BV, params), greedy_B)
-            if position == draft.gamma:
-                weight_BV = torch.where(alive_B.view(-1, 1), p_BV, weight_BV)
-                break
-            q_BV = distribution(
-                scale(draft.logits_GBV[position], params), draft.floor_GB[position], draft.lse_GB[position], greedy_B
-            )
-            token_B = draft.tokens_NB[position + 1]
             u_B = uniform(philox(random.state, torch.full_like(rows_B, position), rows_B, STREAM_ACCEPT))
-            if self.simulated_acceptance is None:
-                accept_B = u_B * q_BV[rows_B, token_B] < p_BV[rows_B, token_B]
+            if position == draft.gamma:
+                rest_BV, stops_B = p_BV, joint_B
             else:
-                accept_B = u_B < self.simulated_acceptance
-            ends_here_BV = torch.where(rides_B.view(-1, 1), p_BV, residual(p_BV, q_BV))
-            weight_BV = torch.where(alive_B.view(-1, 1), ends_here_BV, weight_BV)
-            alive_B = alive_B & accept_B & ~rides_B
-            accepted_B += alive_B
+                q_BV = distribution(
+                    scale(draft.logits_GBV[position], params),
+                    draft.floor_GB[position],
+                    draft.lse_GB[position],
+                    greedy_B,
+                )
+                rest_BV = (joint_B.view(-1, 1) * p_BV - q_BV).clamp_min(0)
+                rest_B = rest_BV.sum(-1)
+                stops_B = torch.where(joint_B < 1, rest_B / (rest_B + 1 - joint_B), 1.0)
+                # Where p = q nothing is left, so that a stop there is rounding; and riders have no drafts.
+                rest_BV = torch.where(((rest_B > 0) & ~rides_B).view(-1, 1), rest_BV, p_BV)
+            stop_B = u_B <= stops_B
+            accepted_B = torch.where(stop_B, position, accepted_B)
+            weight_BV = torch.where(stop_B.view(-1, 1), rest_BV, weight_BV)
+            if position < draft.gamma:
+                token_B = draft.tokens_NB[position + 1]
+                if self.simulated_acceptance is None:
+                    p_B, q_B = p_BV[rows_B, token_B], q_BV[rows_B, token_B]
+                    joint_B = (joint_B * p_B / q_B.clamp_min(LEAST_FLOAT)).clamp_max(1)
+                else:
+                    joint_B = joint_B * (u_B < self.simulated_acceptance)
+                joint_B = joint_B.masked_fill(rides_B, 0)
         last_B = race(weight_BV, random, STREAM_RESIDUAL)
         return Verdict(
             emitted_BN=compose(draft.tokens_NB, accepted_B, last_B),
