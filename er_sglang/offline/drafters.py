@@ -18,6 +18,7 @@ from er_sglang.drafting.rescoring import rescore_
 from er_sglang.errors import ConfigError
 from er_sglang.offline.chain import Chosen, DraftPass, Listening, PolicyPass, Recent, chained_attention
 from er_sglang.quantize import create_format
+from er_sglang.sampling.base import LEAST_FLOAT
 
 CHUNK = 128  # positions whose whole distributions are in memory: float32 [CHUNK, V], a few of them
 
@@ -61,8 +62,9 @@ class Outcome:
     """What the policy makes of one drafter's proposals over a text. Row d is of depth d, column t is about the token
     after the t-th of the response.
 
-    expected: probability that the drafted token is accepted. ratio: that it is, given the token that the text has.
-    Both float64 [gamma, T]; column t of row d belongs to the chain that starts at t - d, so the first d are void.
+    expected: probability that the drafted token is accepted, given that those before it in its chain are. ratio: the
+    same, given also the token that the text has. Both float64 [gamma, T]; column t of row d belongs to the chain that
+    starts at t - d, so the first d are void.
     """
 
     expected: torch.Tensor
@@ -144,14 +146,19 @@ class Policy:
                 drafted[rule, size] = torch.stack([drafts(chain) for _ in range(gamma)])
         next_T = tokens[0, first + 1 :]
         found = {drafter: ([], []) for drafter in drafters}
+        # How joint (see Sampler) stands in the last chains of a chunk, which go on in the next one's first column.
+        last = {drafter: torch.ones(gamma, 1, device=tokens.device) for drafter in drafters}
         for begin in range(0, len(next_T), CHUNK):
             chunk = slice(begin, begin + CHUNK)
             p_TV = distribution(self.head(hidden_TH[chunk]), temperature)
             for drafter, (expected, ratio) in found.items():
-                rows = [
-                    compare(p_TV, distribution(self._logits(h_TH, drafter.head, int4_head), temperature), next_T[chunk])
-                    for h_TH in drafted[drafter.window_by, drafter.attention_window][:, chunk]
-                ]
+                rows, joint_T = [], torch.ones(len(p_TV), device=tokens.device)
+                for depth, h_TH in enumerate(drafted[drafter.window_by, drafter.attention_window][:, chunk]):
+                    q_TV = distribution(self._logits(h_TH, drafter.head, int4_head), temperature)
+                    *row, after_T = compare(p_TV, q_TV, next_T[chunk], joint_T)
+                    rows.append(row)
+                    joint_T = torch.cat([last[drafter][depth], after_T[:-1]])
+                    last[drafter][depth] = after_T[-1]
                 expected.append(torch.stack([row[0] for row in rows]))
                 ratio.append(torch.stack([row[1] for row in rows]))
         return {
@@ -175,8 +182,13 @@ def distribution(logits_TV: torch.Tensor, temperature: float) -> torch.Tensor:
     return (logits_TV.float() / temperature).softmax(-1)
 
 
-def compare(p_TV: torch.Tensor, q_TV: torch.Tensor, token_T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of a draft from q that is accepted with min(1, p/q): the probability of acceptance, 1 - TV(p, q), and its
-    probability given that the emitted token is ``token_T``, min(1, q/p) there. float32 [T] each."""
+def compare(
+    p_TV: torch.Tensor, q_TV: torch.Tensor, token_T: torch.Tensor, joint_T: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Of a draft from q after others whose joint, in the words of Sampler, is ``joint_T``: the probability that it is
+    accepted if they are, the same given that the emitted token is ``token_T``, and joint after that token. float32 [T]
+    each. After none, joint is 1 and the first of them 1 - TV(p, q)."""
     p_T, q_T = (each.gather(1, token_T[:, None])[:, 0] for each in (p_TV, q_TV))
-    return torch.minimum(p_TV, q_TV).sum(-1), (q_T / p_T.clamp_min(1e-30)).clamp(max=1.0)
+    expected_T = torch.minimum(joint_T[:, None] * p_TV, q_TV).sum(-1) / joint_T
+    ratio_T = (q_T / (joint_T * p_T).clamp_min(LEAST_FLOAT)).clamp(max=1.0)
+    return expected_T, ratio_T, (joint_T * p_T / q_T.clamp_min(LEAST_FLOAT)).clamp(LEAST_FLOAT, 1.0)

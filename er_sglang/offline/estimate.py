@@ -1,14 +1,15 @@
 """Acceptance per draft position from the policy's own texts, as a server counts it that drafts gamma tokens a cycle.
 
 Speculative sampling emits the policy's distribution, so a text sampled from the policy is a text that a server could
-have emitted. Given the text, whether a draft was accepted is independent from token to token: the token x was emitted
-with probability p(x), and as an accepted draft with q(x) * min(1, p(x) / q(x)) = min(p(x), q(x)). So a draft was
-accepted there with probability r = min(1, q(x) / p(x)), where q is the drafter's at the depth the token has in its
-cycle. With it, exactly and without drawing anything:
+have emitted. A server judges a chain as one block (see Sampler): its first i drafts x_1 ... x_i are drawn with the
+product of their q, and accepted with probability joint_i. A text that has these tokens has them with the product of
+their p. Whether they were accepted drafts, given the text, is therefore the ratio of both, whatever follows: a product
+of r_i = min(1, q(x_i) / (joint_(i-1) * p(x_i))), where p and q are those of the chain at that token. With it, exactly
+and without drawing anything:
 
     start(s)    probability that a cycle starts at token s of the text, from start(0) = 1 and the r of all cycles before
     reach(s, i) product of r over the first i drafts of that cycle: all of them are accepted
-    kept_i      sum over s of start(s) * reach(s, i - 1) * A(s, i), A = sum over x of min(p(x), q(x)) = 1 - TV(p, q)
+    kept_i      sum over s of start(s) * reach(s, i - 1) * A(s, i), A = sum over x of min(p(x), q(x) / joint_(i-1))
     alpha_i     kept_i / kept_(i-1), with kept_0 = sum of start(s): conditional acceptance of the i-th draft
 
 A is the expectation of r over the token, which makes kept_i unbiased and less noisy than with r itself. That contexts

@@ -160,7 +160,7 @@ def _accept_kernel(
         stops = joint
         if step < GAMMA:
             rest = tl.sum(tl.load(rest_ptr + row * blocks + part, mask=part < blocks, other=0.0), 0)
-            stops = tl.where(joint < 1.0, rest / (rest + 1.0 - joint), 1.0)
+            stops = tl.where(joint >= 1.0, 1.0, rest / (rest + 1.0 - joint))
         u = _uniform(_bits(state_ptr, tl.full((), step, tl.int32), request, stream))
         accepted = tl.where(u <= stops, step, accepted)
     tl.store(accepted_ptr + request, accepted)

@@ -60,6 +60,11 @@ def race(weight_BV: torch.Tensor, random: RandomState, stream: int) -> torch.Ten
     return (weight_BV.log() - arrival_BV.log()).argmax(-1)
 
 
+def residual(p_BV: torch.Tensor, q_BV: torch.Tensor, joint_B: torch.Tensor) -> torch.Tensor:
+    """Weights of the token after the accepted drafts, where there were more: what is left of p."""
+    return (joint_B.view(-1, 1) * p_BV - q_BV).clamp_min(0)
+
+
 class ReferenceSampler(Sampler):
     def draw(self, logits_BV, params, random, step, token_B, floor_B, lse_B) -> None:
         x_BV = scale(logits_BV, params)
@@ -92,9 +97,9 @@ class ReferenceSampler(Sampler):
                     draft.lse_GB[position],
                     greedy_B,
                 )
-                rest_BV = (joint_B.view(-1, 1) * p_BV - q_BV).clamp_min(0)
+                rest_BV = residual(p_BV, q_BV, joint_B)
                 rest_B = rest_BV.sum(-1)
-                stops_B = torch.where(joint_B < 1, rest_B / (rest_B + 1 - joint_B), 1.0)
+                stops_B = torch.where(joint_B >= 1, 1.0, rest_B / (rest_B + 1 - joint_B))
                 # Where p = q nothing is left, so that a stop there is rounding; and riders have no drafts.
                 rest_BV = torch.where(((rest_B > 0) & ~rides_B).view(-1, 1), rest_BV, p_BV)
             stop_B = u_B <= stops_B

@@ -95,6 +95,7 @@ def looped(policy, copy, head, text, start, seen):
         cut.update(layer.keys[:, :, seen], layer.values[:, :, seen], index)
     p = distribution(model(torch.tensor([text])).logits[0], 0.7)
     rows = [([], []) for _ in HEADS]
+    joints = [torch.ones(1)] * len(HEADS)
     for depth in range(GAMMA):
         t = start + depth
         hidden = torch.func.functional_call(
@@ -106,9 +107,9 @@ def looped(policy, copy, head, text, start, seen):
         by_policy, by_copy = hidden @ policy.head.weight.T, hidden @ head.weights["weight"].T
         rescored = by_copy.clone()
         rescore_(rescored, hidden, policy.head.weight)
-        for (accepted, ratios), logits in zip(rows, (by_copy, rescored, by_policy)):
+        for i, ((accepted, ratios), logits) in enumerate(zip(rows, (by_copy, rescored, by_policy))):
             q = distribution(logits, 0.7)
-            expected, ratio = compare(p[t : t + 1], q, torch.tensor([text[t + 1]]))
+            expected, ratio, joints[i] = compare(p[t : t + 1], q, torch.tensor([text[t + 1]]), joints[i])
             accepted.append(expected.item())
             ratios.append(ratio.item())
     return rows
@@ -163,16 +164,24 @@ def test_positions_of_a_block_hold_those_of_each_chain():
 
 def test_acceptance_is_one_minus_the_distance_of_total_variation():
     p, q = torch.tensor([[0.5, 0.3, 0.2]]), torch.tensor([[0.2, 0.3, 0.5]])
-    for token, ratio in ((0, 0.4), (1, 1.0), (2, 1.0)):
-        expected, found = compare(p, q, torch.tensor([token]))
+    for token, ratio, after in ((0, 0.4, 1.0), (1, 1.0, 1.0), (2, 1.0, 0.4)):
+        expected, found, joint = compare(p, q, torch.tensor([token]), torch.ones(1))
         assert expected.item() == pytest.approx(0.7)
-        assert found.item() == pytest.approx(ratio)
+        assert (found.item(), joint.item()) == pytest.approx((ratio, after))
+
+
+def test_a_later_draft_makes_up_for_what_earlier_ones_lacked():
+    p, q = torch.tensor([[0.5, 0.3, 0.2]]), torch.tensor([[0.2, 0.3, 0.5]])
+    for token, ratio, after in ((0, 0.8, 1.0), (1, 1.0, 0.5), (2, 1.0, 0.2)):
+        expected, found, joint = compare(p, q, torch.tensor([token]), torch.tensor([0.5]))
+        assert expected.item() == pytest.approx((0.2 + 0.15 + 0.1) / 0.5)
+        assert (found.item(), joint.item()) == pytest.approx((ratio, after))
 
 
 def test_greedy_accepts_equal_argmax():
     logits = torch.tensor([[1.0, 2.0, 0.0], [1.0, 0.0, 2.0]])
     p, q = distribution(logits, 0), distribution(logits[:1].expand(2, 3), 0)
-    expected, ratio = compare(p, q, logits.argmax(-1))
+    expected, ratio, _ = compare(p, q, logits.argmax(-1), torch.ones(2))
     assert expected.tolist() == ratio.tolist() == [1.0, 0.0]
 
 
@@ -191,23 +200,28 @@ def test_estimate_is_what_drawn_cycles_count():
     for _ in range(40_000):
         text.append(draw(p[text[-1]]))
     before, after = torch.tensor(text[:-1]), torch.tensor(text[1:])
-    expected = torch.minimum(p[before], q[:, before]).sum(-1)
-    ratio = (q[:, before, after] / p[before, after]).clamp(max=1)
+    joint, rows = torch.ones(len(before), dtype=torch.float64), []
+    for depth in range(GAMMA):
+        *row, joint = compare(p[before], q[depth, before], after, joint.roll(1) if depth else joint)
+        rows.append(row)
+    expected, ratio = (torch.stack(each) for each in zip(*rows))
     kept = estimate.tally(Outcome(expected, ratio), 0, [0, 10**9])[0]
 
     counts = torch.zeros(GAMMA + 1, dtype=torch.float64)
     last = 0
     for _ in range(20_000):
-        counts[0] += 1
+        drafts, joint, accepted, weights = [last], 1.0, 0, (p[last] - q[0, last]).clamp(min=0)
         for depth in range(GAMMA):
-            draft = draw(q[depth, last])
-            if rng.random() * q[depth, last, draft] >= p[last, draft]:
-                last = draw((p[last] - q[depth, last]).clamp(min=0))
-                break
-            counts[depth + 1] += 1
-            last = draft
-        else:
-            last = draw(p[last])
+            token = draw(q[depth, drafts[-1]])
+            joint = min(1.0, joint * (p[drafts[-1], token] / q[depth, drafts[-1], token]).item())
+            drafts.append(token)
+            rest = (joint * p[token] - q[depth + 1, token]).clamp(min=0) if depth + 1 < GAMMA else joint * p[token]
+            left = rest.sum().item()
+            stops = joint if depth + 1 == GAMMA or joint == 1.0 else left / (left + 1 - joint)
+            if rng.random() < stops:
+                accepted, weights = depth + 1, rest
+        counts[: accepted + 1] += 1
+        last = draw(weights)
     drawn, estimated = estimate.alphas(counts), estimate.alphas(kept)
     assert torch.allclose(drawn, estimated, atol=0.02), (drawn, estimated)
     assert (drawn - expected.mean(1)).abs().max() > 0.06, "contexts that are all alike would give the same"

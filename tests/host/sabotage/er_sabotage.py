@@ -50,8 +50,8 @@ def _install(result, scheduler) -> None:
             )
         return judge(self, logits_BNV, draft, params, random, rides_B)
 
-    def wrong_residual(p_BV, q_BV):
-        return p_BV if _rule() == "residual-not-subtracted" else residual(p_BV, q_BV)
+    def wrong_residual(p_BV, q_BV, joint_B):
+        return p_BV if _rule() == "residual-not-subtracted" else residual(p_BV, q_BV, joint_B)
 
     def wrong_verify(self, forward_batch, tokens_NB):
         if _rule() == "poison-drafted":
