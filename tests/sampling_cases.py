@@ -276,6 +276,25 @@ class SamplerCases:
         for mixed, alone in ((verdict.emitted_BN, without.emitted_BN), (verdict.accept_lens_B, without.accept_lens_B)):
             assert torch.equal(mixed[~rides_B], alone[~rides_B])
 
+    def test_a_rider_of_which_a_mask_leaves_two_tokens(self, sampler, device):
+        """As a grammar does: most of the vocabulary is forbidden in whole blocks."""
+        vocab, rows, allowed = 12_000, 8, [5000, 5001]
+        p_BNV = torch.full((rows, 2, vocab), -torch.inf)
+        p_BNV[:, :, allowed] = 1.0
+        params, random = make_params(rows, device), RandomState.create(1, torch.device(device))
+        draft = Draft(
+            torch.zeros((2, rows), dtype=torch.int64, device=device),
+            make_logits(2, 1, rows, vocab).to(device),
+            torch.empty((1, rows), device=device),
+            torch.empty((1, rows), device=device),
+        )
+        sampler.draw(draft.logits_GBV[0], params, random, 0, draft.tokens_NB[1], draft.floor_GB[0], draft.lse_GB[0])
+        rides_B = torch.ones(rows, dtype=torch.bool, device=device)
+        verdict = sampler.judge(p_BNV.to(device), draft, params, random, rides_B)
+        assert set(verdict.last_B.tolist()) == set(allowed)  # false alarm 2 ** -7, with this seed none
+        expected = torch.full((rows, 2), 1.0).add(torch.tensor(2.0).log())
+        torch.testing.assert_close(verdict.lse_BN.cpu(), expected)
+
     def test_greedy_requests_accept_while_the_argmax_agrees(self, sampler, device):
         q_GV, p_NV = make_logits(6, 3, VOCAB), make_logits(6, 4, VOCAB)
         p_NV[2] = -p_NV[2]  # the third draft is wrong

@@ -17,7 +17,8 @@ from er_sglang.bench.gemm import all_shapes, argument_parser, clone, products, s
 from er_sglang.bench.shapes import SHAPES, heads
 from er_sglang.bench.timing import L2_BYTES, copy_bandwidth, graph_us
 from er_sglang.quantize import Format, Packed, create_format
-from er_sglang.quantize.blocks import Blocks, Waves
+from er_sglang.quantize.blocks import MAX_ROWS, Blocks, Waves
+from er_sglang.quantize.hopper import is_hopper
 from er_sglang.tools.results import write_rows
 from er_sglang.tools.serving import ON_CPU
 
@@ -127,8 +128,8 @@ def main(argv: list[str] | None = None) -> int:
         "--tokens", type=int, default=320, metavar="T", help="of a context that a draft reads; default %(default)s"
     )
     args = parser.parse_args(argv)
-    if ON_CPU:
-        parser.error("needs a Hopper GPU")
+    if ON_CPU or not is_hopper(torch.device("cuda")) or max(args.rows) > MAX_ROWS:
+        parser.error(f"needs a Hopper GPU, and at most {MAX_ROWS} rows")
     bandwidth = copy_bandwidth()
     fmt = create_format(args.weights, group_size=args.group_size, device=torch.device("cuda"))
     layers = Layers(SHAPES[args.model], fmt)

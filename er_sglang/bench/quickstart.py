@@ -54,7 +54,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--policy",
         choices=("toy", *SOURCES),
         default="toy",
-        help="toy, trained now on a task of its own, or a real chat model from PyPI (0.1 to 0.5 GB); default %(default)s",
+        help="toy, trained now on a task of its own, or a real chat model that third parties uploaded to PyPI (0.1 to 1.1 GB); default %(default)s",
     )
     parser.add_argument(
         "--requests", type=int, metavar="N", help="requests in the burst; default 48, of a real chat model 8"

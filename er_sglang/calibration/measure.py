@@ -57,7 +57,8 @@ def obtain_profile(subject: Subject) -> tuple[Profile, Path | None]:
     """
     group = get_tp_group()
     expected = fingerprint(subject)
-    path = Path(subject.config.profile) if subject.config.profile else _cached(expected)
+    # Of another size of the KV cache, the cells are others.
+    path = Path(subject.config.profile or _cached({**expected, "cells": _grid(subject)}))
     profile, refusal = None, None
     if group.rank_in_group == 0 and (subject.config.profile or path.exists()):
         try:

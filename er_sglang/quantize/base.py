@@ -69,4 +69,4 @@ class Format(ABC):
 
     @abstractmethod
     def dequantize(self, packed: Packed) -> torch.Tensor:
-        """W_hat [n, k] in the weight's dtype, as `apply` uses it. For tests and inspection, not for speed."""
+        """W_hat [n, k] in the weight's dtype, as `apply` uses it, but that some kernels do not round it. For tests and inspection, not for speed."""

@@ -53,8 +53,8 @@ def shared_bytes(k: int, blocks: Blocks) -> int:
 
 @functools.cache
 def choose_blocks(n: int, k: int, multiprocessors: int) -> Blocks:
-    """For up to SMALL_BATCH rows: fills the chip best with blocks that all run at once, each warp with two units of K
-    or more."""
+    """For up to SMALL_BATCH rows: fills the chip best with blocks that all run at once, each warp with 1.7 units of
+    K or more, on average."""
     best, best_fill = None, 0.0
     for (warps_n, warps_k), by_registers in RESIDENT.items():
         columns = -(-n // (TILE_N * warps_n))

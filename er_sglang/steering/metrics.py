@@ -148,7 +148,8 @@ class Metrics:
         plain decoding, which takes as long as the profile says. plain_step_ratio: seconds of recent plain decode steps
         over what the profile says. outside: decisions from extrapolated cells of the profile. riding_tokens: by reason,
         tokens of requests that took a plain step in a cycle of others, one a request and step; they are not counted as
-        drafted. refused_tokens: by reason, tokens of batches that must not be drafted for.
+        drafted. refused_tokens: by reason, tokens of batches that must not be drafted for. A request that ends, or is retracted,
+        with a step in flight is counted in that step, too, though nobody gets its tokens.
         """
         return {
             "gamma": self.latest.rung.gamma,

