@@ -97,7 +97,8 @@ class SelfQuantWorker(ServedWorker):
             self.config.updates,
             refresh=self._refresh_drafter,
             on_update=lambda: self.steering.policy_updated(),
-            acceptance=lambda: self.steering.first_acceptance,
+            acceptance=lambda: self.steering.controller.first_acceptance,
+            window=lambda: self.steering.controller.last_window,
         )
         if simulated is not None:
             logger.warning(

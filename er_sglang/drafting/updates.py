@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from enum import Enum
 
@@ -43,7 +43,7 @@ def refresh_reason(
 
     whole: its weights are those of one policy, this one or an earlier one.
     behind: updates that have ended since it was refreshed.
-    acceptance: of its drafts, now. fresh_acceptance: before the first of those updates.
+    acceptance: of its drafts, now. fresh_acceptance: of such drafts before the first of those updates.
     """
     if not whole:
         return RefreshReason.LOST
@@ -60,7 +60,7 @@ class Freshness:
     refresh: re-derives the drafter from the live policy and returns when that is done.
     on_update: called when what was learned of its acceptance says less: once per update, and when it was refreshed
         because acceptance fell.
-    acceptance: live acceptance of the first drafted token.
+    acceptance: live acceptance of the first drafted token, by attention window. window: that of the latest drafts.
     """
 
     def __init__(
@@ -69,12 +69,14 @@ class Freshness:
         *,
         refresh: Callable[[], None],
         on_update: Callable[[], None],
-        acceptance: Callable[[], float],
+        acceptance: Callable[[], Mapping[int, float]],
+        window: Callable[[], int],
     ) -> None:
         self._config = config
         self._refresh = refresh
         self._on_update = on_update
         self._acceptance = acceptance
+        self._window = window
         self._open = False
         self._marked = False  # the open update will have its end marked
         self._ended = False  # its end was marked, and no step came since
@@ -82,7 +84,7 @@ class Freshness:
         self._resident = True
         self._whole = True
         self._behind = 0
-        self._fresh_acceptance = 0.0
+        self._fresh_acceptance: Mapping[int, float] = {}
         self.update_calls = 0
         self.updates = 0
         self.failed_updates = 0
@@ -177,12 +179,13 @@ class Freshness:
         """Refresh if due and allowed; before every draft."""
         if not self.dirty or self.blocker is not None:
             return
+        window = self._window()
         reason = refresh_reason(
             self._config,
             whole=self._whole,
             behind=self._behind,
-            acceptance=self._acceptance(),
-            fresh_acceptance=self._fresh_acceptance,
+            acceptance=self._acceptance()[window],
+            fresh_acceptance=self._fresh_acceptance.get(window, 0.0),
         )
         if reason is None:
             return

@@ -221,6 +221,7 @@ class Controller:
 
     profile: required by auto and paper; must cover config.gammas, else ConfigError.
     windows: attention windows that auto chooses from; the other modes draft with the first.
+    last_window: drafted with last.
     cycle_factor: how much longer cycles take, against plain steps, than the profile says; may be set at any time.
     """
 
@@ -242,7 +243,7 @@ class Controller:
         widest, *_ = widest_first(self.windows)
         self.acceptance = {window: config.estimator(narrower=window != widest) for window in self.windows}
         self._memory = Memory()
-        self._last_window = self.windows[0]
+        self.last_window = self.windows[0]
         self.cycle_factor = 1.0
         ladder = config.paper_ladder
         roofline = fit_roofline(profile, ladder, windows[0]) if config.mode == "paper" else None
@@ -250,9 +251,9 @@ class Controller:
         self._cycle = cycle(config.cycle)
 
     @property
-    def first_acceptance(self) -> float:
-        """Of the first drafted token, live, with the window drafted with last; 0 if the mode never drafts."""
-        return next(iter(self.acceptance[self._last_window].alphas()), 0.0)
+    def first_acceptance(self) -> dict[int, float]:
+        """Of the first drafted token, live, by window; 0 if the mode never drafts."""
+        return {window: next(iter(each.alphas()), 0.0) for window, each in self.acceptance.items()}
 
     def decide(self, state: State) -> Decision:
         """How to take this step."""
@@ -282,7 +283,7 @@ class Controller:
 
     def observe(self, accepted: Sequence[int], rung: Rung) -> None:
         """Report a cycle: accepted[r] in [0, gamma] drafts of request r were accepted."""
-        self._last_window = rung.window
+        self.last_window = rung.window
         self.acceptance[rung.window].observe(accepted, rung.gamma)
         if self._paper:
             self._paper.observe(sum(accepted), len(accepted))

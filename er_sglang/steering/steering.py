@@ -52,11 +52,6 @@ class Steering:
         self.settings_version = 0
 
     @property
-    def first_acceptance(self) -> float:
-        """Live acceptance of the first drafted token; 0 if the mode never drafts."""
-        return self.controller.first_acceptance
-
-    @property
     def in_flight_tokens(self) -> int:
         """The most tokens per request that the steps in flight can emit."""
         return sum(step.rung.gamma + 1 for step, _ in self._in_flight)

@@ -17,7 +17,8 @@ def freshness(acceptance=lambda: 0.9, **settings):
         UpdatesConfig(**settings),
         refresh=lambda: done.append("refresh"),
         on_update=lambda: done.append("changed"),
-        acceptance=acceptance,
+        acceptance=lambda: {0: acceptance(), 256: 0.5},
+        window=lambda: 0,
     )
 
 
@@ -115,6 +116,25 @@ def test_nothing_is_touched_while_released():
     drafter.resumed()
     drafter.ensure()
     assert done.count("refresh") == 1
+
+
+def test_another_window_is_no_drop_of_acceptance():
+    live, window, done = {0: 0.9, 256: 0.7}, [0], []
+    drafter = Freshness(
+        UpdatesConfig(refresh_interval=10, refresh_on_acceptance_drop=0.1),
+        refresh=lambda: done.append("refresh"),
+        on_update=lambda: None,
+        acceptance=lambda: dict(live),
+        window=lambda: window[0],
+    )
+    call(drafter)
+    drafter.continued()
+    window[0] = 256
+    drafter.ensure()
+    assert done == []
+    live[256] = 0.55
+    drafter.ensure()
+    assert done == ["refresh"]
 
 
 def test_a_drop_of_acceptance_is_measured_against_the_fresh_drafter():

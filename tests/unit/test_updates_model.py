@@ -54,7 +54,11 @@ class Trainer(RuleBasedStateMachine):
         self.told = 0
         self.drops = 0
         self.freshness = Freshness(
-            config, refresh=self._refresh, on_update=self._updated, acceptance=lambda: self.acceptance
+            config,
+            refresh=self._refresh,
+            on_update=self._updated,
+            acceptance=lambda: {0: self.acceptance},
+            window=lambda: 0,
         )
 
     def _refresh(self):
