@@ -109,13 +109,13 @@ def _set_internal_state(original, scheduler, recv_req):
     return _control.answer(scheduler.draft_worker.change_settings(wanted))
 
 
-def _count_drafts(result, processor, step, batch) -> None:
+def _count_drafts(tokens, processor, result, batch) -> None:
     """SGLang has no count of a request's drafted tokens: it assumes one gamma for all steps. They travel to the front
     end as ``spec_num_correct_drafts``, which can spare the field: the histogram of accepted drafts says the same."""
-    gamma = step.speculative_num_draft_tokens - 1
+    gamma = result.speculative_num_draft_tokens - 1
     if gamma == 0:
         return
-    for req, accepted in zip(batch.reqs, step.num_correct_drafts_per_req_cpu):
+    for req, accepted in zip(batch.reqs, result.num_correct_drafts_per_req_cpu):
         if not (req.is_retracted or req.finished() or reason_to_ride(req)):
             req.spec_num_correct_drafts += gamma - accepted
 

@@ -19,11 +19,11 @@ On CUDA int4 is Marlin's layout, refreshed by one fused kernel per weight and mu
 
 import torch
 
+from er_sglang.config import WEIGHT_FORMATS
 from er_sglang.quantize.base import Format, Packed
 
-__all__ = ["FORMATS", "Format", "Packed", "create_format"]
+__all__ = ["Format", "Packed", "create_format"]
 
-FORMATS = ("int4", "int4_asym", "fp8")
 _MIN_CAPABILITY = {"int4": (8, 0), "int4_asym": (8, 0), "fp8": (8, 9)}
 
 
@@ -33,8 +33,8 @@ def create_format(name: str, *, group_size: int, device: torch.device) -> Format
     `group_size` is in input features; fp8 has one scale per output feature and ignores it.
     Raises ValueError, saying what to choose instead, when the name, group size or device is not supported.
     """
-    if name not in FORMATS:
-        raise ValueError(f"unknown weight format {name!r}: choose one of {', '.join(FORMATS)}")
+    if name not in WEIGHT_FORMATS:
+        raise ValueError(f"unknown weight format {name!r}: choose one of {', '.join(WEIGHT_FORMATS)}")
     if device.type == "cpu":
         from er_sglang.quantize.reference import ReferenceFp8, ReferenceInt4
 

@@ -14,8 +14,9 @@ if not torch.cuda.is_available():
 pytest.importorskip("sglang", reason="needs SGLang's Marlin and fp8 kernels")
 
 from er_sglang.bench.gemm import all_shapes
+from er_sglang.config import WEIGHT_FORMATS
 from er_sglang.drafting import early
-from er_sglang.quantize import FORMATS, Format, Packed, create_format, marlin_layout, rtn
+from er_sglang.quantize import Format, Packed, create_format, marlin_layout, rtn
 from er_sglang.quantize.blocks import MAX_SPLITS, WGMMA_BLOCK_N, Wave
 from er_sglang.quantize.kernels import refresh_int4_marlin_
 from er_sglang.quantize.marlin import MarlinInt4
@@ -33,7 +34,7 @@ MODELS = {
 REFRESH_LIMIT_S = {"7B": 0.020, "14B": 0.040, "32B": math.inf}
 
 
-@pytest.fixture(params=FORMATS)
+@pytest.fixture(params=WEIGHT_FORMATS)
 def fmt(request) -> Format:
     if request.param == "fp8" and torch.cuda.get_device_capability() < (8, 9):
         pytest.skip("fp8 needs compute capability 8.9")

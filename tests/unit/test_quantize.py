@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from er_sglang.quantize import FORMATS, create_format, marlin_layout, rtn
+from er_sglang.config import WEIGHT_FORMATS
+from er_sglang.quantize import create_format, marlin_layout, rtn
 from er_sglang.quantize.scaled import ScaledWeight
 
 CPU = torch.device("cpu")
@@ -175,7 +176,7 @@ def test_scales_and_zeros_layout(n, groups):
 # ---- formats on CPU
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", WEIGHT_FORMATS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_format_refreshes_in_place_and_applies_its_weight(name, dtype):
     fmt = create_format(name, group_size=32, device=CPU)
@@ -224,7 +225,7 @@ def test_reference_int4_is_the_quantizer(name, symmetric):
 def test_bytes():
     n, k = 96, 256
     sizes = {}
-    for name in FORMATS:
+    for name in WEIGHT_FORMATS:
         sizes[name] = create_format(name, group_size=128, device=CPU).allocate(n, k, torch.bfloat16, CPU).nbytes
     groups = n * k // 128
     assert sizes == {"int4": n * k // 2 + 2 * groups, "int4_asym": n * k // 2 + 3 * groups, "fp8": n * k + 4 * n}
