@@ -30,7 +30,10 @@ KINDS = (
     ("norm", "norm"),
     ("attention", "flash|attn|fmha"),
     ("choice of tokens", "_sums_kernel|_scores_kernel|topk|radix|sort"),
-    ("draw and judge", "_shape_kernel|_partials_kernel|summarize_rows|_accept_kernel|_residual_kernel|_emit_kernel"),
+    (
+        "draw and judge",
+        "_shape_kernel|_partials_kernel|summarize_rows|_joint_kernel|_rest_kernel|_accept_kernel|_residual_kernel|_emit_kernel",
+    ),
     ("rope, KV store", "rope|rotary|kvcache|kv_cache"),
     ("activation", "silu|act_and_mul"),
     ("bf16 GEMM", "nvjet|gemm|gemv|splitk|cutlass"),

@@ -118,8 +118,8 @@ class Sampler(ABC):
         stop_i  = rest_i / (rest_i + 1 - joint_i) for i < G,  joint_G for i = G;  1 where joint_i = 1
 
     Of independent events with probabilities stop_i, the last that happens says how many drafts are accepted; stop_0 = 1
-    always does. Given the drafts, at least i are accepted with probability joint_i, which is never less than the product
-    of the min(1, p / q), and equal to it for one draft. Then a token is drawn from max(joint_i * p_i - q_i, 0), after the
+    always does. Given the first i drafts, they are accepted with probability joint_i, which is never less than the product
+    of their min(1, p / q), and equal to it for the first. Then a token is drawn from max(joint_i * p_i - q_i, 0), after the
     last draft from p.
 
     simulated_acceptance: accept each drafted token with this probability instead of the rule. The output is then
