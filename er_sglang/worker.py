@@ -374,6 +374,7 @@ class SelfQuantWorker(ServedWorker):
         self.synchronize()  # A cycle in flight ends on the drafter it began with.
         self._drafter.refresh_()
         self.synchronize()
+        self.steering.held_up()
 
     def _graph_batches(self) -> tuple[list[int], list[int]]:
         """Batch sizes with graphs: of drafts and verifies, and of the policy's plain decoding."""

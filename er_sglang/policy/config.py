@@ -36,7 +36,7 @@ class PolicyConfig:
 
     mode: str = "auto"
     ladder: tuple[int, ...] = (1, 2, 3, 5, 7)
-    fixed_gamma: int = 3
+    fixed_gamma: int = 7
     threshold_batch: int = 16
     margin: float = 0.01
     live_times: bool = True

@@ -1,10 +1,9 @@
 """The sampler as kernels that read each row of logits once, and each row with filters twice more, seldom thrice.
 
 Cost per cycle without filters: a draft step reads its [B, V] logits once (one split pass and one reduction). The
-verdict reads [B, N, V] once for the log-sum-exps, which log-probabilities share; the target's and the draft's rows but
-each request's first and last, for how many drafts are accepted; and a row of each for the token after them. Rows with
-top-k, top-p or min-p find their floor by radix selection (summary.cu). No probabilities are ever stored and nothing is
-sorted.
+verdict reads [B, N, V] once for the log-sum-exps, which log-probabilities share; of each request gamma - 1 rows of the
+target and of the draft, for how many drafts are accepted; and a row of each for the token after them. Rows with top-k,
+top-p or min-p find their floor by radix selection (summary.cu). No probabilities are ever stored and nothing is sorted.
 
 Random numbers, floors and tie rules are those of ``reference.py``; both run under the same tests.
 """
@@ -84,7 +83,9 @@ def _partials_kernel(
 
 @triton.jit
 def _probability(x, floor, lse):
-    return tl.where(x >= floor, tl.exp(x - lse), 0.0)
+    value = tl.exp(x - lse)
+    # Of logits that are no numbers nothing is accepted: tl.minimum would make 1 of NaN.
+    return tl.where((x >= floor) & (value > 0), value, 0.0)
 
 
 @triton.jit
@@ -123,7 +124,8 @@ def _joint_kernel(
             q_at = step * q_stride + request
             q = _probability(q_x, tl.load(q_floor_ptr + q_at), tl.load(q_lse_ptr + q_at))
             same = (token == tl.load(p_top_ptr + row)).to(tl.float32)
-            joint = tl.where(greedy, joint * same, tl.minimum(joint * p / tl.maximum(q, LEAST_FLOAT), 1.0))
+            ratio = tl.where(q > 0, joint * p / tl.maximum(q, LEAST_FLOAT), 0.0)
+            joint = tl.where(greedy, joint * same, tl.minimum(ratio, 1.0))
         tl.store(joint_ptr + row + 1, joint)
 
 

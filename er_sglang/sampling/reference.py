@@ -109,7 +109,8 @@ class ReferenceSampler(Sampler):
                 token_B = draft.tokens_NB[position + 1]
                 if self.simulated_acceptance is None:
                     p_B, q_B = p_BV[rows_B, token_B], q_BV[rows_B, token_B]
-                    joint_B = (joint_B * p_B / q_B.clamp_min(LEAST_FLOAT)).clamp_max(1)
+                    ratio_B = joint_B * p_B / q_B.clamp_min(LEAST_FLOAT)
+                    joint_B = torch.where(q_B > 0, ratio_B, 0).clamp_max(1)  # a draft of no numbers is not accepted
                 else:
                     joint_B = joint_B * (u_B < self.simulated_acceptance)
                 joint_B = joint_B.masked_fill(rides_B, 0)

@@ -60,6 +60,11 @@ class Steering:
         """A prefill, or nothing at all, comes before the next decode step: its duration says nothing."""
         self._continuous = False
 
+    def held_up(self) -> None:
+        """An update or a refresh came between: the step in flight waited for it, too."""
+        self.interrupted()
+        self._finished_batch = 0
+
     def launch(self, committed_tokens: Sequence[int], blocker: str | None, riding: Mapping[int, str]) -> Launched:
         """How the next step is to be taken.
 
@@ -146,9 +151,8 @@ class Steering:
         }
 
     def policy_updated(self) -> None:
-        """The drafter follows new weights of the policy. The step in flight waited for them, too."""
-        self.interrupted()
-        self._finished_batch = 0
+        """The drafter follows new weights of the policy."""
+        self.held_up()
         self.controller.policy_updated()
 
     def idle(self) -> None:

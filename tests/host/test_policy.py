@@ -288,7 +288,7 @@ def test_a_batch_above_max_draft_batch_is_decoded_plainly():
     always = Controller(PolicyConfig(mode="always"))
     steering = Steering(always, Metrics(3), windows=(0,), max_draft_batch=2, agreement=Agreement(None), trace=None)
     steps = [steering.launch([5] * batch, None, {}) for batch in (2, 3)]
-    assert [(step.rung.gamma, step.reason) for step in steps] == [(3, "always"), (0, "max-draft-batch")]
+    assert [(step.rung.gamma, step.reason) for step in steps] == [(7, "always"), (0, "max-draft-batch")]
 
 
 @pytest.mark.parametrize(
