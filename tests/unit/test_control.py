@@ -8,7 +8,9 @@ from er_sglang.errors import ConfigError
 from er_sglang.policy.config import PolicyConfig
 from er_sglang.steering.control import Control, as_name, replaced, spelled_out
 
-AUTO = Control(policy=PolicyConfig(mode="auto", ladder=(1, 2, 3), threshold_batch=9), simulated_acceptance=None)
+AUTO = Control(
+    policy=PolicyConfig(mode="auto", ladder=(1, 2, 3), fixed_gamma=3, threshold_batch=9), simulated_acceptance=None
+)
 SIMULATED = replace(AUTO, simulated_acceptance={0: 0.9, 256: 0.8})
 
 

@@ -364,8 +364,8 @@ def test_probes_of_a_window_cost_less_than_their_budget_while_drafting_with_anot
 def test_windows_without_step_times_are_refused():
     with pytest.raises(ValueError, match=r"no times of attention window \[512\].*\[0, 256\]"):
         Controller(PolicyConfig(), WINDOWED, (0, 512))
-    assert Controller(PolicyConfig(mode="always"), None, (512,)).decide(LONG).rung == Rung(3, 512)
-    assert Controller(PolicyConfig(mode="always"), None, (0, 256)).decide(LONG).rung == Rung(3)
+    assert Controller(PolicyConfig(mode="always"), None, (512,)).decide(LONG).rung == Rung(7, 512)
+    assert Controller(PolicyConfig(mode="always"), None, (0, 256)).decide(LONG).rung == Rung(7)
 
 
 ROOFLINE = Roofline(18.9e-3, 7.9e-3, 3e-8, 1.2e-4, 5e-5, 1.5e-4, 2.3e-4)

@@ -284,7 +284,7 @@ def figures(profile: Profile, tmp_path: Path, *words: str) -> dict:
     return json.loads((tmp_path / "out.json").read_text())
 
 
-@pytest.mark.parametrize(("gammas", "expected"), [((1, 2), 2), ((1, 2, 3), 3), ((1, 2, 3, 5, 7), 3)])
+@pytest.mark.parametrize(("gammas", "expected"), [((1, 2), 2), ((1, 2, 3), 3), ((1, 2, 3, 5, 7), 7)])
 def test_the_command_line_takes_the_servers_defaults(gammas, expected, tmp_path):
     results = figures(flat_profile(gammas=gammas), tmp_path, "--modes", "always,threshold")
     for mode in ("always", "threshold"):
