@@ -287,6 +287,13 @@ class SamplerCases:
             assert (verdict.accept_lens_B == 1).all()
             assert p_value(verdict.emitted_BN[:, 0], exact(p_NV[0])) > FALSE_ALARM_RATE
 
+    def test_a_logit_that_is_no_number_shows(self, sampler, device):
+        """In the log-probabilities: to leave it out, as a mask does with -inf, would hide a policy that is broken."""
+        logits_BNV = make_logits(3, 1, 3, 9000)
+        logits_BNV[0, 1, 5000], logits_BNV[0, 2, :4096] = torch.nan, -torch.inf
+        lse_N = sampler.log_sum_exp(logits_BNV.to(device))[0].cpu()
+        assert lse_N.isnan().tolist() == [False, True, False]
+
     def test_a_rider_of_which_a_mask_leaves_two_tokens(self, sampler, device):
         """As a grammar does: most of the vocabulary is forbidden in whole blocks."""
         vocab, rows, allowed = 12_000, 8, [5000, 5001]

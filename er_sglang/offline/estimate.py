@@ -3,9 +3,9 @@
 Speculative sampling emits the policy's distribution, so a text sampled from the policy is a text that a server could
 have emitted. A server judges a chain as one block (see Sampler): its first i drafts x_1 ... x_i are drawn with the
 product of their q, and accepted with probability joint_i. A text that has these tokens has them with the product of
-their p. Whether they were accepted drafts, given the text, is therefore the ratio of both, whatever follows: a product
-of r_i = min(1, q(x_i) / (joint_(i-1) * p(x_i))), where p and q are those of the chain at that token. With it, exactly
-and without drawing anything:
+their p. The probability that they were accepted drafts, given the text, is the ratio of both, whatever follows: a
+product of r_i = min(1, q(x_i) / (joint_(i-1) * p(x_i))), where p and q are those of the chain at that token. With it,
+exactly and without drawing anything:
 
     start(s)    probability that a cycle starts at token s of the text, from start(0) = 1 and the r of all cycles before
     reach(s, i) product of r over the first i drafts of that cycle: all of them are accepted

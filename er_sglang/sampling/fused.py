@@ -75,8 +75,8 @@ def _partials_kernel(
             score = x - _log_exponential(_bits(state_ptr, offset, request, stream))
     out = row * blocks + block
     tl.store(max_ptr + out, top)
-    # A mask may leave nothing of a block, and -inf - -inf is no number.
-    tl.store(sum_ptr + out, tl.sum(tl.where(x > float("-inf"), tl.exp(x - top), 0.0), 0))
+    # A mask may leave nothing of a block, and -inf - -inf is no number. A logit that is none shows in the sum.
+    tl.store(sum_ptr + out, tl.sum(tl.where(x == float("-inf"), 0.0, tl.exp(x - top)), 0))
     tl.store(best_ptr + out, tl.max(score, 0))
     tl.store(arg_ptr + out, block * BLOCK + tl.argmax(score, 0))
 

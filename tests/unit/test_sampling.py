@@ -51,6 +51,7 @@ class TestFusedSamplerInterpreted:
     test_top_p_of_one = SamplerCases.test_top_p_of_one_keeps_every_token
     test_top_p_at_a_real_vocabulary = SamplerCases.test_top_p_at_a_real_vocabulary
     test_no_numbers = SamplerCases.test_a_draft_of_no_numbers_is_not_accepted
+    test_nan_shows = SamplerCases.test_a_logit_that_is_no_number_shows
     test_masked_rider = SamplerCases.test_a_rider_of_which_a_mask_leaves_two_tokens
     test_greedy = SamplerCases.test_greedy_requests_accept_while_the_argmax_agrees
     test_greedy_ties = SamplerCases.test_greedy_ties_go_to_the_first_token
