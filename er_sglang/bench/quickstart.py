@@ -47,8 +47,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="launch/quickstart",
         description="Train a small policy for a minute, or fetch a real chat model, serve it with SGLang, plain and then with "
-        "SELF_QUANT, drafting in every step and as its policy decides, send the same burst of requests to each, and print "
-        "and plot what happened. Needs no GPU.",
+        "SELF_QUANT, drafting in every step and as its policy decides, send the same burst of requests to each, with responses "
+        "as long as those of plain decoding, and print and plot what happened. Needs no GPU.",
     )
     parser.add_argument(
         "--policy",
@@ -108,7 +108,9 @@ def main(argv: list[str] | None = None) -> int:
             for arm in served:
                 result, state = load(server, arm, requests, args)
                 results[str(arm)] = result
-                rows.append(summary(arm, requests, result, state, is_toy))
+                rows.append(summary(arm, result, state))
+                # The other arms' responses are as long as those of plain decoding: equal work, whatever each samples.
+                requests = as_long_as(requests, result)
                 if state is None:
                     continue
                 decisions[str(arm)] = state["decisions"]
@@ -131,7 +133,7 @@ def main(argv: list[str] | None = None) -> int:
     )
 
     if is_toy:
-        example = results[str(arms[-1])].completions[0].text
+        example = results[str(arms[0])].completions[0].text
         print(f"\nprompt {requests[0].prompt!r} -> {example[:60]!r}{'...' if len(example) > 60 else ''}")
     print(f"\n{table(rows)}\n")
     steps = [{"arm": arm, "decision": name, "steps": n} for arm, each in decisions.items() for name, n in each.items()]
@@ -181,6 +183,14 @@ def load(server: Server, arm: Arm, requests: list[Request], args: argparse.Names
     return result, difference(before, server.self_quant())
 
 
+def as_long_as(requests: list[Request], result: LoadResult) -> list[Request]:
+    """The requests, each for exactly as many tokens as it had in `result`."""
+    return [
+        dataclasses.replace(request, max_new_tokens=completion.total_tokens, ignore_eos=True)
+        for request, completion in zip(requests, result.completions)
+    ]
+
+
 def stream(server: Server, request: Request) -> None:
     """Print a response as it comes, a drafted cycle at a time."""
     question = request.prompt.rpartition("user\n")[2].partition("<|im_end|>")[0]
@@ -222,8 +232,7 @@ def difference(before: dict, after: dict) -> dict:
     }
 
 
-def summary(arm: Arm, requests: list[Request], result: LoadResult, state: dict | None, is_toy: bool) -> dict:
-    valid = [toy.valid_steps(request.prompt, c.text) for request, c in zip(requests, result.completions) if is_toy]
+def summary(arm: Arm, result: LoadResult, state: dict | None) -> dict:
     return {
         "arm": str(arm),
         "tokens": result.total_tokens,
@@ -232,7 +241,6 @@ def summary(arm: Arm, requests: list[Request], result: LoadResult, state: dict |
         "tokens/s": result.tokens_per_s,
         "accepted": state["accepted_tokens"] / state["drafted_tokens"] if state and state["drafted_tokens"] else None,
         "accept length": result.accept_length,
-        **({"legal steps": sum(valid) / len(valid)} if is_toy else {}),
     }
 
 

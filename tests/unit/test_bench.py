@@ -1,5 +1,6 @@
 """The benchmark's arithmetic, commands and files: no server, no SGLang."""
 
+import dataclasses
 import importlib.util
 import json
 import random
@@ -348,6 +349,15 @@ def test_the_quick_start_ends_on_what_auto_did_and_on_a_gpus_times():
         for alpha in (0.2, 0.95)
     ]
     assert 0.98 < speed_ups[0] < 1.02 and speed_ups[1] > 1.3
+
+
+@needs_transformers
+def test_the_quick_start_gives_every_arm_the_same_lengths():
+    from er_sglang.bench.quickstart import as_long_as
+
+    asked = Request(prompt="017:", max_new_tokens=512, temperature=0.7)
+    again = as_long_as([asked, asked], result(completion(), completion(tokens=(3,), times_s=(1.0,))))
+    assert again == [dataclasses.replace(asked, max_new_tokens=length, ignore_eos=True) for length in (9, 3)]
 
 
 # ---------------------------------------------------------------- the toy policy
