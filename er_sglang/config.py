@@ -118,7 +118,8 @@ class SelfQuantConfig:
     """All settings of SELF_QUANT.
 
     gamma_max: drafted tokens per request and cycle, at most; from ``--speculative-num-steps``.
-    max_draft_batch: running requests above which a step never drafts (bounds graphs and draft buffers).
+    max_draft_batch: running requests above which a step never drafts (bounds graphs and draft buffers). Where there are
+        CUDA graphs, nor does it above the largest that SGLang captures (--cuda-graph-max-bs).
     policy: how many tokens a step drafts. Left open, ``ladder`` is the default one up to gamma_max, and
         ``fixed_gamma`` is gamma_max.
     drafter, updates: what it is made of, and when it follows the policy.

@@ -156,6 +156,9 @@ class SelfQuantWorker(ServedWorker):
     def init_cuda_graphs(self) -> None:
         """The last of the start: SGLang has allocated its KV cache and captured the policy's own graphs."""
         self.graph_batches, target_graph_batches = self._graph_batches()
+        if self.graph_batches:
+            # Above, drafts would be launched kernel by kernel, at a price that the profile does not know.
+            self._max_batch = min(self._max_batch, self.graph_batches[-1])
         self._shaper = create_shaper(self.device, len(self.req_to_token))
         if gammas := self.config.policy.gammas:
             self._verifier = Verifier(self.runner, self._algorithm, gammas, self.graph_batches)
@@ -189,7 +192,7 @@ class SelfQuantWorker(ServedWorker):
                     target_graph_batches=target_graph_batches,
                 )
             )
-        self.steering = create_steering(self.config, profile, self.server_args, self._dp_rank)
+        self.steering = create_steering(self.config, self._max_batch, profile, self.server_args, self._dp_rank)
         # As SGLang's /freeze_gc: to go over all that a start leaves would take 0.1 s, now and then amid a rollout.
         gc.collect()
         gc.freeze()

@@ -165,7 +165,9 @@ class Steering:
             self.controller.idle()
 
 
-def create_steering(config: SelfQuantConfig, profile: Profile | None, server_args, dp_rank: int | None) -> Steering:
+def create_steering(
+    config: SelfQuantConfig, max_draft_batch: int, profile: Profile | None, server_args, dp_rank: int | None
+) -> Steering:
     """Rank 0 of every replica exports and traces; the ranks of a tensor-parallel group check each other."""
     group = get_tp_group()
     exporter = trace = None
@@ -182,7 +184,7 @@ def create_steering(config: SelfQuantConfig, profile: Profile | None, server_arg
         Controller(config.policy, profile, config.drafter.windows),
         Metrics(config.gamma_max, exporter),
         windows=config.drafter.windows,
-        max_draft_batch=config.max_draft_batch,
+        max_draft_batch=max_draft_batch,
         agreement=Agreement(group.cpu_group if group.world_size > 1 and config.policy.gammas else None),
         trace=trace,
     )

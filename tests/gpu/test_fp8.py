@@ -46,7 +46,7 @@ def serve(policy: Path, log_path: Path, **args):
         "random-seed": 20240607,
         "cuda-graph-bs": [1, 8, 32],
         "cuda-graph-backend-prefill": "disabled",
-        "max-running-requests": 128,
+        "max-running-requests": 32,
         "max-total-tokens": 16384,
         "speculative-algorithm": "SELF_QUANT",
         "speculative-num-steps": max(CYCLE),

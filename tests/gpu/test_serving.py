@@ -62,7 +62,7 @@ def server(policy, tmp_path_factory, request):
         "random-seed": 20240607,
         "cuda-graph-bs": [1, 8, LARGEST_GRAPH_BATCH],
         "cuda-graph-backend-prefill": "disabled",
-        "max-running-requests": 64,
+        "max-running-requests": LARGEST_GRAPH_BATCH,
         "mem-fraction-static": 0.3,
         "tp-size": gpus,
         "speculative-algorithm": "SELF_QUANT",

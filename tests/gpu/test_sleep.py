@@ -60,7 +60,7 @@ def trainer(policies, tmp_path_factory):
         "dtype": "bfloat16",
         "cuda-graph-bs": [1, 2, 4],
         "cuda-graph-backend-prefill": "disabled",
-        "max-running-requests": 32,
+        "max-running-requests": 4,
         "mem-fraction-static": 0.3,
         "enable-memory-saver": True,
         "speculative-algorithm": "SELF_QUANT",
