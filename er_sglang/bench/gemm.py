@@ -57,7 +57,7 @@ def all_shapes(m: int, n: int, k: int) -> Iterator[Blocks | Waves]:
         for warps_n, warps_k in shapes.RESIDENT:
             for splits in shapes.SPLITS:
                 blocks = Blocks(warps_n, warps_k, splits)
-                if shapes.shared_bytes(k, blocks) <= shapes.SHARED_BYTES:
+                if splits <= k // shapes.UNIT_K and shapes.shared_bytes(k, blocks) <= shapes.SHARED_BYTES:
                     yield blocks
     if m <= MAX_ROWS:
         for splits in range(1, min(shapes.MAX_SPLITS, k // shapes.UNIT_K) + 1):

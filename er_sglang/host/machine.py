@@ -13,6 +13,7 @@ import torch
 from er_sglang.config import SelfQuantConfig
 from er_sglang.errors import ConfigError
 from er_sglang.quantize import check_card
+from er_sglang.quantize.blocks import MAX_ROWS
 
 COMPILED_BYTES = 100_000_000  # room for a kernel's library and what its compiler leaves beside it
 
@@ -31,9 +32,10 @@ def check_machine(config: SelfQuantConfig) -> None:
 def _compiled_kernels(config: SelfQuantConfig) -> Iterator[str]:
     """The kernels that SGLang's ``load_jit`` compiles at the first start, by tvm_ffi, and keeps."""
     int4 = any(name.startswith("int4") for name in config.drafter.formats)
-    if int4:
+    hopper = torch.cuda.get_device_capability("cuda") == (9, 0)
+    if int4 and not (hopper and config.max_draft_batch <= MAX_ROWS):
         yield "gptq_marlin"
-    if torch.cuda.get_device_capability("cuda") == (9, 0):
+    if hopper:
         yield from ("er_sglang_small_kernels", "er_sglang_decode_attention")
         if int4:
             yield from ("er_sglang_small_batch_gemm", "er_sglang_wgmma_gemm")

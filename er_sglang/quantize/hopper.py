@@ -48,6 +48,12 @@ class HopperGemm:
         self._resident_clusters = tuple(wgmma.resident_clusters(splits) for splits in range(1, MAX_SPLITS + 1))
         self._none = torch.empty(0, dtype=torch.int32, device=device)
 
+    def apply(self, packed: Packed, x_MK: torch.Tensor, bias_N: torch.Tensor | None, *, gated: bool) -> torch.Tensor:
+        """y [M, N], or [M, N / 2] of a gated product, shared out as is fastest."""
+        y_MN = x_MK.new_empty(len(x_MK), packed.n // 2 if gated else packed.n)
+        self(packed, x_MK, bias_N, y_MN, self.shape(len(x_MK), packed), gated=gated)
+        return y_MN
+
     def shape(self, m: int, packed: Packed) -> Blocks | Waves:
         """How to share out a product of m rows: blocks of the small-batch kernel, or waves of the wgmma kernel."""
         if m <= SMALL_BATCH:

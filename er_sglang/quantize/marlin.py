@@ -3,12 +3,15 @@ SGLang's Marlin.
 
 `apply` calls the JIT module itself: SGLang's wrapper allocates its reduction buffer and four empty tensors per call.
 Symmetric weights use Marlin's uint4b8 kernels, asymmetric ones uint4 with zero points; one JIT module per
-activation dtype holds both, for groups of 32, 64 and 128.
+activation dtype holds both, for groups of 32, 64 and 128. It takes minutes to compile: on Hopper it is loaded by the
+first product of more rows than our own take.
 
 When several thread blocks share an output tile, Marlin adds their parts one after another under a lock, in float32
 (`use_fp32_reduce`). Its alternative, atomic adds in the output's dtype, applies only to N <= 2048 and depends on
 the order of arrival; we do without it, so that a replayed graph and an eager call agree bit for bit.
 """
+
+import functools
 
 import torch
 from sgl_kernel.scalar_type import scalar_types
@@ -37,8 +40,7 @@ class MarlinInt4(Format):
         self.group_size = group_size
         self.symmetric = symmetric
         self._type_id = (scalar_types.uint4b8 if symmetric else scalar_types.uint4).id
-        self._gemm = {}  # by activation dtype, loaded by allocate()
-        self._hopper_gemm = {}  # likewise; empty on other chips
+        self._hopper_gemm = {}  # by activation dtype, loaded by allocate(); empty on other chips
         self._on_hopper = is_hopper(device)
         sm_count = torch.cuda.get_device_properties(device).multi_processor_count
         self._locks = torch.zeros(sm_count, dtype=torch.int32, device=device)
@@ -57,8 +59,9 @@ class MarlinInt4(Format):
         return None
 
     def allocate(self, n: int, k: int, dtype: torch.dtype, device: torch.device) -> Packed:
-        self._gemm[dtype] = adapter("marlin")._jit_gptq_marlin_module(dtype).gptq_marlin_gemm
-        if self._on_hopper and dtype not in self._hopper_gemm:
+        if not self._on_hopper:
+            _marlin_module(dtype)
+        elif dtype not in self._hopper_gemm:
             self._hopper_gemm[dtype] = HopperGemm(
                 dtype=dtype, symmetric=self.symmetric, group_size=self.group_size, device=device
             )
@@ -76,12 +79,10 @@ class MarlinInt4(Format):
         refresh_int4_marlin_(weight_NK, packed.codes, packed.scales, packed.zeros, group_size=self.group_size)
 
     def apply(self, packed: Packed, x_MK: torch.Tensor, bias_N: torch.Tensor | None) -> torch.Tensor:
-        y_MN = x_MK.new_empty(x_MK.shape[0], packed.n)
         if self._on_hopper and len(x_MK) <= MAX_ROWS:
-            hopper = self._hopper_gemm[packed.dtype]
-            hopper(packed, x_MK, bias_N, y_MN, hopper.shape(len(x_MK), packed))
-            return y_MN
-        self._gemm[packed.dtype](
+            return self._hopper_gemm[packed.dtype].apply(packed, x_MK, bias_N, gated=False)
+        y_MN = x_MK.new_empty(len(x_MK), packed.n)
+        _marlin_module(packed.dtype).gptq_marlin_gemm(
             x_MK,
             packed.codes,
             packed.scales,
@@ -105,14 +106,17 @@ class MarlinInt4(Format):
         return self._on_hopper and n % (2 * marlin_layout.TILE_N) == 0
 
     def apply_gated(self, packed: Packed, x_MK: torch.Tensor, bias_N: torch.Tensor | None) -> torch.Tensor:
-        if not self._on_hopper or len(x_MK) > MAX_ROWS:
-            return super().apply_gated(packed, x_MK, bias_N)
-        y_MN = x_MK.new_empty(x_MK.shape[0], packed.n // 2)
-        hopper = self._hopper_gemm[packed.dtype]
-        hopper(packed, x_MK, bias_N, y_MN, hopper.shape(len(x_MK), packed), gated=True)
-        return y_MN
+        if self._on_hopper and len(x_MK) <= MAX_ROWS:
+            return self._hopper_gemm[packed.dtype].apply(packed, x_MK, bias_N, gated=True)
+        return super().apply_gated(packed, x_MK, bias_N)
 
     def dequantize(self, packed: Packed) -> torch.Tensor:
         zeros_NG = None if self.symmetric else marlin_layout.unpack_zeros(packed.zeros)
         codes_NK = marlin_layout.unpack_codes(packed.codes)
         return rtn.dequantize_int4(codes_NK, marlin_layout.unpack_scales(packed.scales), zeros_NG)
+
+
+@functools.cache
+def _marlin_module(dtype: torch.dtype):
+    """SGLang's, for an activation dtype."""
+    return adapter("marlin")._jit_gptq_marlin_module(dtype)

@@ -12,25 +12,16 @@
 // - The first weights are requested before the previous kernel has ended (programmatic dependent launch).
 #pragma once
 
-#include <sgl_kernel/tensor.h>
-#include <sgl_kernel/utils.h>
-
-#include <sgl_kernel/utils.cuh>
-
 #include <cooperative_groups.h>
-#include <tvm/ffi/container/tensor.h>
 
 #include <algorithm>
-#include <cstdint>
 
-#include "activation.cuh"
-#include "int4.cuh"
 #include "mma.cuh"
+#include "product.cuh"
 
 namespace er_sglang {
 
-constexpr int kUnitK = 128;  // a warp's piece of K, by one tile of W_hat's rows; holds one or more groups
-constexpr int kUnitTiles = kUnitK / kTileK;
+constexpr int kUnitTiles = kUnitK / kTileK;  // a warp's piece at a time, by one tile of W_hat's rows
 constexpr int kRows = 8;  // of x, at most
 constexpr int kPadX = 8;  // elements between rows of x in shared memory: ldmatrix without bank conflicts
 constexpr int kPadY = 4;  // floats between rows of the parts: stores without bank conflicts
@@ -60,21 +51,9 @@ SGL_DEVICE void copy_async_16(uint32_t shared_address, const void* address) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address), "l"(address));
 }
 
-struct Operands {
-  const void* x;        // [M, K], rows row_stride_x apart
-  const uint4* codes;   // [K / 16, N / 64, 32]
-  const void* scales;   // [K / group, N]
-  const uint32_t* zeros;  // [K / group, N / 8], asymmetric only
-  const void* bias;     // [N] or null
-  void* y;              // [M, N], or [M, N / 2] of a gated product
-  int m, n, k;
-  int row_stride_x;
-  bool gated;  // y is silu(gate) * up: the product's first half is gate, the second up
-};
-
 template <typename T, bool kSymmetric, int kGroup, int kWarpsN, int kWarpsK>
 __global__ void __launch_bounds__(kWarpsN * kWarpsK * 32, 20 / (kWarpsN * kWarpsK))
-    small_batch_gemm_kernel(const __grid_constant__ Operands p) {
+    small_batch_gemm_kernel(const __grid_constant__ Product p) {
   namespace cg = cooperative_groups;
   constexpr int kThreads = kWarpsN * kWarpsK * 32;
   constexpr int kGroups = kUnitK / kGroup;
@@ -100,7 +79,7 @@ __global__ void __launch_bounds__(kWarpsN * kWarpsK * 32, 20 / (kWarpsN * kWarps
   // The first weights.
   const int64_t tile_stride = p.n / 2;  // in uint4: N / 64 tiles of 32
   int unit = first + warp_k;
-  const uint4* next = p.codes + unit * kUnitTiles * tile_stride + n0 / 2 + lane;
+  const uint4* next = static_cast<const uint4*>(p.codes) + unit * kUnitTiles * tile_stride + n0 / 2 + lane;
   const char* next_scales = static_cast<const char*>(p.scales) + (int64_t(unit) * kGroups * p.n + n0 + r * 8) * sizeof(T);
   const uint32_t* next_zeros = kSymmetric ? nullptr : p.zeros + (int64_t(unit) * kGroups * p.n + n0) / 8 + r;
   uint4 ring[kUnitTiles];
@@ -200,21 +179,16 @@ __global__ void __launch_bounds__(kWarpsN * kWarpsK * 32, 20 / (kWarpsN * kWarps
     if (column >= columns) continue;
     T out[2];
     for (int h = 0; h < halves; ++h) {
-      float y[2] = {0, 0};
+      float total[2] = {};
       for (int s = 0; s < splits; ++s) {
         const float* theirs = cluster.map_shared_rank(parts, s);
 #pragma unroll
         for (int w = 0; w < kWarpsK; ++w) {
           const float2 part = *reinterpret_cast<const float2*>(theirs + (w * kRows + row) * kStrideY + h * block_columns + column);
-          y[0] += part.x, y[1] += part.y;
+          total[0] += part.x, total[1] += part.y;
         }
       }
-      const T* bias = static_cast<const T*>(p.bias) + h * y_columns + begin + column;
-#pragma unroll
-      for (int j = 0; j < 2; ++j) {
-        const T rounded = static_cast<T>(p.bias ? y[j] + static_cast<float>(bias[j]) : y[j]);
-        out[j] = h == 0 ? rounded : silu_and_mul(out[j], rounded);
-      }
+      finish(out, total, p.bias, h * y_columns + begin + column, h == 1);
     }
     *reinterpret_cast<uint32_t*>(static_cast<T*>(p.y) + int64_t(row) * y_columns + begin + column) = reinterpret_cast<const uint32_t&>(out);
   }
@@ -224,11 +198,11 @@ __global__ void __launch_bounds__(kWarpsN * kWarpsK * 32, 20 / (kWarpsN * kWarps
 template <typename T, bool kSymmetric, int kGroup>
 struct SmallBatchGemm {
   template <int kWarpsN, int kWarpsK>
-  static void launch(const Operands& p, int splits, DLDevice device) {
+  static void launch(const Product& p, DLDevice device) {
     constexpr auto kernel = small_batch_gemm_kernel<T, kSymmetric, kGroup, kWarpsN, kWarpsK>;
     constexpr int kBlockN = kWarpsN * kTileN;
     const int units = p.k / kUnitK;
-    const int x_bytes = kRows * (host::div_ceil(units, splits) * kUnitK + kPadX) * sizeof(T);
+    const int x_bytes = kRows * (host::div_ceil(units, p.splits) * kUnitK + kPadX) * sizeof(T);
     const int parts_bytes = kWarpsK * kRows * (kBlockN + kPadY) * sizeof(float);
     const int shared_bytes = std::max(x_bytes, parts_bytes);
     static int allowed_bytes = 48 * 1024;
@@ -236,13 +210,12 @@ struct SmallBatchGemm {
       host::RuntimeDeviceCheck(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
       allowed_bytes = shared_bytes;
     }
-    const dim3 grid(splits, host::div_ceil(p.n, kBlockN));
+    const dim3 grid(p.splits, host::div_ceil(p.n, kBlockN));
     host::LaunchKernel(grid, kWarpsN * kWarpsK * 32, device, shared_bytes)
-        .config({.use_pdl = true, .cluster_dim = dim3(splits)})(kernel, p);
+        .config({.use_pdl = true, .cluster_dim = dim3(p.splits)})(kernel, p);
   }
 
-  // zeros and bias may be empty. gated: y is [M, N / 2], see Operands. warps_n: warps of a block side by side along N; splits: blocks
-  // that share K, 1 to 8.
+  // Operands as of checked_product. warps_n: warps of a block side by side along N.
   static void
   run(tvm::ffi::TensorView x,
       tvm::ffi::TensorView codes,
@@ -254,38 +227,12 @@ struct SmallBatchGemm {
       int64_t warps_n,
       int64_t warps_k,
       int64_t splits) {
-    using namespace host;
-    auto M = SymbolicSize{"M"}, N = SymbolicSize{"N"}, K = SymbolicSize{"K"}, stride = SymbolicSize{"row stride of x"};
-    auto device = SymbolicDevice{};
-    device.set_options<kDLCUDA>();
-    TensorMatcher({M, K}).with_strides({stride, 1}).with_dtype<T>().with_device(device).verify(x);
-    TensorMatcher({K.unwrap() / kGroup, N}).with_dtype<T>().with_device(device).verify(scales);
-    TensorMatcher({K.unwrap() / kTileK, 2 * N.unwrap()}).with_dtype<int32_t>().with_device(device).verify(codes);
-    const int m = M.unwrap(), n = N.unwrap(), k = K.unwrap();
-    RuntimeCheck(1 <= m && m <= kRows && n % kTileN == 0 && k % kUnitK == 0, "unsupported shape: m ", m, ", n ", n, ", k ", k);
-    RuntimeCheck(!gated || n % (2 * kTileN) == 0, "gate and up are not of whole tiles: n ", n);
-    TensorMatcher({M, gated ? n / 2 : n}).with_dtype<T>().with_device(device).verify(y);
-    RuntimeCheck(stride.unwrap() % 8 == 0, "rows of x are not aligned to 16 bytes");
-    RuntimeCheck(1 <= splits && splits <= 8, "splits is ", splits, "; it must be 1 to 8");
-    if constexpr (!kSymmetric) TensorMatcher({k / kGroup, n / 8}).with_dtype<int32_t>().with_device(device).verify(zeros);
-    if (bias.size(0)) TensorMatcher({N}).with_dtype<T>().with_device(device).verify(bias);
-    const Operands p{
-        x.data_ptr(),
-        static_cast<const uint4*>(codes.data_ptr()),
-        scales.data_ptr(),
-        kSymmetric ? nullptr : static_cast<const uint32_t*>(zeros.data_ptr()),
-        bias.size(0) ? bias.data_ptr() : nullptr,
-        y.data_ptr(),
-        m,
-        n,
-        k,
-        static_cast<int>(stride.unwrap()),
-        gated};
+    const Product p = checked_product<T, kSymmetric, kGroup>(x, codes, scales, zeros, bias, y, gated, splits, kRows);
     switch (warps_n * 10 + warps_k) {
-      case 42: return launch<4, 2>(p, splits, device.unwrap());
-      case 24: return launch<2, 4>(p, splits, device.unwrap());
-      case 41: return launch<4, 1>(p, splits, device.unwrap());
-      default: Panic("no kernel for ", warps_n, " x ", warps_k, " warps");
+      case 42: return launch<4, 2>(p, x.device());
+      case 24: return launch<2, 4>(p, x.device());
+      case 41: return launch<4, 1>(p, x.device());
+      default: host::Panic("no kernel for ", warps_n, " x ", warps_k, " warps");
     }
   }
 };

@@ -16,26 +16,17 @@
 // gained nothing; four warpgroups instead of two, nothing either (both H100).
 #pragma once
 
-#include <sgl_kernel/tensor.h>
-#include <sgl_kernel/utils.h>
-
-#include <sgl_kernel/utils.cuh>
-
 #include <cooperative_groups.h>
 #include <cuda.h>
-#include <tvm/ffi/container/tensor.h>
 
 #include <algorithm>
-#include <cstdint>
 
-#include "activation.cuh"
-#include "int4.cuh"
+#include "product.cuh"
 #include "wgmma.cuh"
 
 namespace er_sglang {
 
-constexpr int kStageK = 128;  // holds one or more groups
-constexpr int kStageTiles = kStageK / kTileK;
+constexpr int kStageTiles = kUnitK / kTileK;
 constexpr int kBlockN = 256;
 constexpr int kHalfN = kBlockN / 2;  // of a gated product, one half is gate and one up
 constexpr int kSwizzleK = 64;  // elements in a swizzled row of x: 128 bytes
@@ -120,22 +111,11 @@ SGL_DEVICE void copy_x(uint32_t to, const CUtensorMap& from, int k, uint32_t bar
       : "memory");
 }
 
-struct Operands {  // beside x and codes
-  const void* scales;     // [K / group, N]
-  const uint32_t* zeros;  // [K / group, N / 8], asymmetric only
-  const void* bias;       // [N] or null
-  void* y;                // [M, N], or [M, N / 2] of a gated product
-  int m, n, k;
-  int splits;  // blocks of a cluster: they share K
-  int begin;   // the first block of columns
-  bool gated;  // y is silu(gate) * up: the product's first half is gate, the second up
-};
-
 // kRows: of x, rounded up to a multiple of 8.
 template <bool kSymmetric, int kGroup, int kRows>
 struct Stage {
-  static constexpr int kGroups = kStageK / kGroup;
-  static constexpr int kCodesBytes = kStageK * kBlockN / 2;
+  static constexpr int kGroups = kUnitK / kGroup;
+  static constexpr int kCodesBytes = kUnitK * kBlockN / 2;
   static constexpr int kHalfXBytes = kRows * kSwizzleK * 2;
   static constexpr int kScalesBytes = kGroups * kBlockN * 2;
   static constexpr int kZerosBytes = kSymmetric ? 0 : kGroups * kBlockN / 2;
@@ -155,7 +135,10 @@ struct Stage {
 template <typename T, bool kSymmetric, int kGroup, int kRows>
 __global__ void __launch_bounds__(Stage<kSymmetric, kGroup, kRows>::kThreads, 1)
     wgmma_gemm_kernel(
-        const __grid_constant__ CUtensorMap x, const __grid_constant__ CUtensorMap codes, const __grid_constant__ Operands p) {
+        const __grid_constant__ CUtensorMap x,
+        const __grid_constant__ CUtensorMap codes,
+        const __grid_constant__ Product p,
+        const int begin) {  // the first block of columns
   namespace cg = cooperative_groups;
   using S = Stage<kSymmetric, kGroup, kRows>;
   constexpr int kStages = S::kStages;
@@ -168,10 +151,10 @@ __global__ void __launch_bounds__(Stage<kSymmetric, kGroup, kRows>::kThreads, 1)
   const int split = blockIdx.x;
   // This block's columns: of y, and in `halves` of a gated product those of W_hat.
   const int halves = p.gated ? 2 : 1, block_columns = kBlockN / halves, y_columns = p.n / halves;
-  const int block_n = (p.begin + blockIdx.y) * block_columns;
+  const int block_n = (begin + blockIdx.y) * block_columns;
   const int columns = min(block_columns, y_columns - block_n);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int units = p.k / kStageK;
+  const int units = p.k / kUnitK;
   const int first = units * split / p.splits, count = units * (split + 1) / p.splits - first;  // this block's
 
   device::PDLTriggerSecondary<true>();
@@ -193,11 +176,11 @@ __global__ void __launch_bounds__(Stage<kSymmetric, kGroup, kRows>::kThreads, 1)
       const char* from = nullptr;
       int64_t step = 0;  // bytes
       int to = 0, bytes = 0;
-      if (part == 0 || half_columns <= 0) {
-      } else if (part <= S::kGroups) {
+      const bool numbers = part > 0 && half_columns > 0;
+      if (numbers && part <= S::kGroups) {
         from = static_cast<const char*>(p.scales) + first_number * 2, step = int64_t(S::kGroups) * p.n * 2;
         to = S::kScales + (group * kBlockN + half * kHalfN) * 2, bytes = half_columns * 2;
-      } else if (!kSymmetric && part <= 2 * S::kGroups) {
+      } else if (numbers && !kSymmetric && part <= 2 * S::kGroups) {
         from = reinterpret_cast<const char*>(p.zeros) + first_number / 2, step = int64_t(S::kGroups) * p.n / 2;
         to = S::kZeros + (group * kBlockN + half * kHalfN) / 2, bytes = half_columns / 2;
       }
@@ -211,7 +194,7 @@ __global__ void __launch_bounds__(Stage<kSymmetric, kGroup, kRows>::kThreads, 1)
       };
       const auto fetch_x = [&](int i) {
         const uint32_t stage = ring_address + i % kStages * S::kBytes + S::kX, barrier = full + 8 * (i % kStages);
-        if (lane < 2) copy_x(stage + lane * S::kHalfXBytes, x, (first + i) * kStageK + lane * kSwizzleK, barrier);
+        if (lane < 2) copy_x(stage + lane * S::kHalfXBytes, x, (first + i) * kUnitK + lane * kSwizzleK, barrier);
       };
       const int ahead = min(count, kStages);
       for (int i = 0; i < ahead; ++i) fetch_weights(i);
@@ -306,18 +289,13 @@ __global__ void __launch_bounds__(Stage<kSymmetric, kGroup, kRows>::kThreads, 1)
       T out[4];
       for (int h = 0; h < halves; ++h) {
         const float* parts = reinterpret_cast<const float*>(ring) + row * (kBlockN + kPadY) + h * block_columns + column;
-        float y[4] = {};
+        float total[4] = {};
 #pragma unroll 4
         for (int s = 0; s < p.splits; ++s) {
           const float4 part = *reinterpret_cast<const float4*>(cluster.map_shared_rank(parts, s));
-          y[0] += part.x, y[1] += part.y, y[2] += part.z, y[3] += part.w;
+          total[0] += part.x, total[1] += part.y, total[2] += part.z, total[3] += part.w;
         }
-        const T* bias = static_cast<const T*>(p.bias) + h * y_columns + block_n + column;
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          const T rounded = static_cast<T>(p.bias ? y[j] + static_cast<float>(bias[j]) : y[j]);
-          out[j] = h == 0 ? rounded : silu_and_mul(out[j], rounded);
-        }
+        finish(out, total, p.bias, h * y_columns + block_n + column, h == 1);
       }
       *reinterpret_cast<uint2*>(static_cast<T*>(p.y) + int64_t(row) * y_columns + block_n + column) = reinterpret_cast<const uint2&>(out);
     }
@@ -367,19 +345,18 @@ struct WgmmaGemm {
   }
 
   template <int kRows = kMostRows>
-  static void launch(const void* x, int64_t row_stride, const void* codes, const Operands& p, int columns, cudaStream_t stream) {
+  static void launch(const Product& p, int begin, int columns, DLDevice device) {
     if constexpr (kRows > 8) {
-      if (p.m <= kRows - 8) return launch<kRows - 8>(x, row_stride, codes, p, columns, stream);
+      if (p.m <= kRows - 8) return launch<kRows - 8>(p, begin, columns, device);
     }
     using S = Stage<kSymmetric, kGroup, kRows>;
     const dim3 grid(p.splits, columns);
-    const auto x_map = map_matrix(x, kType, CU_TENSOR_MAP_SWIZZLE_128B, p.m, p.k, row_stride * sizeof(T), kRows, kSwizzleK);
+    const auto x_map = map_matrix(p.x, kType, CU_TENSOR_MAP_SWIZZLE_128B, p.m, p.k, p.row_stride_x * sizeof(T), kRows, kSwizzleK);
     // A column of a row of tiles is 16 codes, 8 bytes.
     const auto codes_map = map_matrix(
-        codes, CU_TENSOR_MAP_DATA_TYPE_INT64, CU_TENSOR_MAP_SWIZZLE_NONE, p.k / kTileK, p.n, int64_t(p.n) * 8, kStageTiles, kHalfN);
-    host::LaunchKernel(grid, S::kThreads, stream, S::kSharedBytes)
-        .config({.use_pdl = true, .cluster_dim = dim3(p.splits)})(
-            allowed_kernel<kRows>(), x_map, codes_map, p);
+        p.codes, CU_TENSOR_MAP_DATA_TYPE_INT64, CU_TENSOR_MAP_SWIZZLE_NONE, p.k / kTileK, p.n, int64_t(p.n) * 8, kStageTiles, kHalfN);
+    host::LaunchKernel(grid, S::kThreads, device, S::kSharedBytes)
+        .config({.use_pdl = true, .cluster_dim = dim3(p.splits)})(allowed_kernel<kRows>(), x_map, codes_map, p, begin);
   }
 
   // Clusters of that many blocks that the chip runs at once.
@@ -394,8 +371,7 @@ struct WgmmaGemm {
     return clusters;
   }
 
-  // zeros and bias may be empty. gated: y is [M, N / 2], see Operands. Only `columns` blocks of columns, from `begin` on, are computed.
-  // splits: blocks that share K, 1 to 8.
+  // Operands as of checked_product. Only `columns` blocks of columns, from `begin` on, are computed.
   static void
   run(tvm::ffi::TensorView x,
       tvm::ffi::TensorView codes,
@@ -407,35 +383,10 @@ struct WgmmaGemm {
       int64_t begin,
       int64_t columns,
       int64_t splits) {
-    using namespace host;
-    auto M = SymbolicSize{"M"}, N = SymbolicSize{"N"}, K = SymbolicSize{"K"}, stride = SymbolicSize{"row stride of x"};
-    auto device = SymbolicDevice{};
-    device.set_options<kDLCUDA>();
-    TensorMatcher({M, K}).with_strides({stride, 1}).with_dtype<T>().with_device(device).verify(x);
-    TensorMatcher({K.unwrap() / kGroup, N}).with_dtype<T>().with_device(device).verify(scales);
-    TensorMatcher({K.unwrap() / kTileK, 2 * N.unwrap()}).with_dtype<int32_t>().with_device(device).verify(codes);
-    const int m = M.unwrap(), n = N.unwrap(), k = K.unwrap();
-    RuntimeCheck(1 <= m && m <= kMostRows && n % kTileN == 0 && k % kStageK == 0, "unsupported shape: m ", m, ", n ", n, ", k ", k);
-    RuntimeCheck(!gated || n % (2 * kTileN) == 0, "gate and up are not of whole tiles: n ", n);
-    TensorMatcher({M, gated ? n / 2 : n}).with_dtype<T>().with_device(device).verify(y);
-    const bool exist = 0 <= begin && 1 <= columns && begin + columns <= div_ceil(n, kBlockN);
-    RuntimeCheck(exist, "no blocks of columns ", begin, " to ", begin + columns, " for n ", n);
-    RuntimeCheck(stride.unwrap() % 8 == 0, "rows of x are not aligned to 16 bytes");
-    RuntimeCheck(1 <= splits && splits <= std::min(8, k / kStageK), "splits is ", splits, " for k ", k);
-    if constexpr (!kSymmetric) TensorMatcher({k / kGroup, n / 8}).with_dtype<int32_t>().with_device(device).verify(zeros);
-    if (bias.size(0)) TensorMatcher({N}).with_dtype<T>().with_device(device).verify(bias);
-    const Operands p{
-        scales.data_ptr(),
-        kSymmetric ? nullptr : static_cast<const uint32_t*>(zeros.data_ptr()),
-        bias.size(0) ? bias.data_ptr() : nullptr,
-        y.data_ptr(),
-        m,
-        n,
-        k,
-        static_cast<int>(splits),
-        static_cast<int>(begin),
-        gated};
-    launch(x.data_ptr(), stride.unwrap(), codes.data_ptr(), p, static_cast<int>(columns), LaunchKernel::resolve_device(device.unwrap()));
+    const Product p = checked_product<T, kSymmetric, kGroup>(x, codes, scales, zeros, bias, y, gated, splits, kMostRows);
+    const bool exist = 0 <= begin && 1 <= columns && begin + columns <= host::div_ceil(p.n, kBlockN);
+    host::RuntimeCheck(exist, "no blocks of columns ", begin, " to ", begin + columns, " for n ", p.n);
+    launch(p, static_cast<int>(begin), static_cast<int>(columns), x.device());
   }
 };
 

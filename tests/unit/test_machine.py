@@ -30,8 +30,8 @@ def gpu(monkeypatch, tmp_path):
     return gpu
 
 
-def check(weights, head="policy"):
-    machine.check_machine(SelfQuantConfig(drafter=DrafterConfig(weights=weights, head=head)))
+def check(weights, head="policy", **settings):
+    machine.check_machine(SelfQuantConfig(drafter=DrafterConfig(weights=weights, head=head), **settings))
 
 
 def test_a_machine_that_can(gpu):
@@ -85,12 +85,14 @@ def test_no_compiler_on_hopper(gpu, monkeypatch):
     monkeypatch.setenv("CUDA_HOME", f"{folder}/cuda")
     with pytest.raises(ConfigError, match=r"\(er_sglang_small_kernels, er_sglang_decode_attention\)"):
         check("fp8")
-    compiled(folder, "gptq_marlin", "er_sglang_small_kernels", "er_sglang_decode_attention")
+    compiled(folder, "er_sglang_small_kernels", "er_sglang_decode_attention")
     check("fp8")
     with pytest.raises(ConfigError, match=r"\(er_sglang_small_batch_gemm, er_sglang_wgmma_gemm\)"):
         check("int4")
     compiled(folder, "er_sglang_small_batch_gemm", "er_sglang_wgmma_gemm")
     check("int4")
+    with pytest.raises(ConfigError, match=r"\(gptq_marlin\)"):
+        check("int4", max_draft_batch=129)
 
 
 def test_a_full_disk(gpu, monkeypatch):
