@@ -1,8 +1,8 @@
 """The sampler as kernels that read each row of logits once, and each row with filters twice more, seldom thrice.
 
 Cost per cycle without filters: a draft step reads its [B, V] logits once (one split pass and one reduction). The
-verdict reads [B, N, V] once for the log-sum-exps, which log-probabilities share; of each request gamma - 1 rows of the
-target and of the draft, for how many drafts are accepted; and a row of each for the token after them. Rows with top-k,
+verdict reads [B, N, V] once for the log-sum-exps, which log-probabilities share; of each request up to gamma - 1 rows of
+the target and of the draft, for how many drafts are accepted; and a row of each for the token after them. Rows with top-k,
 top-p or min-p find their floor by radix selection (summary.cu). No probabilities are ever stored and nothing is sorted.
 
 Random numbers, floors and tie rules are those of ``reference.py``; both run under the same tests.
@@ -94,6 +94,11 @@ def _probabilities(row_ptr, floor_ptr, lse_ptr, offset, size, temperature):
 
 
 @triton.jit
+def _draft_row(draft_ptr, step, request, step_stride, row_stride):
+    return draft_ptr + tl.cast(step, tl.int64) * step_stride + request.to(tl.int64) * row_stride
+
+
+@triton.jit
 def _joint_kernel(
     target_ptr, draft_ptr, tokens_ptr, temperature_ptr, top_k_ptr, state_ptr,
     p_floor_ptr, p_lse_ptr, p_top_ptr, q_floor_ptr, q_lse_ptr, rides_ptr, joint_ptr,
@@ -116,9 +121,7 @@ def _joint_kernel(
             joint *= (u < simulated_acceptance).to(tl.float32)
         else:
             p_x = tl.load(target_ptr + row.to(tl.int64) * target_stride + token) / temperature
-            q_row = (
-                draft_ptr + tl.full((), step, tl.int64) * draft_step_stride + request.to(tl.int64) * draft_row_stride
-            )
+            q_row = _draft_row(draft_ptr, step, request, draft_step_stride, draft_row_stride)
             q_x = tl.load(q_row + token).to(tl.float32) / temperature
             p = _probability(p_x, tl.load(p_floor_ptr + row), tl.load(p_lse_ptr + row))
             q_at = step * q_stride + request
@@ -132,19 +135,24 @@ def _joint_kernel(
 @_varying
 def _rest_kernel(
     target_ptr, draft_ptr, temperature_ptr, joint_ptr, p_floor_ptr, p_lse_ptr, q_floor_ptr, q_lse_ptr, rest_ptr,
-    target_stride, draft_step_stride, draft_row_stride, q_stride, size, blocks, gamma, BLOCK: tl.constexpr,
+    target_stride, draft_step_stride, draft_row_stride, q_stride, size, blocks, gamma,
+    SIMULATE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Per (request, step from 1 to gamma - 1, block): its share of rest_step."""
     request, step, block = tl.program_id(0), tl.program_id(1) + 1, tl.program_id(2)
     temperature = tl.load(temperature_ptr + request)
     row = request * (gamma + 1) + step
     offset = block * BLOCK + tl.arange(0, BLOCK)
-    p_row = target_ptr + row.to(tl.int64) * target_stride
-    p = _probabilities(p_row, p_floor_ptr + row, p_lse_ptr + row, offset, size, temperature)
-    q_row = draft_ptr + step.to(tl.int64) * draft_step_stride + request.to(tl.int64) * draft_row_stride
-    q_at = step * q_stride + request
-    q = _probabilities(q_row, q_floor_ptr + q_at, q_lse_ptr + q_at, offset, size, temperature)
-    rest = tl.sum(tl.maximum(tl.load(joint_ptr + row) * p - q, 0.0), 0)
+    joint = tl.load(joint_ptr + row)
+    rest = 0.0
+    # Of a joint of 0 there is none, and of 1 nobody asks for it. Simulated ones are nothing else: they read all the same.
+    if (joint > 0) & (joint < 1) | SIMULATE:
+        p_row = target_ptr + row.to(tl.int64) * target_stride
+        p = _probabilities(p_row, p_floor_ptr + row, p_lse_ptr + row, offset, size, temperature)
+        q_row = _draft_row(draft_ptr, step, request, draft_step_stride, draft_row_stride)
+        q_at = step * q_stride + request
+        q = _probabilities(q_row, q_floor_ptr + q_at, q_lse_ptr + q_at, offset, size, temperature)
+        rest = tl.sum(tl.maximum(joint * p - q, 0.0), 0)
     tl.store(rest_ptr + row * blocks + block, rest)
 
 
@@ -188,7 +196,7 @@ def _residual_kernel(
     if RIDES:
         subtract = subtract & (tl.load(rides_ptr + request) == 0)
     if subtract:
-        q_row = draft_ptr + step.to(tl.int64) * draft_step_stride + request.to(tl.int64) * draft_row_stride
+        q_row = _draft_row(draft_ptr, step, request, draft_step_stride, draft_row_stride)
         q_at = step * q_stride + request
         q = _probabilities(q_row, q_floor_ptr + q_at, q_lse_ptr + q_at, offset, size, temperature)
         weight = tl.maximum(tl.load(joint_ptr + row) * p - q, 0.0)
@@ -284,12 +292,13 @@ class FusedSampler(Sampler):
         draft_strides = draft.logits_GBV.stride(0), draft.logits_GBV.stride(1)
         p_and_q = p_floor_R, p_lse_R, draft.floor_GB, draft.lse_GB
         (joint_R,) = _floats(1, batch * width, device=device)
+        simulate = self.simulated_acceptance is not None
         _joint_kernel[(batch,)](
             logits_RV, draft.logits_GBV, draft.tokens_NB, params.temperature_B, params.top_k_B, random.state,
             p_floor_R, p_lse_R, p_top_R, draft.floor_GB, draft.lse_GB, rides_B, joint_R,
             logits_RV.stride(0), *draft_strides, draft.tokens_NB.stride(0), draft.lse_GB.stride(0), STREAM_ACCEPT,
             self.simulated_acceptance or 0.0, LEAST_FLOAT=LEAST_FLOAT, GAMMA=gamma,
-            SIMULATE=self.simulated_acceptance is not None, RIDES=rides_B is not None,
+            SIMULATE=simulate, RIDES=rides_B is not None,
         )  # fmt: skip
         blocks = triton.cdiv(size, BLOCK)
         blocks_pow2 = triton.next_power_of_2(blocks)
@@ -297,7 +306,8 @@ class FusedSampler(Sampler):
         if gamma > 1:
             _rest_kernel[(batch, gamma - 1, blocks)](
                 logits_RV, draft.logits_GBV, params.temperature_B, joint_R, *p_and_q, rest,
-                logits_RV.stride(0), *draft_strides, draft.lse_GB.stride(0), size, blocks, gamma, BLOCK=BLOCK,
+                logits_RV.stride(0), *draft_strides, draft.lse_GB.stride(0), size, blocks, gamma,
+                SIMULATE=simulate, BLOCK=BLOCK,
             )  # fmt: skip
         accepted_B = torch.empty(batch, dtype=torch.int32, device=device)
         _accept_kernel[(batch,)](
@@ -324,7 +334,8 @@ class FusedSampler(Sampler):
     def log_sum_exp(self, logits_BNV) -> torch.Tensor:
         one = torch.ones(1, dtype=torch.int32, device=logits_BNV.device)
         greedy = SamplingParams(one.float(), one, one.float(), one.float(), one.bool())
+        state = one.long()  # nothing is drawn
         lse_BN = torch.empty(logits_BNV.shape[:2], dtype=torch.float32, device=logits_BNV.device)
         floor_BN, token_BN = torch.empty_like(lse_BN), torch.empty_like(lse_BN, dtype=torch.int64)
-        self._summarize(logits_BNV.flatten(0, 1), greedy, one, 0, False, lse_BN, floor_BN, lse_BN, token_BN)
+        self._summarize(logits_BNV.flatten(0, 1), greedy, state, 0, False, lse_BN, floor_BN, lse_BN, token_BN)
         return lse_BN

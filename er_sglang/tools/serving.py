@@ -172,10 +172,12 @@ class Server:
         self.port = free_port()
         self.base_url = f"http://127.0.0.1:{self.port}"
         command = server_command(self._model_path, self.port, self._args, self._extra_words)
+        self.process = self._launch(command)
+
+    def _launch(self, command: list[str]) -> subprocess.Popen:
+        """Start a process that leads a session of its own and writes the log."""
         with open(self.log_path, "wb") as log:
-            self.process = subprocess.Popen(
-                command, env=self.env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-            )
+            return subprocess.Popen(command, env=self.env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
 
     def _wait_until_healthy(self) -> None:
         deadline_s = time.perf_counter() + self.start_timeout_s

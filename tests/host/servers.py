@@ -6,10 +6,12 @@ import json
 import os
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 
 from er_sglang.config import CONFIG_ENV
 from er_sglang.tools.serving import CPU_ARGS, CPU_ENV, Server
+from tests.host.zygote import Forked, Zygote
 
 # For what hangs: on a busy machine a start takes minutes, and a server that dies is noticed at once.
 START_TIMEOUT_S = 600.0
@@ -75,9 +77,20 @@ class HostServer(Server):
         self._request(f"/flush_cache?timeout={REQUEST_TIMEOUT_S}", {})
 
 
+class ForkedServer(HostServer):
+    def _launch(self, command: list[str]) -> Forked:
+        return Forked(zygote(), command, self.env, self.log_path)
+
+
+@cache
+def zygote() -> Zygote:
+    """Of the servers of this process."""
+    return Zygote(Server("", {}, env=ENV, log_path="").env)
+
+
 def plain(policy: Path, log_path: Path, args: Mapping[str, object] = {}) -> HostServer:
     """Stock SGLang: the entry point is installed, but no algorithm is asked for."""
-    return HostServer(policy, {**ARGS, **args}, env=ENV, log_path=log_path, start_timeout_s=START_TIMEOUT_S)
+    return ForkedServer(policy, {**ARGS, **args}, env=ENV, log_path=log_path, start_timeout_s=START_TIMEOUT_S)
 
 
 def self_quant(
@@ -91,7 +104,7 @@ def self_quant(
 ) -> HostServer:
     """``config``: SELF_QUANT's settings, as the user writes them in JSON. ``plugins``: folders of SGLang plugins."""
     path = os.pathsep.join([*map(str, plugins), *filter(None, [os.environ.get("PYTHONPATH")])])
-    return HostServer(
+    return ForkedServer(
         policy,
         {**ARGS, "speculative-algorithm": "SELF_QUANT", "speculative-num-steps": gamma_max, **args},
         env={**ENV, "PYTHONPATH": path, CONFIG_ENV: json.dumps({"max_draft_batch": 2048, **config}), **env},

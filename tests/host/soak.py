@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
+from urllib.error import URLError
 
 import psutil
 import torch
@@ -387,8 +388,8 @@ class Soak:
         timeout_s = self.timeout_s if ask.leaves is None else ask.leaves
         try:
             answers = self.server._request("/generate", ask.payload, timeout_s)
-        except TimeoutError:
-            if ask.leaves is None:
+        except (TimeoutError, URLError) as error:  # before it was sent, urllib wraps it
+            if ask.leaves is None or not isinstance(getattr(error, "reason", error), TimeoutError):
                 raise
             self.seen["left"] += 1
             return []
@@ -490,7 +491,7 @@ class Soak:
             self._pause, self._update, self._update, self._repeat, self._fail, self._sleep, self._flush,
             self._change, self._change, self._abort_all,
         ]  # fmt: skip
-        event = rng.choice(events)
+        event = rng.choice(events) if self.seen["_update"] else self._update
         self._note(f"{event.__name__} ...")
         what = event(rng)
         self._note(f"{event.__name__} {what or ''} done")

@@ -103,6 +103,7 @@ def test_a_wrong_rule_fails(core, qwen3_oracle, rule):
 
 def test_counters_and_prometheus(core):
     core.greedy()
+    core.server.empty()  # the step after the last answer has come back, too
     info = core.server.self_quant()
     assert info["cycles"] + info["decode_steps"] == sum(info["decisions"].values())
     assert 0 < info["accepted_tokens"] < info["drafted_tokens"] and 1 < info["accept_length"] < 1 + GAMMA

@@ -13,7 +13,7 @@ import pytest
 from er_sglang.config import CONFIG_ENV, SIMULATE_ACCEPTANCE_ENV
 from er_sglang.host import refusals
 from er_sglang.tools.serving import CPU_ENV
-from tests.host.servers import START_TIMEOUT_S, self_quant
+from tests.host.servers import ARGS, ENV, START_TIMEOUT_S, HostServer
 
 SCRIPT = """
 import json, os, sys
@@ -186,8 +186,9 @@ def test_a_class_of_the_right_name_that_is_not_sglangs(qwen3, tmp_path):
         "from sglang.srt.models import qwen3\nclass Qwen3ForCausalLM(qwen3.Qwen3ForCausalLM): pass\n"
         "EntryClass = Qwen3ForCausalLM\n"
     )
-    env, log = {"SGLANG_EXTERNAL_MODEL_PACKAGE": "other_models"}, tmp_path / "server.log"
-    server = self_quant(qwen3, log, {"policy": {"mode": "always"}}, 3, env=env, plugins=[tmp_path])
+    env = {**ENV, "SGLANG_EXTERNAL_MODEL_PACKAGE": "other_models", "PYTHONPATH": str(tmp_path)}  # read at import
+    args, log = {**ARGS, "speculative-algorithm": "SELF_QUANT"}, tmp_path / "server.log"
+    server = HostServer(qwen3, args, env=env, log_path=log)
     with pytest.raises(RuntimeError, match="the server stopped with exit code"), server:
         pass
     assert "ConfigError: The policy was loaded as other_models.qwen3.Qwen3ForCausalLM" in log.read_text()

@@ -83,7 +83,7 @@ class Environment:
     def run(self, code: str, **environment: str) -> subprocess.CompletedProcess:
         clean = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
         return subprocess.run(
-            [self.python, "-c", code], env=clean | environment, cwd="/", capture_output=True, text=True, timeout=60
+            [self.python, "-c", code], env=clean | environment, cwd="/", capture_output=True, text=True, timeout=600
         )
 
     def ask(self, name: str | None, **environment: str) -> subprocess.CompletedProcess:

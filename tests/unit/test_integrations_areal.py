@@ -62,7 +62,7 @@ def test_server_command(integration, monkeypatch, tmp_path):
     for name, value in {"ER_SGLANG_PYTHON": str(python), "ER_SGLANG_CONFIG": "c.json", "PYTHONPATH": "/areal"}.items():
         monkeypatch.setenv(name, value)
     server = integration.SelfQuantBackend().launch_server({"model_path": "policy", "tp_size": 2})
-    assert server.wait(timeout=60) == 0
+    assert server.wait(timeout=600) == 0
     flags = ["--model-path", "policy", "--tp-size", "2", "--speculative-algorithm", "SELF_QUANT"]
     assert json.loads(record.read_text()) == [["-m", "sglang.launch_server", *flags], None, "c.json"]
 

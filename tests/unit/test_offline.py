@@ -131,7 +131,7 @@ def test_the_window_is_the_servers(window):
 
 def test_the_choice_is_the_servers():
     size, first, count = 8, 100, 60
-    scores_TS = torch.rand(count, first + count)
+    scores_TS = torch.rand(count, first + count, generator=torch.Generator().manual_seed(0))
     reads = Chosen(size, scores_TS, first)
     table = with_window_rows(torch.arange(first + count + GAMMA)[None].int(), 1)
     nothing = torch.zeros(1)

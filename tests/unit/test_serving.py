@@ -33,7 +33,7 @@ def server(tmp_path, monkeypatch):
         monkeypatch.setattr(
             serving, "server_command", lambda path, port, *_: [*command, str(port), str(failures), message]
         )
-        return Server("policy", log_path=tmp_path / "log", start_timeout_s=30)
+        return Server("policy", log_path=tmp_path / "log", start_timeout_s=600)
 
     return server
 
