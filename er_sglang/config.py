@@ -119,7 +119,7 @@ class SelfQuantConfig:
 
     gamma_max: drafted tokens per request and cycle, at most; from ``--speculative-num-steps``.
     max_draft_batch: running requests above which a step never drafts (bounds graphs and draft buffers). Where there are
-        CUDA graphs, nor does it above the largest that SGLang captures (--cuda-graph-max-bs).
+        CUDA graphs, nor does it above the largest that SGLang captures (--cuda-graph-max-bs-decode).
     policy: how many tokens a step drafts. Left open, ``ladder`` is the default one up to gamma_max, and
         ``fixed_gamma`` is gamma_max.
     drafter, updates: what it is made of, and when it follows the policy.

@@ -56,9 +56,8 @@ def obtain_profile(subject: Subject) -> tuple[Profile, Path | None]:
     unreadable or was measured elsewhere.
     """
     group = get_tp_group()
-    expected = fingerprint(subject)
-    # Of another size of the KV cache, the cells are others.
-    path = Path(subject.config.profile or _cached({**expected, "cells": _grid(subject)}))
+    expected, cells = fingerprint(subject), _grid(subject)
+    path = Path(subject.config.profile or _cached(expected, cells))
     profile, refusal = None, None
     if group.rank_in_group == 0 and (subject.config.profile or path.exists()):
         try:
@@ -70,7 +69,7 @@ def obtain_profile(subject: Subject) -> tuple[Profile, Path | None]:
     if refusal:
         raise ConfigError(refusal)
     if profile is None:
-        profile = group.broadcast_object(_measure(subject, expected), src=0)
+        profile = group.broadcast_object(_measure(subject, cells, expected), src=0)
         if group.rank_in_group == 0:
             try:
                 profile.save(path)
@@ -83,14 +82,14 @@ def obtain_profile(subject: Subject) -> tuple[Profile, Path | None]:
     return profile, path
 
 
-def _cached(expected: dict) -> Path:
-    digest = hashlib.sha256(json.dumps(expected, sort_keys=True).encode()).hexdigest()
+def _cached(expected: dict, cells: list[tuple[int, int]]) -> Path:
+    """cells: others for another size of the KV cache, which then measures its own."""
+    digest = hashlib.sha256(json.dumps({**expected, "cells": cells}, sort_keys=True).encode()).hexdigest()
     return cache_folder() / "profiles" / f"{digest[:16]}.json"
 
 
-def _measure(subject: Subject, expected: dict) -> Profile:
+def _measure(subject: Subject, cells: list[tuple[int, int]], expected: dict) -> Profile:
     group = get_tp_group()
-    cells = _grid(subject)
     budget_s = min(subject.config.calibration_s, LONGEST_S[subject.device.type])
     least = MIN_PASSES[subject.device.type]
     samples: list[Sample] = []

@@ -9,12 +9,15 @@ from __future__ import annotations
 import json
 from collections import Counter
 from statistics import median
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from er_sglang.bench.arms import Arm, start_policy
+from er_sglang.calibration import measure
 from er_sglang.cli import main
-from er_sglang.config import CACHE_ENV, CONFIG_ENV, SIMULATE_ACCEPTANCE_ENV
+from er_sglang.config import CACHE_ENV, CONFIG_ENV, SIMULATE_ACCEPTANCE_ENV, SelfQuantConfig
 from er_sglang.policy.config import PolicyConfig
 from er_sglang.policy.decide import Controller
 from er_sglang.policy.profile import Profile, Rung
@@ -124,6 +127,23 @@ def test_calibration_measures_every_gamma(calibrated):
     # times, on a core that others want.
     for less, more in ((0, 1), (1, 3)):
         assert median(cell.step_s[Rung(more)] / cell.step_s[Rung(less)] for cell in cells) > 1
+
+
+def test_another_kv_cache_is_another_profile():
+    """A small one holds fewer cells; its profile must not stand for a large one's."""
+
+    def path(tokens: int):
+        subject = SimpleNamespace(
+            device=torch.device("cpu"),
+            config=SelfQuantConfig(),
+            server_args=SimpleNamespace(page_size=1),
+            runner=SimpleNamespace(model_config=SimpleNamespace(context_len=2048), max_total_num_tokens=tokens),
+            req_to_token=torch.empty(65, 2048),
+            graph_batches=[],
+        )
+        return measure._cached({"device": "a card"}, measure._grid(subject))
+
+    assert path(100_000) == path(200_000) != path(4_000)
 
 
 def test_a_second_start_reads_the_cache(steered):
