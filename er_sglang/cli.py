@@ -11,12 +11,12 @@ from er_sglang.errors import ConfigError
 
 def main(argv: list[str] | None = None) -> int:
     from er_sglang import autoload
-    from er_sglang.tools import acceptance, calibrate, patching, plots, simulate
+    from er_sglang.tools import acceptance, calibrate, compiling, patching, plots, simulate
 
     parser = argparse.ArgumentParser(prog="er-sglang", description="Self-quantized speculative decoding for SGLang.")
     parser.add_argument("--version", action="version", version=__version__)
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
-    for module in (acceptance, calibrate, simulate, plots, patching, autoload):
+    for module in (acceptance, calibrate, simulate, plots, compiling, patching, autoload):
         module.add_command(subparsers)
     args = parser.parse_args(argv)
     try:

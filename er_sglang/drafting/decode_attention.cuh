@@ -443,7 +443,8 @@ struct DecodeAttention {
     auto B = SymbolicSize{"requests"}, Q = SymbolicSize{"heads of q"}, K = SymbolicSize{"heads of k"}, D = SymbolicSize{"head_dim"};
     auto row_stride = SymbolicSize{"row stride of req_to_token"}, blocks = SymbolicSize{"blocks"}, counters = SymbolicSize{"arrivals"};
     auto device = SymbolicDevice{};
-    TensorMatcher({B, Q, D}).with_dtype<T>().with_device<kDLCUDA>(device).verify(q).verify(out);
+    device.set_options<kDLCUDA>();
+    TensorMatcher({B, Q, D}).with_dtype<T>().with_device(device).verify(q).verify(out);
     TensorMatcher({-1, K, D}).with_dtype<T>().with_device(device).verify(k_cache).verify(v_cache);
     TensorMatcher({-1, -1}).with_strides({row_stride, 1}).with_dtype<int32_t>().with_device(device).verify(req_to_token);
     TensorMatcher({B}).with_dtype<int64_t>().with_device(device).verify(rows).verify(lengths);

@@ -197,7 +197,8 @@ struct SmallKernels {
     using namespace host;
     auto M = SymbolicSize{"M"}, K = SymbolicSize{"K"};
     auto device = SymbolicDevice{};
-    TensorMatcher({M, K}).with_dtype<T>().with_device<kDLCUDA>(device).verify(x).verify(y);
+    device.set_options<kDLCUDA>();
+    TensorMatcher({M, K}).with_dtype<T>().with_device(device).verify(x).verify(y);
     TensorMatcher({K}).with_dtype<T>().with_device(device).verify(weight);
     const bool add = residual.size(0);
     if (add) TensorMatcher({M, K}).with_dtype<T>().with_device(device).verify(residual);
@@ -220,7 +221,8 @@ struct SmallKernels {
     using namespace host;
     auto M = SymbolicSize{"M"}, N = SymbolicSize{"N"};
     auto device = SymbolicDevice{};
-    TensorMatcher({M, N}).with_dtype<T>().with_device<kDLCUDA>(device).verify(y);
+    device.set_options<kDLCUDA>();
+    TensorMatcher({M, N}).with_dtype<T>().with_device(device).verify(y);
     TensorMatcher({M, 2 * N.unwrap()}).with_dtype<T>().with_device(device).verify(x);
     const int width = N.unwrap() / kWidth;
     RuntimeCheck(N.unwrap() % kWidth == 0, "unsupported width ", N.unwrap());
@@ -252,7 +254,8 @@ struct SmallKernels {
     auto M = SymbolicSize{"tokens"}, Q = SymbolicSize{"heads of q"}, K = SymbolicSize{"heads of k"}, D = SymbolicSize{"head_dim"};
     auto stride_q = SymbolicSize{"stride of q"}, stride_k = SymbolicSize{"stride of k"}, stride_v = SymbolicSize{"stride of v"};
     auto device = SymbolicDevice{};
-    TensorMatcher({M, Q, D}).with_strides({stride_q, D, 1}).with_dtype<T>().with_device<kDLCUDA>(device).verify(q);
+    device.set_options<kDLCUDA>();
+    TensorMatcher({M, Q, D}).with_strides({stride_q, D, 1}).with_dtype<T>().with_device(device).verify(q);
     TensorMatcher({M, K, D}).with_strides({stride_k, D, 1}).with_dtype<T>().with_device(device).verify(k);
     TensorMatcher({M, K, D}).with_strides({stride_v, D, 1}).with_dtype<T>().with_device(device).verify(v);
     TensorMatcher({M, Q, D}).with_dtype<T>().with_device(device).verify(q_out);

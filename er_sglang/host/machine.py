@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -26,23 +27,41 @@ def check_machine(config: SelfQuantConfig) -> None:
     if torch.cuda.is_available():
         for name in config.drafter.formats:
             check_card(name, torch.device("cuda"))
-        _check_compiler(list(_compiled_kernels(config)))
+        capability = torch.cuda.get_device_capability("cuda")
+        check_compiler([kernel.name for kernel in compiled_kernels(config, capability, torch.bfloat16)])
 
 
-def _compiled_kernels(config: SelfQuantConfig) -> Iterator[str]:
-    """The kernels that SGLang's ``load_jit`` compiles at the first start, by tvm_ffi, and keeps."""
-    int4 = any(name.startswith("int4") for name in config.drafter.formats)
-    hopper = torch.cuda.get_device_capability("cuda") == (9, 0)
+class Kernel(NamedTuple):
+    """What SGLang's ``load_jit`` compiles once on a machine, by tvm_ffi, and keeps; `loader` names the function that asks
+    for it."""
+
+    name: str
+    loader: str
+    arguments: tuple
+
+
+def compiled_kernels(config: SelfQuantConfig, capability: tuple[int, int], dtype: torch.dtype) -> Iterator[Kernel]:
+    """Of a server of a policy in `dtype` on a card of that compute capability."""
+    int4 = [(dtype, name == "int4", config.drafter.group_size) for name in config.drafter.formats if "int4" in name]
+    hopper = capability == (9, 0)
     if int4 and not (hopper and config.max_draft_batch <= MAX_ROWS):
-        yield "gptq_marlin"
+        yield Kernel("gptq_marlin", "er_sglang.quantize.modules:marlin_module", (dtype,))
     if hopper:
-        yield from ("er_sglang_small_kernels", "er_sglang_decode_attention")
-        if int4:
-            yield from ("er_sglang_small_batch_gemm", "er_sglang_wgmma_gemm")
+        yield Kernel("er_sglang_small_kernels", "er_sglang.drafting.early:load", (dtype,))
+        yield Kernel("er_sglang_decode_attention", "er_sglang.drafting.attention:load", (dtype,))
+        for arguments in int4:
+            yield Kernel("er_sglang_small_batch_gemm", "er_sglang.quantize.modules:small_batch_module", arguments)
+            yield Kernel("er_sglang_wgmma_gemm", "er_sglang.quantize.modules:wgmma_module", arguments)
 
 
-def _check_compiler(kernels: Sequence[str], env: Mapping[str, str] = os.environ) -> None:
-    folder = Path(env.get("TVM_FFI_CACHE_DIR") or "~/.cache/tvm-ffi").expanduser()
+def compiled_folder(env: Mapping[str, str] = os.environ) -> Path:
+    """Where tvm_ffi keeps them."""
+    return Path(env.get("TVM_FFI_CACHE_DIR") or "~/.cache/tvm-ffi").expanduser()
+
+
+def check_compiler(kernels: Sequence[str], env: Mapping[str, str] = os.environ) -> None:
+    """Raise unless each of these was compiled, or can be."""
+    folder = compiled_folder(env)
     missing = [name for name in kernels if not any(folder.glob(f"*{name}*/*.so"))]
     if not missing:
         return
@@ -52,7 +71,8 @@ def _check_compiler(kernels: Sequence[str], env: Mapping[str, str] = os.environ)
     if not Path(home, "bin", "nvcc").is_file():
         raise ConfigError(
             f"There is no nvcc in {home}/bin, and kernels are compiled at the first start ({', '.join(missing)}): install "
-            f"the CUDA toolkit and set CUDA_HOME, or copy {folder} from a machine that has them. Only fp8 on cards other "
+            f"the CUDA toolkit and set CUDA_HOME, or copy {folder} from a machine that has them, by `er-sglang compile` "
+            "where an image is built, say. Only fp8 on cards other "
             'than Hopper, "drafter": {"weights": "fp8", "head": "policy"}, needs no compiler (SM89 or newer).'
         )
     existing = next(parent for parent in (folder, *folder.parents) if parent.exists())

@@ -1,48 +1,22 @@
-"""int4 products on Hopper for up to 128 rows: loads and launches `small_batch_gemm.cuh` and `wgmma_gemm.cuh`."""
-
-from pathlib import Path
+"""int4 products on Hopper for up to 128 rows: launches `small_batch_gemm.cuh` and `wgmma_gemm.cuh`."""
 
 import torch
 
-from er_sglang.host.releases import adapter
 from er_sglang.quantize.base import Packed
 from er_sglang.quantize.blocks import MAX_SPLITS, SMALL_BATCH, Blocks, Waves, choose_blocks, choose_waves
-
-_kernels = adapter("kernels")
+from er_sglang.quantize.modules import small_batch_module, wgmma_module
 
 
 def is_hopper(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
 
 
-@_kernels.cache_once
-def _small_batch_module(dtype: torch.dtype, symmetric: bool, group_size: int):
-    return _load("small_batch_gemm", "SmallBatchGemm", {"gemm": "run"}, dtype, symmetric, group_size)
-
-
-@_kernels.cache_once
-def _wgmma_module(dtype: torch.dtype, symmetric: bool, group_size: int):
-    with _kernels.override_jit_cuda_arch(9, 0, "a"):  # wgmma exists for sm_90a alone
-        exports = {"gemm": "run", "resident_clusters": "resident_clusters"}
-        return _load("wgmma_gemm", "WgmmaGemm", exports, dtype, symmetric, group_size)
-
-
-def _load(source: str, struct: str, exports: dict[str, str], dtype: torch.dtype, symmetric: bool, group_size: int):
-    args = _kernels.make_cpp_args(dtype, symmetric, group_size)
-    return _kernels.load_jit(
-        f"er_sglang_{source}",
-        *args,
-        cuda_files=[str(Path(__file__).with_name(f"{source}.cuh"))],
-        cuda_wrappers=[(name, f"er_sglang::{struct}<{args}>::{function}") for name, function in exports.items()],
-    )
-
-
 class HopperGemm:
     """y = x @ W_hat.T + bias for up to `blocks.MAX_ROWS` rows. Deterministic; keeps no state between calls."""
 
     def __init__(self, *, dtype: torch.dtype, symmetric: bool, group_size: int, device: torch.device) -> None:
-        wgmma = _wgmma_module(dtype, symmetric, group_size)
-        self._small_batch = _small_batch_module(dtype, symmetric, group_size).gemm
+        wgmma = wgmma_module(dtype, symmetric, group_size)
+        self._small_batch = small_batch_module(dtype, symmetric, group_size).gemm
         self._wgmma = wgmma.gemm
         self._multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
         self._resident_clusters = tuple(wgmma.resident_clusters(splits) for splits in range(1, MAX_SPLITS + 1))

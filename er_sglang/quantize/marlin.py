@@ -11,17 +11,15 @@ When several thread blocks share an output tile, Marlin adds their parts one aft
 the order of arrival; we do without it, so that a replayed graph and an eager call agree bit for bit.
 """
 
-import functools
-
 import torch
 from sgl_kernel.scalar_type import scalar_types
 
-from er_sglang.host.releases import adapter
 from er_sglang.quantize import marlin_layout, rtn
 from er_sglang.quantize.base import Format, Packed
 from er_sglang.quantize.blocks import MAX_ROWS
 from er_sglang.quantize.hopper import HopperGemm, is_hopper
 from er_sglang.quantize.kernels import refresh_int4_marlin_
+from er_sglang.quantize.modules import marlin_module
 from er_sglang.quantize.scaled import ScaledWeight
 
 GROUP_SIZES = (32, 64, 128)
@@ -60,7 +58,7 @@ class MarlinInt4(Format):
 
     def allocate(self, n: int, k: int, dtype: torch.dtype, device: torch.device) -> Packed:
         if not self._on_hopper:
-            _marlin_module(dtype)
+            marlin_module(dtype)
         elif dtype not in self._hopper_gemm:
             self._hopper_gemm[dtype] = HopperGemm(
                 dtype=dtype, symmetric=self.symmetric, group_size=self.group_size, device=device
@@ -82,7 +80,7 @@ class MarlinInt4(Format):
         if self._on_hopper and len(x_MK) <= MAX_ROWS:
             return self._hopper_gemm[packed.dtype].apply(packed, x_MK, bias_N, gated=False)
         y_MN = x_MK.new_empty(len(x_MK), packed.n)
-        _marlin_module(packed.dtype).gptq_marlin_gemm(
+        marlin_module(packed.dtype).gptq_marlin_gemm(
             x_MK,
             packed.codes,
             packed.scales,
@@ -114,9 +112,3 @@ class MarlinInt4(Format):
         zeros_NG = None if self.symmetric else marlin_layout.unpack_zeros(packed.zeros)
         codes_NK = marlin_layout.unpack_codes(packed.codes)
         return rtn.dequantize_int4(codes_NK, marlin_layout.unpack_scales(packed.scales), zeros_NG)
-
-
-@functools.cache
-def _marlin_module(dtype: torch.dtype):
-    """SGLang's, for an activation dtype."""
-    return adapter("marlin")._jit_gptq_marlin_module(dtype)

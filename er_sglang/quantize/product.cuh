@@ -46,7 +46,8 @@ Product checked_product(
   using namespace host;
   auto M = SymbolicSize{"M"}, N = SymbolicSize{"N"}, K = SymbolicSize{"K"}, stride = SymbolicSize{"row stride of x"};
   auto device = SymbolicDevice{};
-  TensorMatcher({M, K}).with_strides({stride, 1}).with_dtype<T>().with_device<kDLCUDA>(device).verify(x);
+  device.set_options<kDLCUDA>();
+  TensorMatcher({M, K}).with_strides({stride, 1}).with_dtype<T>().with_device(device).verify(x);
   TensorMatcher({K.unwrap() / kGroup, N}).with_dtype<T>().with_device(device).verify(scales);
   TensorMatcher({K.unwrap() / kTileK, 2 * N.unwrap()}).with_dtype<int32_t>().with_device(device).verify(codes);
   const int m = M.unwrap(), n = N.unwrap(), k = K.unwrap();
