@@ -8,27 +8,22 @@ import os
 import pkgutil
 from concurrent.futures import ProcessPoolExecutor, as_completed
 
-import torch
 from tqdm import tqdm
 
 from er_sglang.config import CONFIG_ENV, load_config
 from er_sglang.errors import ConfigError
-from er_sglang.host.machine import Kernel, check_compiler, compiled_folder, compiled_kernels
-from er_sglang.host.releases import adapter
 
 _DESCRIPTION = f"""\
-Compile the kernels that a server needs which SGLang compiles at its first start on a machine, for a minute or some. Run
-it where images are built: servers in them then start without compiling, and need no compiler. No GPU is needed, but
-SGLang in the release that will serve, and nvcc. What is compiled depends on {CONFIG_ENV} (weights, head, group_size,
-max_draft_batch), as a server reads it.
+Compile the drafter's CUDA kernels, which a server otherwise compiles at its first start on a machine, for minutes. Run
+it where images are built: no GPU is needed, but SGLang in the release that will serve, and nvcc, which the servers then
+do without. What is compiled depends on {CONFIG_ENV} (weights, head, group_size, max_draft_batch), as a server
+reads it. SGLang's own kernels, and those of Triton, are compiled as ever.
 """
 
 _EXAMPLES = """examples:
   er-sglang compile --card 9.0                    H100, H200
   er-sglang compile --card 8.0 --dtype float16    A100, a policy in fp16
 """
-
-_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def add_command(subparsers: argparse._SubParsersAction) -> None:
@@ -40,16 +35,22 @@ def add_command(subparsers: argparse._SubParsersAction) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--card", required=True, metavar="MAJOR.MINOR", help="the card's compute capability")
-    parser.add_argument("--dtype", choices=_DTYPES, default="bfloat16", help="of the policy; default %(default)s")
+    parser.add_argument(
+        "--dtype", choices=("bfloat16", "float16"), default="bfloat16", help="of the policy; default %(default)s"
+    )
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
+    import torch
+
+    from er_sglang.host.machine import check_compiler, compiled_folder, compiled_kernels
+
     try:
         major, minor = map(int, args.card.split("."))
     except ValueError:
         raise ConfigError(f"--card is {args.card!r}; write its compute capability, as 9.0.") from None
-    kernels = list(compiled_kernels(load_config(None, None), (major, minor), _DTYPES[args.dtype]))
+    kernels = list(compiled_kernels(load_config(None, None), (major, minor), getattr(torch, args.dtype)))
     check_compiler([kernel.name for kernel in kernels])
     # In processes of their own: what SGLang compiles for is a setting of the process.
     with (
@@ -64,8 +65,12 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _compile(kernel: Kernel, major: int, minor: int) -> str:
+def _compile(kernel: tuple[str, str, tuple], major: int, minor: int) -> str:
+    """kernel: name, loader, arguments, see host/machine.py."""
+    from er_sglang.host.releases import adapter
+
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     with adapter("kernels").override_jit_cuda_arch(major, minor):
-        pkgutil.resolve_name(kernel.loader)(*kernel.arguments)
-    return kernel.name
+        name, loader, arguments = kernel
+        pkgutil.resolve_name(loader)(*arguments)
+    return name

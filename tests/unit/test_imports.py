@@ -28,7 +28,7 @@ HOSTED = {
     "calibration": "*",
     "drafting": "attention drafter early policy_weight shadow twins",
     "steering": "steering",
-    "quantize": "marlin scaled_mm hopper",
+    "quantize": "marlin scaled_mm",
     "bench": "attention sampling",
     ".": "worker autoload",
 }
