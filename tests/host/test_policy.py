@@ -33,7 +33,7 @@ CROSSOVER = 8
 PROMPT = [7, 30, 30, 2, 51]
 MANY, FEW = 24, 3
 SHORT, LONG = 16, 200
-LONGER = 1200  # many times what a change and its answer take, on a busy machine too
+LONGER = 600  # many times what a change and its answer take, on a busy machine too
 
 
 def batch(long: int = LONG) -> dict:

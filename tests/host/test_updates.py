@@ -319,7 +319,7 @@ def test_sleep_without_an_update(rollouts):
 
 # -- what runs meanwhile ---------------------------------------------------------------------------------------
 
-LONG = 1200  # many times what it takes to interfere, on a busy machine too; within the context
+LONG = 800  # many times what it takes to interfere, on a busy machine too; within the context
 
 
 @contextmanager
