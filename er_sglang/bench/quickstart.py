@@ -57,7 +57,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="toy, trained now on a task of its own, or a real chat model that third parties uploaded to PyPI (0.1 to 1.1 GB); default %(default)s",
     )
     parser.add_argument(
-        "--requests", type=int, metavar="N", help="requests in the burst; default 48, of a real chat model 8"
+        "--requests", type=int, metavar="N", help="requests in the burst; default 192, of a real chat model 8"
     )
     parser.add_argument(
         "--concurrency", type=int, metavar="C", help="requests at once; default 16, of a real chat model 4"
@@ -88,7 +88,7 @@ def main(argv: list[str] | None = None) -> int:
     exit_on_sigterm()
     args.out.mkdir(parents=True, exist_ok=True)
     is_toy = args.policy == "toy"
-    args.requests = args.requests or (48 if is_toy else 8)
+    args.requests = args.requests or (192 if is_toy else 8)
     args.concurrency = args.concurrency or (16 if is_toy else 4)
     policy_path = cached_policy(args.cache, args.train_steps) if is_toy else real_policy(args.policy, args.cache)
     print(f"policy: {policy_path}")
