@@ -158,7 +158,12 @@ class SelfQuantWorker(ServedWorker):
         self.graph_batches, target_graph_batches = self._graph_batches()
         if self.graph_batches:
             # Above, drafts would be launched kernel by kernel, at a price that the profile does not know.
-            self._max_batch = min(self._max_batch, self.graph_batches[-1])
+            if self._max_batch > (largest := self.graph_batches[-1]):
+                logger.warning(
+                    "Steps of more than %d requests draft nothing: CUDA graphs end there (--cuda-graph-max-bs-decode).",
+                    largest,
+                )
+                self._max_batch = largest
         self._shaper = create_shaper(self.device, len(self.req_to_token))
         if gammas := self.config.policy.gammas:
             self._verifier = Verifier(self.runner, self._algorithm, gammas, self.graph_batches)

@@ -40,8 +40,8 @@ WHY_SLOWER = (
     "and keeps the policy's distribution; for speed, run launch/bench on a GPU with a model of billions of parameters. "
 )
 WHY_SLOWER_PLAIN = (
-    " What it lost is SGLang's bookkeeping for speculative servers, which a CPU does between steps; on an H200 the "
-    "steps of a 7B hid all but 0.6 % of it."
+    " On a CPU the host work of a speculative server adds to every step, drafting or not; on an H200 plain steps of a 7B "
+    "and a 14B took at most 0.6 % longer with it (launch/results, an earlier version)."
 )
 WHERE_CPU = "On a CPU the int4 weights are unpacked by plain PyTorch, which takes longer than to read them whole."
 WHERE_GPU = "This policy is small: its time is all overhead, kernel launches, which int4 does not make fewer."

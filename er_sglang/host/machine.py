@@ -25,9 +25,9 @@ def check_machine(config: SelfQuantConfig) -> None:
     ServerArgs may be built on a machine without GPUs that serves nothing itself: it is not judged.
     """
     if torch.cuda.is_available():
-        for name in config.drafter.formats:
-            check_card(name, torch.device("cuda"))
         capability = torch.cuda.get_device_capability("cuda")
+        for name in config.drafter.formats:
+            check_card(name, capability, torch.cuda.get_device_name("cuda"))
         check_compiler([kernel.name for kernel in compiled_kernels(config, capability, torch.bfloat16)])
 
 

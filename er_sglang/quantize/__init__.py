@@ -20,6 +20,7 @@ On CUDA int4 is Marlin's layout, refreshed by one fused kernel per weight and mu
 import torch
 
 from er_sglang.config import WEIGHT_FORMATS
+from er_sglang.errors import ConfigError
 from er_sglang.quantize.base import Format, Packed
 
 __all__ = ["Format", "Packed", "create_format"]
@@ -42,7 +43,7 @@ def create_format(name: str, *, group_size: int, device: torch.device) -> Format
     if device.type != "cuda":
         raise ValueError(f"weight formats exist for cpu and cuda devices, not for {device.type!r}")
 
-    check_card(name, device)
+    check_card(name, torch.cuda.get_device_capability(device), torch.cuda.get_device_name(device))
     if name == "fp8":
         from er_sglang.quantize.scaled_mm import ScaledMmFp8
 
@@ -52,14 +53,14 @@ def create_format(name: str, *, group_size: int, device: torch.device) -> Format
     return MarlinInt4(group_size=group_size, symmetric=name == "int4", device=device)
 
 
-def check_card(name: str, device: torch.device) -> None:
-    """Raise ValueError, saying what to choose instead, unless the GPU has kernels for the format `name`."""
-    capability = torch.cuda.get_device_capability(device)
+def check_card(name: str, capability: tuple[int, int], card: str) -> None:
+    """Raise ConfigError, saying what to choose instead, unless cards of that compute capability have kernels for the format
+    `name`."""
     if capability < _MIN_CAPABILITY[name]:
         instead = "use int4 instead" if capability >= _MIN_CAPABILITY["int4"] else "serve without SELF_QUANT on it"
-        raise ValueError(
+        raise ConfigError(
             f"weight format {name} needs compute capability {_dotted(_MIN_CAPABILITY[name])} or newer, "
-            f"{torch.cuda.get_device_name(device)} has {_dotted(capability)}: {instead}"
+            f"{card} has {_dotted(capability)}: {instead}"
         )
 
 

@@ -45,12 +45,16 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from er_sglang.host.machine import check_compiler, compiled_folder, compiled_kernels
+    from er_sglang.quantize import check_card
 
     try:
         major, minor = map(int, args.card.split("."))
     except ValueError:
         raise ConfigError(f"--card is {args.card!r}; write its compute capability, as 9.0.") from None
-    kernels = list(compiled_kernels(load_config(None, None), (major, minor), getattr(torch, args.dtype)))
+    config = load_config(None, None)
+    for name in config.drafter.formats:
+        check_card(name, (major, minor), "the card")
+    kernels = list(compiled_kernels(config, (major, minor), getattr(torch, args.dtype)))
     check_compiler([kernel.name for kernel in kernels])
     # In processes of their own: what SGLang compiles for is a setting of the process.
     with (
@@ -69,7 +73,7 @@ def _compile(kernel: tuple[str, str, tuple], major: int, minor: int) -> str:
     """kernel: name, loader, arguments, see host/machine.py."""
     from er_sglang.host.releases import adapter
 
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # else SGLang opens the card there is, to ask what it is
     with adapter("kernels").override_jit_cuda_arch(major, minor):
         name, loader, arguments = kernel
         pkgutil.resolve_name(loader)(*arguments)

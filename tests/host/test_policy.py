@@ -123,10 +123,10 @@ def test_calibration_measures_every_gamma(calibrated):
     assert profile.fingerprint["gammas"] == [1, 2, 3] and profile.fingerprint["tp_size"] == 1
     cells = [profile.costs(batch, context) for batch in profile.batches for context in profile.contexts_tokens]
     assert not any(cell.outside for cell in cells)
-    # A verify computes more than a plain step, and drafts take as long as one each, in most cells: one was measured a few
-    # times, on a core that others want.
-    for less, more in ((0, 1), (1, 3)):
-        assert median(cell.step_s[Rung(more)] / cell.step_s[Rung(less)] for cell in cells) > 1
+    # A verify computes more than a plain step, and a chain of drafts takes as long as several plain steps: most cells show
+    # it, each measured a few times, on a core that others want.
+    for less, more, ratio in ((0, 1, 1), (1, 3, 1), (0, 3, 2)):
+        assert median(cell.step_s[Rung(more)] / cell.step_s[Rung(less)] for cell in cells) > ratio
 
 
 def test_another_kv_cache_is_another_profile():
@@ -353,7 +353,7 @@ def test_the_simulated_acceptance_changes_while_serving(qwen3, folder):
             assert decisions(server, before).keys() == {f"gamma={arm.gamma}:{arm.policy['mode']}"}
             expected = arm.expected_accept_length(alpha) - 1
             assert (
-                not drafted if arm.gamma == 0 else accepted / (drafted / arm.gamma) == pytest.approx(expected, abs=0.2)
+                not drafted if arm.gamma == 0 else accepted / (drafted / arm.gamma) == pytest.approx(expected, abs=0.15)
             )
         assert set(after["simulated_acceptance"].values()) == {0.5}
         with pytest.raises(RuntimeError, match="has none for gamma"):

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from er_sglang.cli import main
 from er_sglang.config import DrafterConfig, SelfQuantConfig
 from er_sglang.errors import ConfigError
 from er_sglang.host import machine
@@ -57,6 +58,12 @@ def test_an_old_card(gpu, capability, weights, words):
     gpu(*capability)
     with pytest.raises(ValueError, match=words):
         check(weights)
+
+
+def test_nothing_is_compiled_for_an_old_card(gpu, capsys):
+    gpu()
+    assert main(["compile", "--card", "7.5"]) == 1
+    assert "needs compute capability 8.0 or newer, the card has 7.5" in capsys.readouterr().err
 
 
 def compiled(folder, *kernels):
