@@ -14,7 +14,8 @@ from er_sglang.bench.load import OPTIONS
 from er_sglang.config import AUTO_WINDOWS, CONFIG_ENV, SIMULATE_ACCEPTANCE_ENV, checked
 from er_sglang.policy.acceptance import emitted
 from er_sglang.policy.config import PolicyConfig
-from er_sglang.tools.serving import ON_CPU
+from er_sglang.policy.profile import Profile
+from er_sglang.tools.serving import ON_CPU, Server
 from er_sglang.tools.simulate import window_factors
 
 ARMS = """\
@@ -172,6 +173,12 @@ def start_policy(arms: Sequence[Arm]) -> dict:
     if any(policy.needs_profile for policy in policies):
         return {"mode": "auto", "ladder": gammas}
     return {"mode": "cycle", "cycle": gammas or [0]}
+
+
+def keep_profile(server: Server, arms: Sequence[Arm], folder: Path) -> None:
+    """Copy the step times by which the server of `arms` decides, if it has any, to profile.json in `folder`."""
+    if arms[0].self_quant and (path := server.self_quant()["profile"]):
+        Profile.load(path).save(folder / "profile.json")
 
 
 def shared_args(requests: int, tokens: int) -> dict[str, object]:

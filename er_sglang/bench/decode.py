@@ -19,6 +19,7 @@ from er_sglang.bench.arms import (
     Arm,
     add_server_arguments,
     arm_argument,
+    keep_profile,
     server_args,
     server_env,
     server_name,
@@ -131,7 +132,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         type=Path,
         default=Path("bench-results"),
         metavar="DIR",
-        help="folder for results.json, table.md, plot.png and logs; default %(default)s",
+        help="folder for results.json, table.md, plot.png, profile.json and logs; default %(default)s",
     )
     parser.add_argument("--no-plot", action="store_true", help="do without matplotlib")
     args = parser.parse_args(argv)
@@ -174,7 +175,9 @@ def begin(args: argparse.Namespace) -> dict:
 
 
 def measure(server: Server, arms: Sequence[Arm], args: argparse.Namespace, record: dict, bar: tqdm) -> None:
-    """Append what `arms` do on their server; results.json has each point as soon as it is measured."""
+    """Append what `arms` do on their server; results.json has each point as soon as it is measured, profile.json the
+    server's step times."""
+    keep_profile(server, arms, args.out)
     for point in points(server, arms, args):
         record["points"].append(point)
         write_json(args.out / "results.json", record)

@@ -16,6 +16,7 @@ from er_sglang.bench.arms import (
     Arm,
     add_server_arguments,
     arm_argument,
+    keep_profile,
     server_args,
     server_env,
     server_name,
@@ -141,8 +142,7 @@ def begin(args: argparse.Namespace) -> dict:
 def measure(server: Server, arms: Sequence[Arm], args: argparse.Namespace, record: dict, bar: tqdm) -> None:
     """Append what `arms` do on their server, which traces its steps. Kept beside results.json, which has each run as soon
     as it is measured: the server's profile, and the steps by arm."""
-    if arms[0].self_quant and (path := server.self_quant()["profile"]):
-        Profile.load(path).save(args.out / "profile.json")
+    keep_profile(server, arms, args.out)
     measured = []
     for run in runs(server, arms, args):
         measured.append(run)

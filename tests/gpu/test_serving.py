@@ -120,7 +120,7 @@ def test_distribution(server, policy, settings) -> None:
 
 @pytest.mark.parametrize(
     "settings, other",
-    [({}, {"temperature": 1.1}), (PENALTIES["frequency"], {"temperature": 0.6, "frequency_penalty": 1.0})],
+    [({}, {"temperature": 1.1}), (PENALTIES["frequency"], {"temperature": 0.6, "frequency_penalty": 0.7})],
 )
 def test_wrong_distribution_fails(server, policy, settings, other) -> None:
     """The same check, of the right answers against other settings."""
