@@ -31,7 +31,7 @@ from er_sglang.tools.workload import draw_lengths, make_requests
 SEED = 7
 TEMPERATURE = 1.0
 TOY_TOKENS, CHAT_TOKENS = 512, 96  # the longest response
-GPU_PROFILE = Path(er_sglang.__file__).parents[1] / "launch/results/2026-11-25-h100/14b-auto-b/profile.json"
+GPU_PROFILE = Path(er_sglang.__file__).parents[1] / "launch/results/2026-11-26-h100/14b-boxes/profile.json"
 GPU_LOAD = "lognormal:1000:0.9:8192"
 
 WHY_SLOWER = (

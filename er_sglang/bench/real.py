@@ -122,10 +122,12 @@ def convert(gguf: Path, path: Path, origin: str) -> None:
     # The file names both tokens by number, and the conversion makes defaults of them.
     tokenizer.eos_token = tokenizer.convert_ids_to_tokens(config.eos_token_id)
     tokenizer.pad_token = tokenizer.convert_ids_to_tokens(config.pad_token_id)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     # transformers undoes llama.cpp's permutation of a Llama's q and k here.
     weights = load_gguf_checkpoint(str(gguf), return_tensors=True, model_to_load=model)["tensors"]
-    missing, unexpected = model.load_state_dict(weights, strict=False)
+    weights = {name: weight.to(torch.bfloat16) for name, weight in weights.items()}
+    missing, unexpected = model.load_state_dict(weights, strict=False, assign=True)
     if unexpected or set(missing) - ({"lm_head.weight"} if config.tie_word_embeddings else set()):
         raise RuntimeError(f"{gguf} does not hold this model: missing {missing}, unexpected {unexpected}")
     model.tie_weights()
