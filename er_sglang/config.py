@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from er_sglang.errors import ConfigError
-from er_sglang.policy.config import PolicyConfig
+from er_sglang.policy.config import PolicyConfig, ladder_up_to
 
 CONFIG_ENV = "ER_SGLANG_CONFIG"
 CACHE_ENV = "ER_SGLANG_CACHE"
@@ -120,7 +120,7 @@ class SelfQuantConfig:
     gamma_max: drafted tokens per request and cycle, at most; from ``--speculative-num-steps``.
     max_draft_batch: running requests above which a step never drafts (bounds graphs and draft buffers). Where there are
         CUDA graphs, nor does it above the largest that SGLang captures (--cuda-graph-max-bs-decode).
-    policy: how many tokens a step drafts. Left open, ``ladder`` is the default one up to gamma_max, and
+    policy: how many tokens a step drafts. Left open, ``ladder`` is ``ladder_up_to(gamma_max)``, and
         ``fixed_gamma`` is gamma_max.
     drafter, updates: what it is made of, and when it follows the policy.
     profile: measured times to decide by; None: those in the cache, measured at start-up if there are none.
@@ -177,8 +177,7 @@ def load_config(path: str | None, gamma_max: int | None, env: Mapping[str, str] 
             )
     values = checked(SelfQuantConfig, {"policy": {}, "drafter": {}, "updates": {}, **values}, source)
     limit = max(1, values.get("gamma_max", SelfQuantConfig().gamma_max))
-    ladder = tuple(gamma for gamma in PolicyConfig().ladder if gamma <= limit)
-    values["policy"] = PolicyConfig(**{"ladder": ladder, "fixed_gamma": limit, **values["policy"]})
+    values["policy"] = PolicyConfig(**{"ladder": ladder_up_to(limit), "fixed_gamma": limit, **values["policy"]})
     values["drafter"] = DrafterConfig(**values["drafter"])
     values["updates"] = UpdatesConfig(**values["updates"])
     return SelfQuantConfig(**values)

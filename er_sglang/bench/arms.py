@@ -13,7 +13,7 @@ from pathlib import Path
 from er_sglang.bench.load import OPTIONS
 from er_sglang.config import AUTO_WINDOWS, CONFIG_ENV, SIMULATE_ACCEPTANCE_ENV, checked
 from er_sglang.policy.acceptance import emitted
-from er_sglang.policy.config import PolicyConfig
+from er_sglang.policy.config import PolicyConfig, ladder_up_to
 from er_sglang.policy.profile import Profile
 from er_sglang.tools.serving import ON_CPU, Server
 from er_sglang.tools.simulate import window_factors
@@ -71,11 +71,12 @@ class Arm:
         """SELF_QUANT's policy settings; mode off for an arm that does not draft."""
         if not self.drafts:
             return {"mode": "off"}
-        mode, default = POLICY_MODES[self.algorithm], PolicyConfig()
+        mode = POLICY_MODES[self.algorithm]
         if mode == "always":
             return {"mode": mode, "fixed_gamma": self.gamma}
-        name = "ladder" if mode == "auto" else "paper_ladder"
-        return {"mode": mode, name: [gamma for gamma in getattr(default, name) if gamma <= self.gamma]}
+        if mode == "auto":
+            return {"mode": mode, "ladder": list(ladder_up_to(self.gamma))}
+        return {"mode": mode, "paper_ladder": [gamma for gamma in PolicyConfig().paper_ladder if gamma <= self.gamma]}
 
     @property
     def policy_config(self) -> PolicyConfig:

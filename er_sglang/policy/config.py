@@ -8,6 +8,12 @@ from er_sglang.errors import ConfigError
 from er_sglang.policy.acceptance import AcceptanceEstimator
 
 MODES = ("auto", "always", "off", "threshold", "paper", "cycle")
+LADDER = (1, 2, 3, 5, 7, 11, 15)
+
+
+def ladder_up_to(gamma_max: int) -> tuple[int, ...]:
+    """Draft lengths that auto chooses from, unless it is told others."""
+    return tuple(gamma for gamma in LADDER if gamma <= gamma_max)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,7 +41,7 @@ class PolicyConfig:
     """
 
     mode: str = "auto"
-    ladder: tuple[int, ...] = (1, 2, 3, 5, 7)
+    ladder: tuple[int, ...] = ladder_up_to(7)
     fixed_gamma: int = 7
     threshold_batch: int = 16
     margin: float = 0.01

@@ -29,7 +29,7 @@ def test_defaults():
 
 
 @pytest.mark.parametrize(
-    ("gamma_max", "ladder"), [(1, (1,)), (4, (1, 2, 3)), (7, (1, 2, 3, 5, 7)), (15, (1, 2, 3, 5, 7))]
+    ("gamma_max", "ladder"), [(1, (1,)), (4, (1, 2, 3)), (7, (1, 2, 3, 5, 7)), (15, (1, 2, 3, 5, 7, 11, 15))]
 )
 def test_open_draft_lengths_follow_the_largest_gamma(gamma_max, ladder):
     assert load({"policy": {"mode": "auto"}}, gamma_max).policy.gammas == ladder
