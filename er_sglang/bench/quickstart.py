@@ -11,7 +11,6 @@ from pathlib import Path
 
 from transformers import AutoTokenizer
 
-import er_sglang
 from er_sglang.bench import report, toy
 from er_sglang.bench.arms import Arm, server_args, server_env, servers
 from er_sglang.bench.client import run_load
@@ -31,7 +30,7 @@ from er_sglang.tools.workload import draw_lengths, make_requests
 SEED = 7
 TEMPERATURE = 1.0
 TOY_TOKENS, CHAT_TOKENS = 512, 96  # the longest response
-GPU_PROFILE = Path(er_sglang.__file__).parents[1] / "launch/results/2026-11-26-h100/14b-boxes/profile.json"
+GPU_PROFILE = Path(__file__).with_name("14b-h100.json")  # of launch/results, which is not installed
 GPU_LOAD = "lognormal:1000:0.9:8192"
 
 WHY_SLOWER = (

@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import json
 import random
+from pathlib import Path
 
 import pytest
 import torch
@@ -336,6 +337,13 @@ def test_the_quick_start_plots_the_load_and_not_what_came_before_it(tmp_path):
 
 
 @needs_transformers
+def test_the_gpus_times_of_the_quick_start_are_the_readmes():
+    from er_sglang.bench.quickstart import GPU_PROFILE
+
+    measured = Path(__file__).parents[2] / "launch/results/2026-11-26-h100/14b-boxes/profile.json"
+    assert GPU_PROFILE.read_bytes() == measured.read_bytes()
+
+
 def test_the_quick_start_ends_on_what_auto_did_and_on_a_gpus_times():
     from er_sglang.bench.quickstart import on_a_gpu, verdict
 
