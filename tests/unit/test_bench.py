@@ -5,20 +5,23 @@ import importlib.util
 import json
 import random
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from er_sglang.bench import report
-from er_sglang.bench.arms import Arm, server_args, server_env, server_name, servers
+from er_sglang.bench.arms import Arm, keep_profile, server_args, server_env, server_name, servers
 from er_sglang.bench.load import Completion, LoadResult, Request, interpolate, payload, random_prompts
 from er_sglang.bench.shapes import SHAPES, W4_DRAFT, model_config, write_model
 from er_sglang.config import AUTO_WINDOWS, SIMULATE_ACCEPTANCE_ENV, load_config, simulated_acceptance
+from er_sglang.policy.profile import Profile
 from er_sglang.quantize.blocks import MAX_ROWS, SHARED_BYTES, SMALL_BATCH, Blocks, Wave, choose_blocks, shared_bytes
 from er_sglang.steering.control import Control, replaced
 from er_sglang.tools.plots import Bin
 from er_sglang.tools.results import environment, table, write_json, write_rows
 from er_sglang.tools.serving import CPU_ARGS, server_command
+from tests.profiles import flat_profile
 
 needs_transformers = pytest.mark.skipif(
     importlib.util.find_spec("transformers") is None, reason="transformers is not installed (it comes with sglang)"
@@ -189,6 +192,17 @@ def test_a_shared_server_can_be_switched_to_each_of_its_arms(arms, gammas, measu
         assert now.simulated_acceptance == {0: 0.8} or arm.gamma == 0
 
 
+def test_the_step_times_that_a_server_decides_by_are_kept(tmp_path):
+    measured, out = tmp_path / "cache.json", tmp_path / "out"
+    out.mkdir()
+    flat_profile().save(measured)
+    keep_profile(SimpleNamespace(self_quant=lambda: {"profile": None}), arms_of("self_quant:3"), out)
+    keep_profile(SimpleNamespace(), arms_of("plain"), out)
+    assert not list(out.iterdir())
+    keep_profile(SimpleNamespace(self_quant=lambda: {"profile": str(measured)}), arms_of("auto:7"), out)
+    assert Profile.read(out / "profile.json").costs(1, 100) == flat_profile().costs(1, 100)
+
+
 def test_an_arm_states_its_acceptance_only_if_it_has_one():
     assert Arm.parse("auto:3").settings(0.8) == {"mode": "auto", "ladder": [1, 2, 3], "simulate_acceptance": 0.8}
     assert Arm.parse("self_quant:3").settings(None) == {"mode": "always", "fixed_gamma": 3}
@@ -338,12 +352,14 @@ def test_the_quick_start_plots_the_load_and_not_what_came_before_it(tmp_path):
 
 @needs_transformers
 def test_the_gpus_times_of_the_quick_start_are_the_readmes():
+    """The package brings a copy, for launch/results is not installed."""
     from er_sglang.bench.quickstart import GPU_PROFILE
 
     measured = Path(__file__).parents[2] / "launch/results/2026-11-26-h100/14b-boxes/profile.json"
     assert GPU_PROFILE.read_bytes() == measured.read_bytes()
 
 
+@needs_transformers
 def test_the_quick_start_ends_on_what_auto_did_and_on_a_gpus_times():
     from er_sglang.bench.quickstart import on_a_gpu, verdict
 
@@ -588,7 +604,7 @@ def test_a_servers_trace_is_split_by_arm(tmp_path):
 
 def test_rollouts_are_compared_with_plain_and_with_the_prediction():
     from er_sglang.bench.rollout import table_rows
-    from er_sglang.policy.profile import Profile, Sample
+    from er_sglang.policy.profile import Sample
 
     cells = [("target", 0, 10e-3), ("draft", 0, 1e-3), ("verify", 3, 10e-3)]
     profile = Profile.from_samples(
