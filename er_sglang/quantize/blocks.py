@@ -45,10 +45,13 @@ Waves = tuple[Wave, ...]
 
 
 def shared_bytes(k: int, blocks: Blocks) -> int:
-    """Shared memory of a block: its part of x, and later in the same place its parts of y."""
+    """Shared memory of a block: its part of x, and later in the same place its parts of y; then what it is sent of the
+    others', pairs of float32 of two halves, for whole warps."""
+    block_n = blocks.warps_n * TILE_N
     x_bytes = SMALL_BATCH * (-(-(k // UNIT_K) // blocks.splits) * UNIT_K + 8) * 2
-    y_bytes = blocks.warps_k * SMALL_BATCH * (blocks.warps_n * TILE_N + 4) * 4
-    return max(x_bytes, y_bytes)
+    y_bytes = blocks.warps_k * SMALL_BATCH * (block_n + 4) * 4
+    share = -(-(SMALL_BATCH * block_n // 4) // (32 * blocks.splits)) * 32
+    return max(x_bytes, y_bytes) + blocks.splits * 2 * share * 8
 
 
 @functools.cache

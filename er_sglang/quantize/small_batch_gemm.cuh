@@ -5,8 +5,10 @@
 // - Weights go from memory to registers, no shared memory in between. Marlin's layout gives each lane the A operand of four
 //   m16n8k16 products (W_hat's rows are the product's rows, x's are its columns) in one 16-byte load; a ring of eight such loads
 //   per lane is always in flight.
-// - K is split until all warps of the chip have work, over the warps of a block and over the blocks of a cluster; the parts are
-//   added in float32 through distributed shared memory, in a fixed order: no locks, no workspace, and the same bits every time.
+// - K is split until all warps of the chip have work, over the warps of a block and over the blocks of a cluster. A block adds up
+//   its warps' parts and sends each other block its share of the sums, through distributed shared memory, where they are added in
+//   float32, in a fixed order: no locks, no workspace, and the same bits every time. Sent, not fetched: a store need not be waited
+//   for, and nobody waits for the others to have read.
 // - Codes become exact small integers (two bit operations and a subtraction for two weights); a group's scale is applied to its
 //   float32 sum.
 // - The first weights are requested before the previous kernel has ended (programmatic dependent launch).
@@ -25,6 +27,12 @@ constexpr int kUnitTiles = kUnitK / kTileK;  // a warp's piece at a time, by one
 constexpr int kRows = 8;  // of x, at most
 constexpr int kPadX = 8;  // elements between rows of x in shared memory: ldmatrix without bank conflicts
 constexpr int kPadY = 4;  // floats between rows of the parts: stores without bank conflicts
+constexpr int kShareUnit = 32;  // a share of y is whole warps' work
+
+// Pairs of neighbouring elements of y that each block of a cluster finishes, of `pairs` that all of them have.
+__host__ __device__ constexpr int share_of(int pairs, int splits) {
+  return (pairs + splits * kShareUnit - 1) / (splits * kShareUnit) * kShareUnit;
+}
 
 template <typename T>
 SGL_DEVICE uint32_t subtract2(uint32_t a, uint32_t b) {
@@ -53,7 +61,7 @@ SGL_DEVICE void copy_async_16(uint32_t shared_address, const void* address) {
 
 template <typename T, bool kSymmetric, int kGroup, int kWarpsN, int kWarpsK>
 __global__ void __launch_bounds__(kWarpsN * kWarpsK * 32, 20 / (kWarpsN * kWarpsK))
-    small_batch_gemm_kernel(const __grid_constant__ Product p) {
+    small_batch_gemm_kernel(const __grid_constant__ Product p, const int inbox_offset) {
   namespace cg = cooperative_groups;
   constexpr int kThreads = kWarpsN * kWarpsK * 32;
   constexpr int kGroups = kUnitK / kGroup;
@@ -62,6 +70,7 @@ __global__ void __launch_bounds__(kWarpsN * kWarpsK * 32, 20 / (kWarpsN * kWarps
 
   const auto cluster = cg::this_cluster();
   const int split = cluster.block_rank(), splits = cluster.num_blocks();
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");  // others may send from here on
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int r = lane / 4;
   const int warp_n = warp % kWarpsN, warp_k = warp / kWarpsN;
@@ -160,7 +169,7 @@ __global__ void __launch_bounds__(kWarpsN * kWarpsK * 32, 20 / (kWarpsN * kWarps
     active = more;
   }
 
-  // Add the parts of all warps and blocks. x is no longer needed: its memory holds the parts, [kWarpsK][M][kBlockN].
+  // Add the parts of this block's warps. x is no longer needed: its memory holds them, [kWarpsK][kRows][kBlockN].
   device::PDLTriggerSecondary<true>();
   constexpr int kStrideY = kBlockN + kPadY;
   float* parts = reinterpret_cast<float*>(shared);
@@ -173,26 +182,42 @@ __global__ void __launch_bounds__(kWarpsN * kWarpsK * 32, 20 / (kWarpsN * kWarps
       parts[(warp_k * kRows + row) * kStrideY + column] = sum[w][i];
     }
   }
+  __syncthreads();
+  // Send each block its share of the sums, [splits][halves][share] there. All have started, so their memory is theirs.
+  const int pairs = p.m * block_columns / 2, share = share_of(pairs, splits);
+  float2* inbox = reinterpret_cast<float2*>(shared + inbox_offset);
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+  for (int i = threadIdx.x; i < pairs * halves; i += kThreads) {
+    const int h = i >= pairs, pair = i - h * pairs;
+    const int row = 2 * pair / block_columns, column = 2 * pair % block_columns;
+    float2 total = {};
+#pragma unroll
+    for (int w = 0; w < kWarpsK; ++w) {
+      const float2 part = *reinterpret_cast<const float2*>(parts + (w * kRows + row) * kStrideY + h * block_columns + column);
+      total.x += part.x, total.y += part.y;
+    }
+    const int to = pair / share;
+    *cluster.map_shared_rank(inbox + (split * halves + h) * share + pair - to * share, to) = total;
+  }
   cluster.sync();
-  for (int i = (split * kThreads + threadIdx.x) * 2; i < p.m * block_columns; i += splits * kThreads * 2) {
-    const int row = i / block_columns, column = i % block_columns;
+  // Add what all blocks have sent.
+  for (int i = threadIdx.x; i < share && split * share + i < pairs; i += kThreads) {
+    const int pair = split * share + i;
+    const int row = 2 * pair / block_columns, column = 2 * pair % block_columns;
     if (column >= columns) continue;
     T out[2];
     for (int h = 0; h < halves; ++h) {
       float total[2] = {};
-      for (int s = 0; s < splits; ++s) {
-        const float* theirs = cluster.map_shared_rank(parts, s);
 #pragma unroll
-        for (int w = 0; w < kWarpsK; ++w) {
-          const float2 part = *reinterpret_cast<const float2*>(theirs + (w * kRows + row) * kStrideY + h * block_columns + column);
-          total[0] += part.x, total[1] += part.y;
-        }
+      for (int s = 0; s < kMostSplits; ++s) {
+        if (s == splits) break;
+        const float2 sent = inbox[(s * halves + h) * share + i];
+        total[0] += sent.x, total[1] += sent.y;
       }
       finish(out, total, p.bias, h * y_columns + begin + column, h == 1);
     }
     *reinterpret_cast<uint32_t*>(static_cast<T*>(p.y) + int64_t(row) * y_columns + begin + column) = reinterpret_cast<const uint32_t&>(out);
   }
-  cluster.sync();  // nobody leaves while others read its parts
 }
 
 template <typename T, bool kSymmetric, int kGroup>
@@ -204,7 +229,8 @@ struct SmallBatchGemm {
     const int units = p.k / kUnitK;
     const int x_bytes = kRows * (host::div_ceil(units, p.splits) * kUnitK + kPadX) * sizeof(T);
     const int parts_bytes = kWarpsK * kRows * (kBlockN + kPadY) * sizeof(float);
-    const int shared_bytes = std::max(x_bytes, parts_bytes);
+    const int inbox = std::max(x_bytes, parts_bytes);
+    const int shared_bytes = inbox + p.splits * 2 * share_of(kRows * kBlockN / 4, p.splits) * int(sizeof(float2));
     static int allowed_bytes = 48 * 1024;
     if (shared_bytes > allowed_bytes) {
       host::RuntimeDeviceCheck(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
@@ -212,7 +238,7 @@ struct SmallBatchGemm {
     }
     const dim3 grid(p.splits, host::div_ceil(p.n, kBlockN));
     host::LaunchKernel(grid, kWarpsN * kWarpsK * 32, device, shared_bytes)
-        .config({.use_pdl = true, .cluster_dim = dim3(p.splits)})(kernel, p);
+        .config({.use_pdl = true, .cluster_dim = dim3(p.splits)})(kernel, p, inbox);
   }
 
   // Operands as of checked_product. warps_n: warps of a block side by side along N.
