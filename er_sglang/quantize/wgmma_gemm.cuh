@@ -289,11 +289,15 @@ __global__ void __launch_bounds__(Stage<kSymmetric, kGroup, kRows>::kThreads, 1)
       T out[4];
       for (int h = 0; h < halves; ++h) {
         const float* parts = reinterpret_cast<const float*>(ring) + row * (kBlockN + kPadY) + h * block_columns + column;
+        float4 part[kMostSplits];  // all at once: another block's memory is far
+#pragma unroll
+        for (int s = 0; s < kMostSplits; ++s) {
+          part[s] = s < p.splits ? *reinterpret_cast<const float4*>(cluster.map_shared_rank(parts, s)) : float4{};
+        }
         float total[4] = {};
-#pragma unroll 4
-        for (int s = 0; s < p.splits; ++s) {
-          const float4 part = *reinterpret_cast<const float4*>(cluster.map_shared_rank(parts, s));
-          total[0] += part.x, total[1] += part.y, total[2] += part.z, total[3] += part.w;
+#pragma unroll
+        for (int s = 0; s < kMostSplits; ++s) {
+          total[0] += part[s].x, total[1] += part[s].y, total[2] += part[s].z, total[3] += part[s].w;
         }
         finish(out, total, p.bias, h * y_columns + block_n + column, h == 1);
       }
