@@ -1,13 +1,14 @@
-"""Decoding speed by running requests: the trace of `auto` beside the plain server's log.
+"""Decoding speed by running requests: the trace of a drafting arm beside the plain server's log.
 
-    python by_requests.py > by_requests.md
+    python by_requests.py FOLDER auto > FOLDER/by_requests.md
 
-Of `auto`, drafting steps between which the batch stays; the log's figures are means of 40 steps in which requests end.
+Of the arm, drafting steps between which the batch stays; the log's figures are means of 40 steps in which requests end.
 More than 96 requests are left out: the log's first figure of a rollout counts the time since the one before.
 """
 
 import json
 import lzma
+import sys
 from itertools import pairwise
 from pathlib import Path
 from statistics import fmean, median
@@ -17,10 +18,10 @@ from er_sglang.tools.results import table
 BINS = [(1, 1), (2, 4), (5, 8), (9, 16), (17, 32), (33, 64), (65, 96)]
 LONGEST_STEP_S = 0.1  # longer is no step, but a pause
 
-here = Path(__file__).parent
+here, arm = Path(sys.argv[1]), sys.argv[2]
 lines = (here / "plain-throughput.txt").read_text().splitlines()[1:]
 plain = [(int(requests), float(rate)) for requests, rate in map(str.split, lines)]
-with lzma.open(here / "trace-auto.jsonl.xz") as trace:
+with lzma.open(here / f"trace-{arm}.jsonl.xz") as trace:
     steps = list(map(json.loads, trace))
 rows = []
 for low, high in BINS:
@@ -37,7 +38,7 @@ for low, high in BINS:
         {
             "running requests": f"{low} to {high}" if high > low else str(low),
             "plain, tokens/s a request": round(theirs),
-            "auto": round(ours),
+            arm: round(ours),
             "gain": ours / theirs,
             "by its own estimate": fmean(step["expected_speedup"] for step, _ in cycles if step["expected_speedup"]),
             "cycles": len(cycles),
