@@ -2,4 +2,5 @@
 
 import signal
 
-signal.signal(signal.SIGTERM, signal.default_int_handler)  # KeyboardInterrupt: pytest leaves its fixtures
+# KeyboardInterrupt, for which pytest leaves its fixtures: it takes a SystemExit for one test's failure and goes on.
+signal.signal(signal.SIGTERM, signal.default_int_handler)
