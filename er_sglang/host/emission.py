@@ -23,9 +23,7 @@ def _finish_token_by_token(original, req, new_accepted_len=1):
     it looks for stop tokens, for stop strings before end-of-sequence tokens, for the first stop string of the request
     before the first of the text, and for a stop regex at the end of the step. It ends an aborted request with all of
     them, though an end or the length limit is among them."""
-    params = req.sampling_params
-    any_order = len(req.output_ids) < params.max_new_tokens and not (params.stop_strs or params.stop_regex_strs)
-    if new_accepted_len == 1 or any_order and not req.to_finish:
+    if new_accepted_len == 1 or _in_any_order(req):
         original(req, new_accepted_len)
     else:
         emitted = req.output_ids[-new_accepted_len:]
@@ -40,6 +38,13 @@ def _finish_token_by_token(original, req, new_accepted_len=1):
         req.output_ids.extend(emitted[count:])  # SGLang cuts them off at finished_len
     if req.finished():  # SGLang has counted the whole step
         req.reasoning_tokens = min(req.reasoning_tokens, len(req.output_ids_through_stop))
+
+
+def _in_any_order(req) -> bool:
+    """Whether it does not matter that SGLang looks at all tokens of a step at once."""
+    params = req.sampling_params
+    short = len(req.output_ids) < params.max_new_tokens
+    return short and not (params.stop_strs or params.stop_regex_strs or req.to_finish)
 
 
 def _score_prompts_only(result, processor, i, req, *_, **__):

@@ -62,7 +62,8 @@ def _reserve(original, batch):
 def _commit_what_has_slots(outputs, processor, *, batch, **_):
     """Tokens beyond the limit count as accepted, but the radix cache must not be given their KV."""
     for req in batch.reqs:
-        _slots.set_committed(req, min(_slots.committed(req), _slots.allocated(req)))
+        if (tokens := _slots.allocated(req)) < _slots.committed(req):
+            _slots.set_committed(req, tokens)
 
 
 RESERVATION_HOOKS = {

@@ -10,9 +10,11 @@ managers.scheduler_components.output_streamer:_GenerationStreamAccumulator.accep
 def _send_at_intervals(original, accumulator, *, req):
     """SGLang sends a stream's next chunk when the number of its tokens is a multiple of the interval, plus one. Steps of
     several tokens jump over most such numbers."""
+    if not req.stream or req.finished():
+        return original(accumulator, req=req)
     params = req.sampling_params
     interval = params.stream_interval or accumulator.default_stream_interval
-    if interval == 1 or not req.stream or req.finished():
+    if interval == 1:
         return original(accumulator, req=req)
     if 0 < req.send_token_offset and len(req.output_ids) < req.send_token_offset + interval:
         return None
