@@ -282,9 +282,10 @@ class SelfQuantWorker(ServedWorker):
         if batch.return_logprob:  # Speculative results carry a list per request.
             output = result.logits_output
             output.next_token_logprobs = output.next_token_logprobs.view(-1, 1)
-        return self._fill(
-            step, result, result.next_token_ids, torch.ones_like(new_seq_lens, dtype=torch.int32), new_seq_lens, 0
-        )
+        # On the host, which need not copy it then, unless penalties are counted by it.
+        device = "cpu" if step.penalties is None else self.device
+        accept_lens = torch.ones(step.batch_size, dtype=torch.int32, device=device)
+        return self._fill(step, result, result.next_token_ids, accept_lens, new_seq_lens, 0)
 
     def cycle(self, batch, step: Step, rung: Rung, on_publish=_ignore) -> GenerationBatchResult:
         """gamma > 0: draft, verify, judge."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Collection
 from dataclasses import dataclass
 
@@ -61,8 +62,11 @@ class Step:
         if batch.seq_lens_cpu is not None:
             seq_lens_cpu_B = batch.seq_lens_cpu
         else:
-            seq_lens_cpu_B = torch.tensor([_slots.committed(req) for req in batch.reqs]) + host_slack_tokens
-        positions_NB = seq_lens_B + torch.arange(width, device=seq_lens_B.device).view(-1, 1)
+            committed = array("q", [_slots.committed(req) for req in batch.reqs])  # torch.tensor(list) takes its time
+            seq_lens_cpu_B = torch.frombuffer(committed, dtype=torch.int64) + host_slack_tokens
+        positions_NB = seq_lens_B.view(1, -1)
+        if width > 1:
+            positions_NB = positions_NB + torch.arange(width, device=seq_lens_B.device).view(-1, 1)
         info = batch.sampling_info
         # SGLang's CUDA sampler (sampler.py) filters every row of a batch in sequence while one has min-p.
         sequential = info.need_min_p_sampling and _settings.sampling_backend() == "flashinfer"
