@@ -52,6 +52,9 @@ def compiled_kernels(config: SelfQuantConfig, capability: tuple[int, int], dtype
         for arguments in int4:
             yield Kernel("er_sglang_small_batch_gemm", "er_sglang.quantize.modules:small_batch_module", arguments)
             yield Kernel("er_sglang_wgmma_gemm", "er_sglang.quantize.modules:wgmma_module", arguments)
+        drafter = config.drafter
+        if (drafter.weights, drafter.group_size, dtype) == ("int4", 128, torch.bfloat16):
+            yield Kernel("er_sglang_layer_chain", "er_sglang.quantize.modules:layer_chain_module", ())
 
 
 def compiled_folder(env: Mapping[str, str] = os.environ) -> Path:

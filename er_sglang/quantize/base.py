@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +31,25 @@ class Packed:
     @property
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.tensors().values())
+
+
+class ChainProducts(NamedTuple):
+    """Weights of a decoder layer from o on, of the following layer's qkv, and of the two that are multiplied by after it."""
+
+    o: Packed
+    gate_up: Packed
+    down: Packed
+    qkv: Packed
+    next_o: Packed
+    next_gate_up: Packed
+
+
+class ChainNorms(NamedTuple):
+    """Weights of a layer's norm behind the attention, and of the following layer's before it."""
+
+    first_H: torch.Tensor
+    second_H: torch.Tensor
+    eps: float
 
 
 class Format(ABC):
@@ -66,6 +86,23 @@ class Format(ABC):
         """silu(gate) * up [M, N/2] of the halves of `apply`'s y: computed in float32, rounded as y is."""
         gate, up = self.apply(packed, x_MK, bias_N).chunk(2, dim=1)
         return (F.silu(gate.float()) * up.float()).to(gate.dtype)
+
+    def chain_rows(self, products: ChainProducts) -> int:
+        """Up to how many rows `chain` multiplies by these; 0: none. Makes room for it: not while a graph is captured, and
+        not in memory that is given back while a server sleeps."""
+        return 0
+
+    def chain(
+        self,
+        products: ChainProducts,
+        x_MK: torch.Tensor,
+        residual_MH: torch.Tensor,
+        norms: ChainNorms,
+        bias_N: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """The following layer's qkv [M, N] of the attention's output x: o, residual += and norm, gate_up with its activation,
+        down, residual += and norm, qkv and its bias. In place of the residual."""
+        raise NotImplementedError
 
     @abstractmethod
     def dequantize(self, packed: Packed) -> torch.Tensor:

@@ -1,7 +1,8 @@
-"""How an int4 product is shared out over a Hopper chip. Pure Python; the numbers are those of the two kernels. Every
+"""How an int4 product is shared out over a Hopper chip. Pure Python; the numbers are those of the three kernels. Every
 product of an eager step asks for its choice, so each is made once.
 
-Up to SMALL_BATCH rows `small_batch_gemm.cuh` multiplies, up to MAX_ROWS `wgmma_gemm.cuh`.
+Up to SMALL_BATCH rows `small_batch_gemm.cuh` multiplies, up to MAX_ROWS `wgmma_gemm.cuh`; up to CHAIN_ROWS
+`layer_chain.cuh` can multiply all of a layer.
 """
 
 import functools
@@ -9,6 +10,7 @@ from typing import NamedTuple
 
 SMALL_BATCH = 8  # rows
 MAX_ROWS = 128
+CHAIN_ROWS = 4
 UNIT_K = 128  # of K, what a warp multiplies at a time
 TILE_N = 64  # of N, likewise
 SHARED_BYTES = 227 * 1024  # of a multiprocessor
@@ -39,6 +41,11 @@ class Wave(NamedTuple):
     columns: int
     splits: int
 
+
+CHAIN_WARPS = 8  # of a block that multiply
+MAX_STRIPS = 8
+X_ROW_BYTES = (UNIT_K + 8) * 2  # of a row of a unit of x, in shared memory
+MOST_X_BYTES = 50_000  # that leave room for enough weights in flight
 
 Waves = tuple[Wave, ...]
 """A product by the wgmma kernel: a launch each."""
@@ -96,3 +103,27 @@ def choose_waves(n: int, k: int, resident_clusters: tuple[int, ...]) -> Waves:
         if 0 < rest < columns:
             plans.append((Wave(columns - rest, splits), *in_one(rest)))
     return min(plans, key=lambda waves: sum(map(time, waves)))
+
+
+@functools.cache
+def choose_strips(n: int, k: int, rows: int, multiprocessors: int) -> int | None:
+    """Of a product in a layer's chain, for up to CHAIN_ROWS rows: strips of K, as few as hold their part of x; None if the
+    product cannot be shared out.
+
+    Pieces of TILE_N x UNIT_K, column after column in strip after strip, are shared out evenly over a block on every
+    multiprocessor, and a block's over its warps. A block has a column of a strip or more, so that no more than two blocks
+    share one, and reads x of at most two strips; a warp has parts of two columns at most.
+    """
+    units = k // UNIT_K
+    each = units * (n // TILE_N) // multiprocessors  # pieces of a block; some have one more
+
+    def fits(strips: int) -> bool:
+        strip, rest = divmod(units, strips)
+        return not rest and 1 < strip <= each and -(-(each + 1) // CHAIN_WARPS) <= strip
+
+    def x_bytes(strips: int) -> int:
+        return min(strips, 2) * (units // strips) * rows * X_ROW_BYTES
+
+    fitting = [strips for strips in range(1, MAX_STRIPS + 1) if fits(strips)]
+    small = (strips for strips in fitting if x_bytes(strips) <= MOST_X_BYTES)
+    return next(small, min(fitting, key=x_bytes, default=None))

@@ -1,5 +1,5 @@
-"""The compiled modules of int4 products: ours for Hopper, of `small_batch_gemm.cuh` and `wgmma_gemm.cuh`, and SGLang's
-Marlin. SGLang's ``load_jit`` compiles each once on a machine; loading needs no GPU."""
+"""The compiled modules of int4 products: ours for Hopper, of `small_batch_gemm.cuh`, `wgmma_gemm.cuh` and
+`layer_chain.cuh`, and SGLang's Marlin. SGLang's ``load_jit`` compiles each once on a machine; loading needs no GPU."""
 
 import functools
 from pathlib import Path
@@ -23,13 +23,21 @@ def wgmma_module(dtype: torch.dtype, symmetric: bool, group_size: int):
         return _load("wgmma_gemm", "WgmmaGemm", exports, dtype, symmetric, group_size)
 
 
-def _load(source: str, struct: str, exports: dict[str, str], dtype: torch.dtype, symmetric: bool, group_size: int):
-    args = _kernels.make_cpp_args(dtype, symmetric, group_size)
+@_kernels.cache_once
+def layer_chain_module():
+    """For bfloat16, symmetric weights and groups of 128 alone."""
+    with _kernels.override_jit_cuda_arch(9, 0, "a"):
+        return _load("layer_chain", "LayerChain", {"run": "run"})
+
+
+def _load(source: str, struct: str, exports: dict[str, str], *template_arguments: torch.dtype | bool | int):
+    args = _kernels.make_cpp_args(*template_arguments)
+    struct = f"er_sglang::{struct}<{args}>" if args else f"er_sglang::{struct}"
     return _kernels.load_jit(
         f"er_sglang_{source}",
         *args,
         cuda_files=[str(Path(__file__).with_name(f"{source}.cuh"))],
-        cuda_wrappers=[(name, f"er_sglang::{struct}<{args}>::{function}") for name, function in exports.items()],
+        cuda_wrappers=[(name, f"{struct}::{function}") for name, function in exports.items()],
     )
 
 

@@ -5,14 +5,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from er_sglang.bench.gemm import products
+from er_sglang.bench.shapes import SHAPES
 from er_sglang.quantize.blocks import (
+    CHAIN_ROWS,
+    CHAIN_WARPS,
     MAX_SPLITS,
+    MAX_STRIPS,
     SHARED_BYTES,
     SPLITS,
     TILE_N,
     UNIT_K,
     WGMMA_BLOCK_N,
     choose_blocks,
+    choose_strips,
     choose_waves,
     shared_bytes,
 )
@@ -81,3 +87,45 @@ def test_clusters_that_do_not_fit_at_once_are_avoided():
     """With one cluster of five less than 14B's o and down have columns, a second wave would double their time."""
     fewer = (*H100_CLUSTERS[:4], 19, *H100_CLUSTERS[5:])
     assert choose_waves(5120, 13824, fewer) == ((20, 4),)
+
+
+@pytest.mark.parametrize("model", ["7b", "14b", "32b", "qwen3-4b", "qwen3-8b"])
+def test_layers_can_be_chained(model):
+    for name, (n, k) in products(SHAPES[model]).items():
+        if name != "lm_head":
+            assert all(choose_strips(n, k, rows, H200) for rows in range(1, CHAIN_ROWS + 1))
+
+
+def test_a_product_too_small_to_share_out_has_no_strips():
+    assert choose_strips(896, 896, 1, H200) is None  # 0.5B: o
+
+
+@pytest.mark.parametrize(
+    ("n", "k", "strips"),
+    [
+        (5120, 13824, [2, 3, 4, 6]),  # 14B: down
+        (27648, 5120, [1, 1, 1, 1]),  # gate and up
+        (5120, 27648, [3, 6, 8, 8]),  # 32B: down, of which more than 50 KB are left at 4 rows
+        (3584, 18944, [4, 4, 4, 4]),  # 7B: down; nothing but 4 divides its units and lets all blocks have a strip
+    ],
+)
+def test_more_rows_take_more_strips(n, k, strips):
+    assert [choose_strips(n, k, rows, H200) for rows in range(1, CHAIN_ROWS + 1)] == strips
+
+
+@given(
+    n=columns,
+    k=st.integers(2, 400).map(lambda units: units * UNIT_K),
+    rows=st.integers(1, CHAIN_ROWS),
+    multiprocessors=st.sampled_from([78, 114, H200]),
+)
+def test_strips_are_whole_and_shared_by_two(n, k, rows, multiprocessors):
+    """A strip's column by no more than two blocks, two columns by no more than a warp."""
+    units, strips = k // UNIT_K, choose_strips(n, k, rows, multiprocessors)
+    assert (strips is None) == (choose_strips(n, k, 1, multiprocessors) is None)
+    if strips is None:
+        return
+    assert 1 <= strips <= MAX_STRIPS and units % strips == 0 and units // strips > 1
+    least, rest = divmod(units * (n // TILE_N), multiprocessors)
+    assert least >= units // strips
+    assert -(-(least + (rest > 0)) // CHAIN_WARPS) <= units // strips

@@ -94,9 +94,17 @@ def test_no_compiler_on_hopper(gpu, monkeypatch):
         check("fp8")
     compiled(folder, "er_sglang_small_kernels", "er_sglang_decode_attention")
     check("fp8")
-    with pytest.raises(ConfigError, match=r"\(er_sglang_small_batch_gemm, er_sglang_wgmma_gemm\)"):
+    with pytest.raises(
+        ConfigError, match=r"\(er_sglang_small_batch_gemm, er_sglang_wgmma_gemm, er_sglang_layer_chain\)"
+    ):
         check("int4")
     compiled(folder, "er_sglang_small_batch_gemm", "er_sglang_wgmma_gemm")
+    check("int4_asym")
+    check("fp8", head="int4")
+    with pytest.raises(ConfigError, match=r"\(er_sglang_layer_chain\)"):
+        check("int4")
+    machine.check_machine(SelfQuantConfig(drafter=DrafterConfig(weights="int4", head="policy", group_size=64)))
+    compiled(folder, "er_sglang_layer_chain")
     check("int4")
     with pytest.raises(ConfigError, match=r"\(gptq_marlin\)"):
         check("int4", max_draft_batch=129)
