@@ -13,60 +13,20 @@ from __future__ import annotations
 import logging
 from contextlib import AbstractContextManager
 
-import torch
 from sglang.srt.layers.linear import LinearBase
-from sglang.srt.layers.quantization.base_config import LinearMethodBase
 from sglang.srt.utils import use_intel_amx_backend
 from torch import nn
 from tqdm import tqdm
 
+from er_sglang.drafting.chained import chain_layers
+from er_sglang.drafting.linear import DraftLinearMethod, GatedLinearMethod, RescoredHeadMethod
 from er_sglang.drafting.policy_weight import policy_weight, unreadable
-from er_sglang.drafting.rescoring import rescore_
 from er_sglang.drafting.shadow import shadow, shallow_copy
 from er_sglang.drafting.twins import Activated, gated_activations, leave_head_norms_to_attention, small_twins
 from er_sglang.errors import ConfigError
 from er_sglang.quantize import Format
 
 logger = logging.getLogger(__name__)
-
-
-class DraftLinearMethod(LinearMethodBase):
-    """``quant_method`` of one converted Linear or lm_head: holds and applies its packed weight."""
-
-    def __init__(self, fmt: Format, layer: nn.Module) -> None:
-        weight_NK = policy_weight(layer)
-        self.fmt = fmt
-        self.packed = fmt.allocate(*weight_NK.shape, weight_NK.dtype, weight_NK.device)
-
-    def create_weights(self, layer: nn.Module, *args, **kwargs) -> None:
-        raise NotImplementedError("a drafter's weights are made from the policy's, never loaded")
-
-    def refresh_(self, layer: nn.Module) -> None:
-        """Follow the policy's ``layer``, in place."""
-        self.fmt.refresh_(self.packed, policy_weight(layer))
-
-    def apply(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        return self.fmt.apply(self.packed, x, bias)
-
-
-class GatedLinearMethod(DraftLinearMethod):
-    """Of a gated MLP's first Linear: the activation behind it is part of the product."""
-
-    def apply(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        return self.fmt.apply_gated(self.packed, x, bias)
-
-
-class RescoredHeadMethod(DraftLinearMethod):
-    """lm_head's, whose leading tokens are scored again with the policy's rows."""
-
-    def __init__(self, fmt: Format, layer: nn.Module) -> None:
-        super().__init__(fmt, layer)
-        self._policy_head = layer
-
-    def apply(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        logits = super().apply(layer, x, bias)
-        rescore_(logits, x, policy_weight(self._policy_head))
-        return logits
 
 
 class Drafter:
@@ -95,30 +55,36 @@ class Drafter:
         self._methods: dict[nn.Module, DraftLinearMethod] = {}  # by the policy's layer
         kept: dict[str, str] = {}
 
-        def convert(name: str, layer: nn.Module, fmt: Format, method: type[DraftLinearMethod]) -> None:
-            if (reason := _unconvertible(layer, fmt)) is not None:
-                kept[name] = reason
-            else:
-                self._methods[layer] = method(fmt, layer)
+        def convert(
+            name: str, layer: nn.Module, fmt: Format, method: type[DraftLinearMethod]
+        ) -> DraftLinearMethod | None:
+            if (reason := _unconvertible(layer, fmt)) is None:
+                return method(fmt, layer)
+            kept[name] = reason
 
-        activations = gated_activations(policy)
+        activations, head = gated_activations(policy), None
         with weights_region:
             for name, layer in policy.named_modules():
                 if isinstance(layer, LinearBase):
                     gated = layer in activations and fmt.gates(layer.output_size_per_partition)
-                    convert(name, layer, fmt, GatedLinearMethod if gated else DraftLinearMethod)
+                    if method := convert(name, layer, fmt, GatedLinearMethod if gated else DraftLinearMethod):
+                        self._methods[layer] = method
             if not self._methods:
                 raise ConfigError(f"no Linear layer of this model can be converted: {sorted(set(kept.values()))}.")
-            small = small_twins(policy)
-            for layer, activation in activations.items():
-                if isinstance(self._methods.get(layer), GatedLinearMethod):
-                    small[activation] = Activated()
-            self.model = shadow(policy, lambda module: small.get(module, self._linear_twin(module)))
-            leave_head_norms_to_attention(self.model)
             if head_fmt is not None:
-                convert("lm_head", policy.lm_head, head_fmt, RescoredHeadMethod if rescored else DraftLinearMethod)
-                if (method := self._methods.get(policy.lm_head)) is not None:
-                    self.model.lm_head = _head_twin(policy.lm_head, method)
+                head = convert(
+                    "lm_head", policy.lm_head, head_fmt, RescoredHeadMethod if rescored else DraftLinearMethod
+                )
+        small = small_twins(policy)
+        for layer, activation in activations.items():
+            if isinstance(self._methods.get(layer), GatedLinearMethod):
+                small[activation] = Activated()
+        small |= chain_layers(policy, self._methods, small)
+        self.model = shadow(policy, lambda module: small.get(module, self._linear_twin(module)))
+        leave_head_norms_to_attention(self.model)
+        if head is not None:  # which may be the embedding, too, and that stays the policy's
+            self._methods[policy.lm_head] = head
+            self.model.lm_head = _head_twin(policy.lm_head, head)
         if kept:
             logger.warning("SELF_QUANT drafts with %d of the policy's own layers: %s", len(kept), kept)
         self.refresh_()

@@ -1,8 +1,9 @@
 """Twins of a model's small modules, on Hopper: the same functions, by kernels that let the next one start early.
 
-Norms and activations are exchanged one by one; an activation that an int4 product computes is left out. Rotation, and
-Qwen3's norms of heads, move into the attention: a rotary embedding's twin hands q and k on as they are, and the
-attention's twin rotates them on their way into the KV cache, one kernel instead of three or four.
+Norms and activations are exchanged one by one; an activation that an int4 product computes is left out, and of a few rows
+a layer's norms are part of its chain (chained.py). Rotation, and Qwen3's norms of heads, move into the attention: a rotary
+embedding's twin hands q and k on as they are, and the attention's twin rotates them on their way into the KV cache, one
+kernel instead of three or four.
 """
 
 from __future__ import annotations
@@ -34,9 +35,9 @@ def small_twins(policy: nn.Module) -> dict[nn.Module, nn.Module]:
     twins: dict[nn.Module, nn.Module] = {}
     for module in policy.modules():
         if _has_norm_twin(module):
-            twins[module] = _with_forward(module, types.MethodType(_rms_norm, module))
+            twins[module] = with_forward(module, types.MethodType(_rms_norm, module))
         elif _computes(module, SiluAndMul):
-            twins[module] = _with_forward(module, early.silu_and_mul)
+            twins[module] = with_forward(module, early.silu_and_mul)
     rotating = [module for module in policy.modules() if "rotary_emb" in module._modules]
     if all(_computes_rotation(module) for module in rotating):
         for module in rotating:
@@ -156,7 +157,8 @@ def _computes_rotation(module: nn.Module) -> bool:
     )
 
 
-def _with_forward(module: nn.Module, forward) -> nn.Module:
+def with_forward(module: nn.Module, forward) -> nn.Module:
+    """A twin of a module of many platforms (MultiPlatformOp) that computes ``forward``."""
     twin = shallow_copy(module)
     twin._forward_method = forward
     return twin

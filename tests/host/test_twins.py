@@ -14,13 +14,19 @@ PLUGINS = (TWINS, Path(__file__).parents[1] / "gpu" / "plugin")
 
 
 @pytest.mark.parametrize(
-    ("family", "weights", "activation"),
-    [("qwen3", "int4", "apply_gated"), ("llama", "int4", "apply_gated"), ("llama", "fp8", "silu_and_mul")],
+    ("family", "weights", "more"),
+    [
+        ("qwen3", "int4", {"apply_gated", "chain"}),
+        ("qwen2", "int4", {"apply_gated", "chain"}),  # whose qkv has a bias
+        ("llama", "int4", {"apply_gated", "chain"}),
+        ("llama", "fp8", {"silu_and_mul"}),
+    ],
 )
-def test_twins_draft_what_the_policys_own_modules_draft(folder, family, weights, activation):
-    """The plugin compares logits, keys and values at start-up and stops the server unless they are close."""
+def test_twins_draft_what_the_policys_own_modules_draft(folder, family, weights, more):
+    """The plugin compares logits, keys and values at start-up and stops the server unless they are close: of a request, whose
+    layers are chained in int4, and of more than a chain takes."""
     log = folder / f"twins-{family}-{weights}.log"
-    policy = make_policy(folder / f"twins-{family}-{weights}", family, seed=3)
+    policy = make_policy(folder / f"twins-{family}-{weights}", family, seed=3, layers=3)
     config = {"policy": {"mode": "always"}, "drafter": {"weights": weights}}
     with self_quant(policy, log, config, 3, plugins=PLUGINS) as server:
         answer = server.generate({"input_ids": [5, 6, 7], "sampling_params": greedy(12)})
@@ -28,4 +34,4 @@ def test_twins_draft_what_the_policys_own_modules_draft(folder, family, weights,
     text = log.read_text()
     assert len(re.findall(r"^TWIN_CHECK", text, re.MULTILINE)) == 2 * 3  # sizes, tensors
     called = set(re.findall(r"^TWIN_CALL (\w+)", text, re.MULTILINE))
-    assert called == {"rms_norm", "add_rms_norm_", activation, "rope_store_", "attend"}
+    assert called == {"rms_norm", "add_rms_norm_", "rope_store_", "attend"} | more

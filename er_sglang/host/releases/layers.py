@@ -1,5 +1,7 @@
 """What a decoder layer holds besides its modules."""
 
+NORMS_ARE_FOLLOWED = False
+
 
 def followed(value, replaced):
     """``value``, held by a copied layer, for the layer's replaced modules; None where it needs no change.

@@ -21,7 +21,8 @@ from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 from torch import nn
 
 from er_sglang.cycle.step import Step
-from er_sglang.drafting.drafter import Drafter, DraftLinearMethod, GatedLinearMethod
+from er_sglang.drafting.drafter import Drafter
+from er_sglang.drafting.linear import DraftLinearMethod
 from er_sglang.drafting.shadow import shadow
 from er_sglang.policy.profile import Rung
 from er_sglang.sampling import SamplingParams
@@ -40,7 +41,7 @@ def _compare_all(result, worker) -> None:
     _fill_kv(worker.runner.token_to_kv_pool, worker.device)
     other = shadow(worker.runner.model, functools.partial(_plain_linear, worker._drafter))
     other.lm_head = worker._drafter.model.lm_head
-    for size in chain._graph_batches or (1, 2):  # without graphs, on CPU: eager against eager, to try this plugin
+    for size in chain._graph_batches or (1, 5):  # without graphs, on CPU: eager against eager, to try this plugin
         for gamma in worker.config.policy.gammas:
             step = _make_step(worker, size)
             _same(
@@ -62,11 +63,11 @@ def _compare_all(result, worker) -> None:
 
 
 def _plain_linear(drafter: Drafter, module: nn.Module) -> nn.Module | None:
-    """A Linear's twin; a gated MLP's leaves the activation to the policy's own."""
+    """A Linear's twin that does this Linear's product alone, and leaves the activation to the policy's own."""
     twin = drafter._linear_twin(module)
-    if twin is not None and isinstance(twin.quant_method, GatedLinearMethod):
+    if twin is not None:
         twin.quant_method = copy.copy(twin.quant_method)
-        twin.quant_method.__class__ = DraftLinearMethod
+        twin.quant_method.__class__, twin.quant_method.passes_rows = DraftLinearMethod, 0
     return twin
 
 

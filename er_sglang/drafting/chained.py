@@ -1,0 +1,147 @@
+"""Of a few rows, a decoder layer from behind its attention to the next layer's attention in one launch: its chain.
+
+    o -> norm -> gate_up, activation -> down -> the next layer's norm -> qkv
+
+Of decoder layers that are known to have nothing else there. The norm's twin runs the chain, by what the attention gives and
+the residual: the Linear before it passes x on, and so do all that come behind it, to the end of the chain. Of more rows each
+module does what it did. The first layer's qkv and what the last one has behind its attention are not part of any chain.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from itertools import pairwise
+
+import torch
+from sglang.srt.layers.layernorm import RMSNorm
+from sglang.srt.layers.linear import LinearBase
+from sglang.srt.models.llama import LlamaDecoderLayer
+from sglang.srt.models.qwen2 import Qwen2DecoderLayer
+from sglang.srt.models.qwen3 import Qwen3DecoderLayer
+from torch import nn
+
+from er_sglang.drafting.linear import DraftLinearMethod, GatedLinearMethod
+from er_sglang.drafting.twins import with_forward
+from er_sglang.host.releases import adapter
+from er_sglang.quantize.base import ChainNorms, ChainProducts, Format
+
+_LAYERS = (LlamaDecoderLayer, Qwen2DecoderLayer, Qwen3DecoderLayer)
+_layers = adapter("layers")
+
+Norm = Callable[..., tuple[torch.Tensor, torch.Tensor]]
+"""RMSNorm.forward_cuda with a residual."""
+
+
+def chain_layers(
+    policy: nn.Module, methods: Mapping[nn.Module, DraftLinearMethod], twins: Mapping[nn.Module, nn.Module]
+) -> dict[nn.Module, nn.Module]:
+    """Twins, by the policy's, of the norms in chains, in place of those in ``twins``. The ``methods`` of the Linears in
+    chains let x pass from now on.
+
+    Makes room for chains: not in memory that is given back while a server sleeps.
+    """
+    chained: dict[nn.Module, nn.Module] = {}
+    for layer, following in _consecutive(policy):
+        linears = _linears(layer, following)
+        first, second = norms = (layer.post_attention_layernorm, following.input_layernorm)
+        if not (_multiplies(linears, methods) and _norms(norms, twins)):
+            continue
+        products = ChainProducts(*(methods[linear].packed for linear in linears))
+        fmt = methods[linears[0]].fmt
+        if not (rows := fmt.chain_rows(products)):
+            continue
+        for linear in linears[:4]:
+            methods[linear].passes_rows = rows
+        run = ChainingNorm(twins[first]._forward_method, rows, fmt, products, norms, linears[3])
+        chained[first] = with_forward(first, run)
+        chained[second] = with_forward(second, PassingNorm(twins[second]._forward_method, rows))
+    return chained
+
+
+class ChainingNorm:
+    """Forward of the norm behind an attention: of up to ``rows`` rows, the chain."""
+
+    def __init__(
+        self,
+        alone: Norm,
+        rows: int,
+        fmt: Format,
+        products: ChainProducts,
+        norms: tuple[RMSNorm, RMSNorm],
+        qkv: LinearBase,
+    ) -> None:
+        """alone: what the norm computes of more rows."""
+        self._alone = alone
+        self._rows = rows
+        self._fmt = fmt
+        self._products = products
+        self._norms = norms
+        self._qkv = qkv
+
+    def __call__(
+        self, x: torch.Tensor, residual: torch.Tensor, post_residual_addition: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As RMSNorm.forward_cuda, but that ``x`` [M, K] is the attention's output, and qkv is returned for it."""
+        if not 1 <= len(x) <= self._rows:
+            return self._alone(x, residual, post_residual_addition)
+        if post_residual_addition is not None:
+            residual = residual + post_residual_addition
+        first, second = self._norms
+        norms = ChainNorms(first.weight, second.weight, first.variance_epsilon)
+        return self._fmt.chain(self._products, x, residual, norms, self._qkv.bias), residual
+
+
+class PassingNorm:
+    """Forward of the norm in a chain's midst: of up to ``rows`` rows it has been computed."""
+
+    def __init__(self, alone: Norm, rows: int) -> None:
+        self._alone = alone
+        self._rows = rows
+
+    def __call__(
+        self, x: torch.Tensor, residual: torch.Tensor, post_residual_addition: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if not 1 <= len(x) <= self._rows:
+            return self._alone(x, residual, post_residual_addition)
+        if post_residual_addition is not None:  # of the tokens of an image, never of a decode
+            raise NotImplementedError("what is added to the residual between layers comes too late for the chain")
+        return x, residual
+
+
+def _consecutive(policy: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
+    """Decoder layers, each with the one behind it, whose norms are called by way of these modules."""
+    if not _layers.NORMS_ARE_FOLLOWED:
+        return
+    for modules in policy.modules():
+        if isinstance(modules, nn.ModuleList):
+            for layer, following in pairwise(modules):
+                if type(layer) in _LAYERS and type(following) in _LAYERS:
+                    yield layer, following
+
+
+def _linears(layer: nn.Module, following: nn.Module) -> tuple[LinearBase, ...]:
+    """As in ChainProducts."""
+    return (
+        layer.self_attn.o_proj,
+        layer.mlp.gate_up_proj,
+        layer.mlp.down_proj,
+        following.self_attn.qkv_proj,
+        following.self_attn.o_proj,
+        following.mlp.gate_up_proj,
+    )
+
+
+def _multiplies(linears: tuple[LinearBase, ...], methods: Mapping[nn.Module, DraftLinearMethod]) -> bool:
+    """Whether these have no more to do than a chain does."""
+    o, gate_up, down, qkv, _, next_gate_up = linears
+    return (
+        all(linear in methods for linear in linears)
+        and all(isinstance(methods[linear], GatedLinearMethod) for linear in (gate_up, next_gate_up))
+        and all(linear.tp_size == 1 and not linear.skip_bias_add for linear in (o, gate_up, down, qkv))
+        and all(linear.bias is None for linear in (o, gate_up, down))
+    )
+
+
+def _norms(norms: tuple[RMSNorm, RMSNorm], twins: Mapping[nn.Module, nn.Module]) -> bool:
+    first, second = norms
+    return first in twins and second in twins and first.variance_epsilon == second.variance_epsilon
