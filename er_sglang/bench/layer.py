@@ -4,8 +4,9 @@ runs them, and the floor of reading its weights, keys and values once.
     python -m er_sglang.bench.layer --model 14b --rows 1 8 16 32 64 128 --all-shapes
 
 Layers, whose weights together exceed the L2 cache, run one after another in a CUDA graph: programmatic dependent launch
-lets kernels overlap here as it does in a chain, which a product by itself cannot show. `--all-shapes` exchanges the shape
-of one product at a time. Needs a Hopper GPU and SGLang.
+lets kernels overlap here as it does in a chain, which a product by itself cannot show. A few rows are served by a kernel for
+all of a layer but its attention, where it can; "apart" is the same layer, product by product. `--all-shapes` exchanges the
+shape of one product at a time, of these. Needs a Hopper GPU and SGLang.
 """
 
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ from er_sglang.bench.gemm import all_shapes, argument_parser, clone, products, s
 from er_sglang.bench.shapes import SHAPES, heads
 from er_sglang.bench.timing import L2_BYTES, copy_bandwidth, graph_us
 from er_sglang.quantize import Format, Packed, create_format
+from er_sglang.quantize.base import ChainNorms, ChainProducts
 from er_sglang.quantize.blocks import MAX_ROWS, Blocks, Waves
 from er_sglang.quantize.hopper import is_hopper
 from er_sglang.tools.results import write_rows
@@ -40,11 +42,13 @@ class Layers:
             first[name] = fmt.allocate(n, k, DTYPE, torch.device("cuda"))
             fmt.refresh_(first[name], torch.randn(n, k, device="cuda", dtype=DTYPE) * k**-0.5)
         self.weight_bytes = sum(packed.nbytes for packed in first.values())
+        self._fmt = fmt
         self._gemm = fmt._hopper_gemm[DTYPE]
         self._layers = [first] + [
             {name: clone(packed) for name, packed in first.items()}
             for _ in range(4 * L2_BYTES // self.weight_bytes + 1)
         ]
+        self._chain_rows = fmt.chain_rows(self._chained(0))
 
     def __len__(self) -> int:
         return len(self._layers)
@@ -53,23 +57,33 @@ class Layers:
         """Those that serve."""
         return {name: self._gemm.shape(rows, packed) for name, packed in self._layers[0].items()}
 
+    def chains(self, rows: int) -> bool:
+        """Whether one kernel serves."""
+        return rows <= self._chain_rows
+
     def kv_bytes(self, rows: int, tokens: int) -> int:
         _, heads_k, head_dim = heads(self._shape)
         return 2 * rows * tokens * heads_k * head_dim * DTYPE.itemsize
 
-    def us(self, rows: int, tokens: int, shapes: Shapes, *, between: bool = True) -> float:
-        """Microseconds of a layer with `rows` requests that read `tokens` of their contexts; without what lies between
-        the products, if not `between`."""
+    def us(self, rows: int, tokens: int, shapes: Shapes | None, *, between: bool = True) -> float:
+        """Microseconds of a layer with `rows` requests that read `tokens` of their contexts, by one kernel if there are no
+        `shapes`; without what lies between the products, if not `between`."""
         return graph_us(self._step(rows, tokens, shapes, between), len(self))
 
-    def _step(self, rows: int, tokens: int, shapes: Shapes, between: bool) -> Callable[[int], None]:
+    def _chained(self, i: int) -> ChainProducts:
+        layer, following = self._layers[i], self._layers[(i + 1) % len(self)]
+        return ChainProducts(
+            *(layer[name] for name in ("o", "gate_up", "down")), *(following[name] for name in ("qkv", "o", "gate_up"))
+        )
+
+    def _step(self, rows: int, tokens: int, shapes: Shapes | None, between: bool) -> Callable[[int], None]:
         from er_sglang.drafting import early
         from er_sglang.drafting.attention import attend, scratch
 
         heads_q, heads_k, head_dim = heads(self._shape)
         hidden, device = self._shape["hidden_size"], torch.device("cuda")
         x, residual = torch.randn(2, rows, hidden, dtype=DTYPE, device=device)
-        qkv, gated = (x.new_empty(rows, n) for n in (self.products["qkv"][0], self.products["down"][1]))
+        qkv, gated = (x.new_zeros(rows, n) for n in (self.products["qkv"][0], self.products["down"][1]))
         ones = torch.ones(hidden, dtype=DTYPE, device=device)
         k_cache, v_cache = torch.randn(2, len(self), rows * tokens, heads_k, head_dim, dtype=DTYPE, device=device)
         req_to_token = torch.arange(rows * tokens, dtype=torch.int32, device=device).view(rows, tokens)
@@ -83,13 +97,20 @@ class Layers:
             self._gemm(layer[name], a_MK, None, y_MN, shapes[name], gated=name == "gate_up")
             return y_MN
 
-        def step(i: int) -> None:
-            layer = self._layers[i]
-            early.add_rms_norm_(x, residual, ones, EPS)
-            q, k, v = (part.unflatten(1, (-1, head_dim)) for part in product(layer, "qkv", x, qkv).split(sizes, 1))
+        def attention(i: int) -> torch.Tensor:
+            q, k, v = (part.unflatten(1, (-1, head_dim)) for part in qkv.split(sizes, 1))
             q = early.rope_store_(q, k, v, k_cache[i], v_cache[i], cos_sin, positions, slots)
             y = attend(q, k_cache[i], v_cache[i], req_to_token, requests, lengths, *space, head_dim**-0.5)
-            product(layer, "o", y.flatten(1), x)
+            return y.flatten(1)
+
+        def chained(i: int) -> None:  # whose qkv the attention does not read: its time does not depend on it
+            self._fmt.chain(self._chained(i), attention(i), residual, ChainNorms(ones, ones, EPS), None)
+
+        def apart(i: int) -> None:
+            layer = self._layers[i]
+            early.add_rms_norm_(x, residual, ones, EPS)
+            product(layer, "qkv", x, qkv)
+            product(layer, "o", attention(i), x)
             early.add_rms_norm_(x, residual, ones, EPS)
             product(layer, "down", product(layer, "gate_up", x, gated), x)
 
@@ -98,18 +119,21 @@ class Layers:
             product(layer, "o", product(layer, "qkv", x, qkv)[:, : sizes[0]], x)
             product(layer, "down", product(layer, "gate_up", x, gated), x)
 
-        return step if between else only_products
+        if shapes is None:
+            return chained
+        return apart if between else only_products
 
 
 def measure(layers: Layers, all_rows: list[int], tokens: int, every_shape: bool, bandwidth: float) -> Iterator[dict]:
     """A table row per number of rows; bandwidth in bytes per second."""
     for rows in tqdm(all_rows, desc="rows"):
         served = layers.shapes(rows)
-        us = layers.us(rows, tokens, served)
+        apart_us = layers.us(rows, tokens, served)
         row = {
             "rows": rows,
             "floor us": (layers.weight_bytes + layers.kv_bytes(rows, tokens)) / bandwidth * 1e6,
-            "layer us": us,
+            "layer us": layers.us(rows, tokens, None) if layers.chains(rows) else apart_us,
+            "apart us": apart_us,
             "products alone us": layers.us(rows, tokens, served, between=False),
             **{name: shape_text(shape) for name, shape in served.items()},
         }
@@ -117,7 +141,7 @@ def measure(layers: Layers, all_rows: list[int], tokens: int, every_shape: bool,
             for name, (n, k) in layers.products.items():
                 times_us = {shape: layers.us(rows, tokens, {**served, name: shape}) for shape in all_shapes(rows, n, k)}
                 best = min(times_us, key=times_us.__getitem__)
-                row[f"{name} best"] = f"{shape_text(best)}: {times_us[best] - us:+.1f}"
+                row[f"{name} best"] = f"{shape_text(best)}: {times_us[best] - apart_us:+.1f}"
                 row[f"{name} all"] = {shape_text(shape): round(time, 2) for shape, time in times_us.items()}
         yield row
 
