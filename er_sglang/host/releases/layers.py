@@ -1,6 +1,6 @@
 """What a decoder layer holds besides its modules."""
 
-NORMS_ARE_FOLLOWED = False
+NORMS_ARE_FOLLOWED = False  # whether a copied layer of any model calls its replaced norms
 
 
 def followed(value, replaced):

@@ -8,7 +8,7 @@ SEAMS = """
 layers.communicator:LayerCommunicator.__init__ self layer_scatter_modes input_layernorm post_attention_layernorm
 """
 
-NORMS_ARE_FOLLOWED = True
+NORMS_ARE_FOLLOWED = True  # whether a copied layer of any model calls its replaced norms
 
 
 def followed(value, replaced):
