@@ -4,6 +4,7 @@
 #include <sgl_kernel/utils.cuh>
 
 #include <cstdint>
+#include <type_traits>
 
 namespace er_sglang {
 
@@ -44,6 +45,13 @@ SGL_DEVICE void magic_zeros(uint32_t (&zero)[2], uint32_t packed, int w) {
     zero[0] = __byte_perm(both, 0, 0x1010) | Magic<T>::bits;
     zero[1] = __byte_perm(both, 0, 0x3232) | Magic<T>::bits;
   }
+}
+
+template <typename T>
+SGL_DEVICE uint32_t subtract2(uint32_t a, uint32_t b) {
+  using T2 = std::conditional_t<std::is_same_v<T, bf16_t>, bf16x2_t, fp16x2_t>;
+  const T2 difference = __hsub2(reinterpret_cast<const T2&>(a), reinterpret_cast<const T2&>(b));
+  return reinterpret_cast<const uint32_t&>(difference);
 }
 
 }  // namespace er_sglang

@@ -8,6 +8,13 @@
 
 namespace er_sglang {
 
+// Of 8 rows of x, 16 bytes at each lane's address, the b of two products.
+SGL_DEVICE void load_x_fragments(uint32_t (&b)[4], uint32_t shared_address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(b[0]), "=r"(b[1]), "=r"(b[2]), "=r"(b[3])
+               : "r"(shared_address));
+}
+
 // c[16, 8] += a[16, 16] @ b[16, 8]
 template <typename T>
 SGL_DEVICE void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {

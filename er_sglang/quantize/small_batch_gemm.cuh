@@ -34,19 +34,6 @@ __host__ __device__ constexpr int share_of(int pairs, int splits) {
   return (pairs + splits * kShareUnit - 1) / (splits * kShareUnit) * kShareUnit;
 }
 
-template <typename T>
-SGL_DEVICE uint32_t subtract2(uint32_t a, uint32_t b) {
-  using T2 = std::conditional_t<std::is_same_v<T, bf16_t>, bf16x2_t, fp16x2_t>;
-  const T2 difference = __hsub2(reinterpret_cast<const T2&>(a), reinterpret_cast<const T2&>(b));
-  return reinterpret_cast<const uint32_t&>(difference);
-}
-
-SGL_DEVICE void load_x_fragments(uint32_t (&b)[4], uint32_t shared_address) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-               : "=r"(b[0]), "=r"(b[1]), "=r"(b[2]), "=r"(b[3])
-               : "r"(shared_address));
-}
-
 SGL_DEVICE uint4 load_once(const uint4* address) {  // a weight is read once a step: leave L1 to the rest
   uint4 v;
   asm volatile("ld.global.nc.L1::no_allocate.L2::256B.v4.u32 {%0,%1,%2,%3}, [%4];"

@@ -21,6 +21,7 @@
 
 #include <algorithm>
 
+#include "copy_engine.cuh"
 #include "product.cuh"
 #include "wgmma.cuh"
 
@@ -44,27 +45,10 @@ SGL_DEVICE uint32_t subtract_multiply2(uint32_t a, uint32_t b, uint32_t c) {  //
   return reinterpret_cast<const uint32_t&>(product);
 }
 
-SGL_DEVICE void barrier_init(uint32_t barrier, int count) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
-}
-
-SGL_DEVICE void barrier_expect(uint32_t barrier, int bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
-}
-
 SGL_DEVICE void barrier_arrive_if(bool arrive, uint32_t barrier) {  // no branch: it would serialize the products in flight
   asm volatile(
       "{.reg .pred arrive; setp.ne.b32 arrive, %1, 0; @arrive mbarrier.arrive.shared::cta.b64 _, [%0];}" ::"r"(barrier),
       "r"(int(arrive))
-      : "memory");
-}
-
-SGL_DEVICE void barrier_wait(uint32_t barrier, int parity) {
-  asm volatile(
-      "{.reg .pred done;\n"
-      "again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-      "@!done bra again;}\n" ::"r"(barrier),
-      "r"(parity)
       : "memory");
 }
 
@@ -78,16 +62,6 @@ SGL_DEVICE void cluster_arrive_relaxed() {  // without waiting for this thread's
 
 SGL_DEVICE void cluster_wait() {
   asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
-}
-
-SGL_DEVICE void copy_weights(uint32_t to, const void* from, int bytes, uint32_t barrier) {  // each is read once a step
-  asm volatile(
-      "{.reg .b64 once; createpolicy.fractional.L2::evict_first.b64 once;"
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], once;}" ::"r"(to),
-      "l"(from),
-      "r"(bytes),
-      "r"(barrier)
-      : "memory");
 }
 
 SGL_DEVICE void copy_codes(uint32_t to, const CUtensorMap& from, int column, int tile, uint32_t barrier) {
