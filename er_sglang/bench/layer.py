@@ -18,7 +18,7 @@ from er_sglang.bench.gemm import all_shapes, argument_parser, clone, products, s
 from er_sglang.bench.shapes import SHAPES, heads
 from er_sglang.bench.timing import L2_BYTES, copy_bandwidth, graph_us
 from er_sglang.quantize import Format, Packed, create_format
-from er_sglang.quantize.base import ChainNorms, ChainProducts
+from er_sglang.quantize.base import LayerNorms, LayerProducts
 from er_sglang.quantize.blocks import MAX_ROWS, Blocks, Waves
 from er_sglang.quantize.hopper import is_hopper
 from er_sglang.tools.results import write_rows
@@ -48,7 +48,7 @@ class Layers:
             {name: clone(packed) for name, packed in first.items()}
             for _ in range(4 * L2_BYTES // self.weight_bytes + 1)
         ]
-        self._chain_rows = fmt.chain_rows(self._chained(0))
+        self._fused_rows = fmt.fused_rows(self._products(0))
 
     def __len__(self) -> int:
         return len(self._layers)
@@ -57,9 +57,9 @@ class Layers:
         """Those that serve."""
         return {name: self._gemm.shape(rows, packed) for name, packed in self._layers[0].items()}
 
-    def chains(self, rows: int) -> bool:
+    def fuses(self, rows: int) -> bool:
         """Whether one kernel serves."""
-        return rows <= self._chain_rows
+        return rows <= self._fused_rows
 
     def kv_bytes(self, rows: int, tokens: int) -> int:
         _, heads_k, head_dim = heads(self._shape)
@@ -70,9 +70,9 @@ class Layers:
         `shapes`; without what lies between the products, if not `between`."""
         return graph_us(self._step(rows, tokens, shapes, between), len(self))
 
-    def _chained(self, i: int) -> ChainProducts:
+    def _products(self, i: int) -> LayerProducts:
         layer, following = self._layers[i], self._layers[(i + 1) % len(self)]
-        return ChainProducts(
+        return LayerProducts(
             *(layer[name] for name in ("o", "gate_up", "down")), *(following[name] for name in ("qkv", "o", "gate_up"))
         )
 
@@ -103,8 +103,8 @@ class Layers:
             y = attend(q, k_cache[i], v_cache[i], req_to_token, requests, lengths, *space, head_dim**-0.5)
             return y.flatten(1)
 
-        def chained(i: int) -> None:  # whose qkv the attention does not read: its time does not depend on it
-            self._fmt.chain(self._chained(i), attention(i), residual, ChainNorms(ones, ones, EPS), None)
+        def fused(i: int) -> None:  # whose qkv the attention does not read: its time does not depend on it
+            self._fmt.apply_layer(self._products(i), attention(i), residual, LayerNorms(ones, ones, EPS), None)
 
         def apart(i: int) -> None:
             layer = self._layers[i]
@@ -120,7 +120,7 @@ class Layers:
             product(layer, "down", product(layer, "gate_up", x, gated), x)
 
         if shapes is None:
-            return chained
+            return fused
         return apart if between else only_products
 
 
@@ -132,7 +132,7 @@ def measure(layers: Layers, all_rows: list[int], tokens: int, every_shape: bool,
         row = {
             "rows": rows,
             "floor us": (layers.weight_bytes + layers.kv_bytes(rows, tokens)) / bandwidth * 1e6,
-            "layer us": layers.us(rows, tokens, None) if layers.chains(rows) else apart_us,
+            "layer us": layers.us(rows, tokens, None) if layers.fuses(rows) else apart_us,
             "apart us": apart_us,
             "products alone us": layers.us(rows, tokens, served, between=False),
             **{name: shape_text(shape) for name, shape in served.items()},

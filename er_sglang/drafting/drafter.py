@@ -18,7 +18,7 @@ from sglang.srt.utils import use_intel_amx_backend
 from torch import nn
 from tqdm import tqdm
 
-from er_sglang.drafting.chained import chain_layers
+from er_sglang.drafting.fused import fuse_layers
 from er_sglang.drafting.linear import DraftLinearMethod, GatedLinearMethod, RescoredHeadMethod
 from er_sglang.drafting.policy_weight import policy_weight, unreadable
 from er_sglang.drafting.shadow import shadow, shallow_copy
@@ -79,7 +79,7 @@ class Drafter:
         for layer, activation in activations.items():
             if isinstance(self._methods.get(layer), GatedLinearMethod):
                 small[activation] = Activated()
-        small |= chain_layers(policy, self._methods, small)
+        small |= fuse_layers(policy, self._methods, small)
         self.model = shadow(policy, lambda module: small.get(module, self._linear_twin(module)))
         leave_head_norms_to_attention(self.model)
         if head is not None:  # which may be the embedding, too, and that stays the policy's

@@ -14,7 +14,7 @@ from er_sglang.quantize import Format
 class DraftLinearMethod(LinearMethodBase):
     """``quant_method`` of one converted Linear or lm_head: holds and applies its packed weight.
 
-    passes_rows: up to so many rows the layer's chain (chained.py) multiplies, and x passes through.
+    passes_rows: up to so many rows a fused layer (fused.py) multiplies, and x passes through.
     """
 
     def __init__(self, fmt: Format, layer: nn.Module) -> None:

@@ -1,7 +1,7 @@
 """Twins of a model's small modules, on Hopper: the same functions, by kernels that let the next one start early.
 
 Norms and activations are exchanged one by one; an activation that an int4 product computes is left out, and of a few rows
-a layer's norms are part of its chain (chained.py). Rotation, and Qwen3's norms of heads, move into the attention: a rotary
+norms are part of a fused layer (fused.py). Rotation, and Qwen3's norms of heads, move into the attention: a rotary
 embedding's twin hands q and k on as they are, and the attention's twin rotates them on their way into the KV cache, one
 kernel instead of three or four.
 """

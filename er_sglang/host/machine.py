@@ -54,7 +54,7 @@ def compiled_kernels(config: SelfQuantConfig, capability: tuple[int, int], dtype
             yield Kernel("er_sglang_wgmma_gemm", "er_sglang.quantize.modules:wgmma_module", arguments)
         drafter = config.drafter
         if (drafter.weights, drafter.group_size, dtype) == ("int4", 128, torch.bfloat16):
-            yield Kernel("er_sglang_layer_chain", "er_sglang.quantize.modules:layer_chain_module", ())
+            yield Kernel("er_sglang_fused_layer", "er_sglang.quantize.modules:fused_layer_module", ())
 
 
 def compiled_folder(env: Mapping[str, str] = os.environ) -> Path:

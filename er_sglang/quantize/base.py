@@ -33,7 +33,7 @@ class Packed:
         return sum(tensor.nbytes for tensor in self.tensors().values())
 
 
-class ChainProducts(NamedTuple):
+class LayerProducts(NamedTuple):
     """Weights of a decoder layer from o on, of the following layer's qkv, and of the two that are multiplied by after it."""
 
     o: Packed
@@ -44,7 +44,7 @@ class ChainProducts(NamedTuple):
     next_gate_up: Packed
 
 
-class ChainNorms(NamedTuple):
+class LayerNorms(NamedTuple):
     """Weights of a layer's norm behind the attention, and of the following layer's before it."""
 
     first_H: torch.Tensor
@@ -87,17 +87,17 @@ class Format(ABC):
         gate, up = self.apply(packed, x_MK, bias_N).chunk(2, dim=1)
         return (F.silu(gate.float()) * up.float()).to(gate.dtype)
 
-    def chain_rows(self, products: ChainProducts) -> int:
-        """Up to how many rows `chain` multiplies by these; 0: none. Makes room for it: not while a graph is captured, and
+    def fused_rows(self, products: LayerProducts) -> int:
+        """Up to how many rows `apply_layer` multiplies by these; 0: none. Makes room for it: not while a graph is captured, and
         not in memory that is given back while a server sleeps."""
         return 0
 
-    def chain(
+    def apply_layer(
         self,
-        products: ChainProducts,
+        products: LayerProducts,
         x_MK: torch.Tensor,
         residual_MH: torch.Tensor,
-        norms: ChainNorms,
+        norms: LayerNorms,
         bias_N: torch.Tensor | None,
     ) -> torch.Tensor:
         """The following layer's qkv [M, N] of the attention's output x: o, residual += and norm, gate_up with its activation,

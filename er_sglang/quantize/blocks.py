@@ -1,8 +1,8 @@
 """How an int4 product is shared out over a Hopper chip. Pure Python; the numbers are those of the three kernels. Every
 product of an eager step asks for its choice, so each is made once.
 
-Up to SMALL_BATCH rows `small_batch_gemm.cuh` multiplies, up to MAX_ROWS `wgmma_gemm.cuh`; up to CHAIN_ROWS
-`layer_chain.cuh` can multiply all of a layer.
+Up to SMALL_BATCH rows `small_batch_gemm.cuh` multiplies, up to MAX_ROWS `wgmma_gemm.cuh`; up to FUSED_ROWS
+`fused_layer.cuh` can multiply all of a layer.
 """
 
 import functools
@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 SMALL_BATCH = 8  # rows
 MAX_ROWS = 128
-CHAIN_ROWS = 4
+FUSED_ROWS = 4
 UNIT_K = 128  # of K, what a warp multiplies at a time
 TILE_N = 64  # of N, likewise
 SHARED_BYTES = 227 * 1024  # of a multiprocessor
@@ -42,7 +42,7 @@ class Wave(NamedTuple):
     splits: int
 
 
-CHAIN_WARPS = 8  # of a block that multiply
+FUSED_WARPS = 8  # of a block that multiply
 MAX_STRIPS = 8
 X_ROW_BYTES = (UNIT_K + 8) * 2  # of a row of a unit of x, in shared memory
 MOST_X_BYTES = 50_000  # that leave room for enough weights in flight
@@ -107,7 +107,7 @@ def choose_waves(n: int, k: int, resident_clusters: tuple[int, ...]) -> Waves:
 
 @functools.cache
 def choose_strips(n: int, k: int, rows: int, multiprocessors: int) -> int | None:
-    """Of a product in a layer's chain, for up to CHAIN_ROWS rows: strips of K, as few as hold their part of x; None if the
+    """Of a product in a fused layer, for up to FUSED_ROWS rows: strips of K, as few as hold their part of x; None if the
     product cannot be shared out.
 
     Pieces of TILE_N x UNIT_K, column after column in strip after strip, are shared out evenly over a block on every
@@ -119,7 +119,7 @@ def choose_strips(n: int, k: int, rows: int, multiprocessors: int) -> int | None
 
     def fits(strips: int) -> bool:
         strip, rest = divmod(units, strips)
-        return not rest and 1 < strip <= each and -(-(each + 1) // CHAIN_WARPS) <= strip
+        return not rest and 1 < strip <= each and -(-(each + 1) // FUSED_WARPS) <= strip
 
     def x_bytes(strips: int) -> int:
         return min(strips, 2) * (units // strips) * rows * X_ROW_BYTES

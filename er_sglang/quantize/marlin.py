@@ -14,9 +14,9 @@ the order of arrival; we do without it, so that a replayed graph and an eager ca
 import torch
 from sgl_kernel.scalar_type import scalar_types
 
-from er_sglang.quantize import layer_chain, marlin_layout, rtn
-from er_sglang.quantize.base import ChainNorms, ChainProducts, Format, Packed
-from er_sglang.quantize.blocks import CHAIN_ROWS, MAX_ROWS
+from er_sglang.quantize import fused_layer, marlin_layout, rtn
+from er_sglang.quantize.base import Format, LayerNorms, LayerProducts, Packed
+from er_sglang.quantize.blocks import FUSED_ROWS, MAX_ROWS
 from er_sglang.quantize.hopper import HopperGemm, is_hopper
 from er_sglang.quantize.kernels import refresh_int4_marlin_
 from er_sglang.quantize.modules import marlin_module
@@ -40,7 +40,7 @@ class MarlinInt4(Format):
         self._type_id = (scalar_types.uint4b8 if symmetric else scalar_types.uint4).id
         self._hopper_gemm = {}  # by activation dtype, loaded by allocate(); empty on other chips
         self._on_hopper = is_hopper(device)
-        self._layer_chain: layer_chain.LayerChain | None = None  # loaded by chain_rows()
+        self._fused_layer: fused_layer.FusedLayer | None = None  # loaded by fused_rows()
         sm_count = torch.cuda.get_device_properties(device).multi_processor_count
         self._locks = torch.zeros(sm_count, dtype=torch.int32, device=device)
         self._partial_sums = torch.empty(sm_count * _MAX_TILE_M * _MAX_TILE_N, dtype=torch.float32, device=device)
@@ -109,24 +109,24 @@ class MarlinInt4(Format):
             return self._hopper_gemm[packed.dtype].apply(packed, x_MK, bias_N, gated=True)
         return super().apply_gated(packed, x_MK, bias_N)
 
-    def chain_rows(self, products: ChainProducts) -> int:
-        if not self._on_hopper or not self.symmetric or self.group_size != layer_chain.GROUP_SIZE:
+    def fused_rows(self, products: LayerProducts) -> int:
+        if not self._on_hopper or not self.symmetric or self.group_size != fused_layer.GROUP_SIZE:
             return 0
-        if any(packed.dtype != layer_chain.DTYPE for packed in products):
+        if any(packed.dtype != fused_layer.DTYPE for packed in products):
             return 0
-        if self._layer_chain is None:
-            self._layer_chain = layer_chain.LayerChain(device=products.o.codes.device)
-        return CHAIN_ROWS if self._layer_chain.fits(products) else 0
+        if self._fused_layer is None:
+            self._fused_layer = fused_layer.FusedLayer(device=products.o.codes.device)
+        return FUSED_ROWS if self._fused_layer.fits(products) else 0
 
-    def chain(
+    def apply_layer(
         self,
-        products: ChainProducts,
+        products: LayerProducts,
         x_MK: torch.Tensor,
         residual_MH: torch.Tensor,
-        norms: ChainNorms,
+        norms: LayerNorms,
         bias_N: torch.Tensor | None,
     ) -> torch.Tensor:
-        return self._layer_chain(products, x_MK, residual_MH, norms, bias_N)
+        return self._fused_layer(products, x_MK, residual_MH, norms, bias_N)
 
     def dequantize(self, packed: Packed) -> torch.Tensor:
         zeros_NG = None if self.symmetric else marlin_layout.unpack_zeros(packed.zeros)

@@ -1,5 +1,5 @@
 """The compiled modules of int4 products: ours for Hopper, of `small_batch_gemm.cuh`, `wgmma_gemm.cuh` and
-`layer_chain.cuh`, and SGLang's Marlin. SGLang's ``load_jit`` compiles each once on a machine; loading needs no GPU."""
+`fused_layer.cuh`, and SGLang's Marlin. SGLang's ``load_jit`` compiles each once on a machine; loading needs no GPU."""
 
 import functools
 from pathlib import Path
@@ -24,10 +24,10 @@ def wgmma_module(dtype: torch.dtype, symmetric: bool, group_size: int):
 
 
 @_kernels.cache_once
-def layer_chain_module():
+def fused_layer_module():
     """For bfloat16, symmetric weights and groups of 128 alone."""
     with _kernels.override_jit_cuda_arch(9, 0, "a"):
-        return _load("layer_chain", "LayerChain", {"run": "run"})
+        return _load("fused_layer", "FusedLayer", {"run": "run"})
 
 
 def _load(source: str, struct: str, exports: dict[str, str], *template_arguments: torch.dtype | bool | int):

@@ -12,21 +12,21 @@ from tests.host.policies import make_policy
 from tests.host.servers import TWINS, greedy, self_quant
 
 PLUGINS = (TWINS, Path(__file__).parents[1] / "gpu" / "plugin")
-CHAIN = {"chain"} if adapter("layers").NORMS_ARE_FOLLOWED else set()
+FUSED = {"apply_layer"} if adapter("layers").NORMS_ARE_FOLLOWED else set()
 
 
 @pytest.mark.parametrize(
     ("family", "weights", "more"),
     [
-        ("qwen3", "int4", {"apply_gated"} | CHAIN),
-        ("qwen2", "int4", {"apply_gated"} | CHAIN),  # whose qkv has a bias
-        ("llama", "int4", {"apply_gated"} | CHAIN),
+        ("qwen3", "int4", {"apply_gated"} | FUSED),
+        ("qwen2", "int4", {"apply_gated"} | FUSED),  # whose qkv has a bias
+        ("llama", "int4", {"apply_gated"} | FUSED),
         ("llama", "fp8", {"silu_and_mul"}),
     ],
 )
 def test_twins_draft_what_the_policys_own_modules_draft(folder, family, weights, more):
     """The plugin compares logits, keys and values at start-up and stops the server unless they are close: of a request, whose
-    layers are chained in int4, and of more than a chain takes."""
+    layers are fused in int4, and of more than that takes."""
     log = folder / f"twins-{family}-{weights}.log"
     policy = make_policy(folder / f"twins-{family}-{weights}", family, seed=3, layers=3)
     config = {"policy": {"mode": "always"}, "drafter": {"weights": weights}}

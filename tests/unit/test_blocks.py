@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from er_sglang.bench.gemm import products
 from er_sglang.bench.shapes import SHAPES
 from er_sglang.quantize.blocks import (
-    CHAIN_ROWS,
-    CHAIN_WARPS,
+    FUSED_ROWS,
+    FUSED_WARPS,
     MAX_SPLITS,
     MAX_STRIPS,
     SHARED_BYTES,
@@ -90,10 +90,10 @@ def test_clusters_that_do_not_fit_at_once_are_avoided():
 
 
 @pytest.mark.parametrize("model", ["7b", "14b", "32b", "qwen3-4b", "qwen3-8b"])
-def test_layers_can_be_chained(model):
+def test_layers_can_be_fused(model):
     for name, (n, k) in products(SHAPES[model]).items():
         if name != "lm_head":
-            assert all(choose_strips(n, k, rows, H200) for rows in range(1, CHAIN_ROWS + 1))
+            assert all(choose_strips(n, k, rows, H200) for rows in range(1, FUSED_ROWS + 1))
 
 
 def test_a_product_too_small_to_share_out_has_no_strips():
@@ -110,13 +110,13 @@ def test_a_product_too_small_to_share_out_has_no_strips():
     ],
 )
 def test_more_rows_take_more_strips(n, k, strips):
-    assert [choose_strips(n, k, rows, H200) for rows in range(1, CHAIN_ROWS + 1)] == strips
+    assert [choose_strips(n, k, rows, H200) for rows in range(1, FUSED_ROWS + 1)] == strips
 
 
 @given(
     n=columns,
     k=st.integers(2, 400).map(lambda units: units * UNIT_K),
-    rows=st.integers(1, CHAIN_ROWS),
+    rows=st.integers(1, FUSED_ROWS),
     multiprocessors=st.sampled_from([78, 114, H200]),
 )
 def test_strips_are_whole_and_shared_by_two(n, k, rows, multiprocessors):
@@ -128,4 +128,4 @@ def test_strips_are_whole_and_shared_by_two(n, k, rows, multiprocessors):
     assert 1 <= strips <= MAX_STRIPS and units % strips == 0 and units // strips > 1
     least, rest = divmod(units * (n // TILE_N), multiprocessors)
     assert least >= units // strips
-    assert -(-(least + (rest > 0)) // CHAIN_WARPS) <= units // strips
+    assert -(-(least + (rest > 0)) // FUSED_WARPS) <= units // strips

@@ -26,7 +26,7 @@ HOSTED = {
     "host.releases": "*",
     "cycle": "*",
     "calibration": "*",
-    "drafting": "attention chained drafter early linear policy_weight shadow twins",
+    "drafting": "attention drafter early fused linear policy_weight shadow twins",
     "steering": "steering",
     "quantize": "marlin scaled_mm",
     "bench": "attention sampling",

@@ -95,16 +95,16 @@ def test_no_compiler_on_hopper(gpu, monkeypatch):
     compiled(folder, "er_sglang_small_kernels", "er_sglang_decode_attention")
     check("fp8")
     with pytest.raises(
-        ConfigError, match=r"\(er_sglang_small_batch_gemm, er_sglang_wgmma_gemm, er_sglang_layer_chain\)"
+        ConfigError, match=r"\(er_sglang_small_batch_gemm, er_sglang_wgmma_gemm, er_sglang_fused_layer\)"
     ):
         check("int4")
     compiled(folder, "er_sglang_small_batch_gemm", "er_sglang_wgmma_gemm")
     check("int4_asym")
     check("fp8", head="int4")
-    with pytest.raises(ConfigError, match=r"\(er_sglang_layer_chain\)"):
+    with pytest.raises(ConfigError, match=r"\(er_sglang_fused_layer\)"):
         check("int4")
     machine.check_machine(SelfQuantConfig(drafter=DrafterConfig(weights="int4", head="policy", group_size=64)))
-    compiled(folder, "er_sglang_layer_chain")
+    compiled(folder, "er_sglang_fused_layer")
     check("int4")
     with pytest.raises(ConfigError, match=r"\(gptq_marlin\)"):
         check("int4", max_draft_batch=129)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from er_sglang.drafting import attention, early, twins
-from er_sglang.quantize.blocks import CHAIN_ROWS
+from er_sglang.quantize.blocks import FUSED_ROWS
 from er_sglang.quantize.reference import ReferenceInt4
 
 KERNELS = ("rms_norm", "add_rms_norm_", "silu_and_mul", "rope_store_")
@@ -23,8 +23,8 @@ def activate() -> None:
     for name in KERNELS:
         setattr(early, name, _announced(name, globals()[f"_{name}"]))
     ReferenceInt4.apply_gated = _announced("apply_gated", ReferenceInt4.apply_gated)
-    ReferenceInt4.chain_rows = lambda fmt, products: CHAIN_ROWS
-    ReferenceInt4.chain = _announced("chain", _chain)
+    ReferenceInt4.fused_rows = lambda fmt, products: FUSED_ROWS
+    ReferenceInt4.apply_layer = _announced("apply_layer", _apply_layer)
     attention.is_hopper = lambda device: True
     attention.DTYPES = (torch.float32,)
     attention.HEAD_DIMS = range(1024)
@@ -55,8 +55,8 @@ def _add_rms_norm_(x, residual, weight, eps):
     x.copy_(_rms_norm(residual, weight, eps))
 
 
-def _chain(fmt, products, x, residual, norms, bias):
-    assert len(x) <= CHAIN_ROWS
+def _apply_layer(fmt, products, x, residual, norms, bias):
+    assert len(x) <= FUSED_ROWS
     x = fmt.apply(products.o, x, None)
     _add_rms_norm_(x, residual, norms.first_H, norms.eps)
     x = fmt.apply(products.down, fmt.apply_gated(products.gate_up, x, None), None)

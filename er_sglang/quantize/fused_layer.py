@@ -1,28 +1,28 @@
-"""A decoder layer's int4 products and norms in one launch, for up to 4 rows on Hopper: launches `layer_chain.cuh`."""
+"""A decoder layer's int4 products and norms in one launch, for up to 4 rows on Hopper: launches `fused_layer.cuh`."""
 
 import torch
 
-from er_sglang.quantize.base import ChainNorms, ChainProducts, Packed
-from er_sglang.quantize.blocks import CHAIN_ROWS, TILE_N, choose_strips
-from er_sglang.quantize.modules import layer_chain_module
+from er_sglang.quantize.base import LayerNorms, LayerProducts, Packed
+from er_sglang.quantize.blocks import FUSED_ROWS, TILE_N, choose_strips
+from er_sglang.quantize.modules import fused_layer_module
 
 DTYPE = torch.bfloat16
 GROUP_SIZE = 128
-# How much of the next chain's weights a launch brings into L2, divided by the rows, which prolong the attention before it.
+# How much of the next launch's weights a launch brings into L2, divided by the rows, which prolong the attention before it.
 AHEAD_ROUNDS = 4
 
 
-class LayerChain:
+class FusedLayer:
     """Deterministic. Launches share a place for their sums, and tell theirs by the launch's number: one stream at a time."""
 
     def __init__(self, *, device: torch.device) -> None:
-        self._run = layer_chain_module().run
+        self._run = fused_layer_module().run
         self._multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
         self._launch = torch.ones(1, dtype=torch.int32, device=device)  # its number, which the kernel counts on
         self._scratch: dict[tuple[tuple[int, int], ...], torch.Tensor] = {}  # by shapes, one for all their layers
         self._none = torch.empty(0, dtype=DTYPE, device=device)
 
-    def fits(self, products: ChainProducts) -> bool:
+    def fits(self, products: LayerProducts) -> bool:
         """Whether these, in DTYPE, can be multiplied by; if so, makes room for their sums."""
         shapes = _shapes(products)
         following = _shapes((products.next_o, products.next_gate_up))
@@ -30,19 +30,19 @@ class LayerChain:
         if following != shapes[:2] or None in self._strips(products, 1):
             return False
         if shapes not in self._scratch:
-            ints = max(self._scratch_ints(products, rows) for rows in range(1, CHAIN_ROWS + 1))
+            ints = max(self._scratch_ints(products, rows) for rows in range(1, FUSED_ROWS + 1))
             self._scratch[shapes] = torch.zeros(ints, dtype=torch.int32, device=self._launch.device)
         return True
 
     def __call__(
         self,
-        products: ChainProducts,
+        products: LayerProducts,
         x_MK: torch.Tensor,
         residual_MH: torch.Tensor,
-        norms: ChainNorms,
+        norms: LayerNorms,
         bias_N: torch.Tensor | None,
     ) -> torch.Tensor:
-        """As `Format.chain`, of products that fit."""
+        """As `Format.apply_layer`, of products that fit."""
         rows = len(x_MK)
         y_MN = x_MK.new_empty(rows, products.qkv.n)
         self._run(
@@ -62,19 +62,19 @@ class LayerChain:
         )
         return y_MN
 
-    def _strips(self, products: ChainProducts, rows: int) -> list[int | None]:
+    def _strips(self, products: LayerProducts, rows: int) -> list[int | None]:
         return [choose_strips(n, k, rows, self._multiprocessors) for n, k in _shapes(products)]
 
-    def _scratch_ints(self, products: ChainProducts, rows: int) -> int:
+    def _scratch_ints(self, products: LayerProducts, rows: int) -> int:
         """What blocks send each other: parts of sums, then a product's y, then the squares of a norm."""
         ints = 0
         for name, packed, strips in zip(products._fields, products, self._strips(products, rows)):
             halves = 2 if name == "gate_up" else 1
             outputs, parts = packed.n // TILE_N // halves, strips * halves * 2
-            ints += CHAIN_ROWS * outputs * (parts * 2 * TILE_N + TILE_N + 2)
+            ints += FUSED_ROWS * outputs * (parts * 2 * TILE_N + TILE_N + 2)
         return ints
 
 
-def _shapes(products: ChainProducts | tuple[Packed, ...]) -> tuple[tuple[int, int], ...]:
+def _shapes(products: LayerProducts | tuple[Packed, ...]) -> tuple[tuple[int, int], ...]:
     """(n, k) of what a launch multiplies by: the first four."""
     return tuple((packed.n, packed.k) for packed in products[:4])

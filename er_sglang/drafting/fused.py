@@ -1,10 +1,10 @@
-"""Of a few rows, a decoder layer from behind its attention to the next layer's attention in one launch: its chain.
+"""Of a few rows, a decoder layer from behind its attention to the next layer's attention in one launch.
 
     o -> norm -> gate_up, activation -> down -> the next layer's norm -> qkv
 
-Of decoder layers that are known to have nothing else there. The norm's twin runs the chain, by what the attention gives and
-the residual: the Linear before it passes x on, and so do all that come behind it, to the end of the chain. Of more rows each
-module does what it did. The first layer's qkv and what the last one has behind its attention are not part of any chain.
+Of decoder layers that are known to have nothing else there. The norm behind the attention has a twin that runs all of it, by what
+the attention gives and the residual: the Linear before it passes x on, and so do all that come behind it, to the following
+qkv. Of more rows each module does what it did. The first layer's qkv, and what the last one has behind its attention, stay.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import nn
 from er_sglang.drafting.linear import DraftLinearMethod, GatedLinearMethod
 from er_sglang.drafting.twins import with_forward
 from er_sglang.host.releases import adapter
-from er_sglang.quantize.base import ChainNorms, ChainProducts, Format
+from er_sglang.quantize.base import Format, LayerNorms, LayerProducts
 
 _LAYERS = (LlamaDecoderLayer, Qwen2DecoderLayer, Qwen3DecoderLayer)
 _layers = adapter("layers")
@@ -32,41 +32,41 @@ Norm = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 """RMSNorm.forward_cuda with a residual."""
 
 
-def chain_layers(
+def fuse_layers(
     policy: nn.Module, methods: Mapping[nn.Module, DraftLinearMethod], twins: Mapping[nn.Module, nn.Module]
 ) -> dict[nn.Module, nn.Module]:
-    """Twins, by the policy's, of the norms in chains, in place of those in ``twins``. The ``methods`` of the Linears in
-    chains let x pass from now on.
+    """Twins, by the policy's, of the norms in fused layers, in place of those in ``twins``. The ``methods`` of the
+    Linears there let x pass from now on.
 
-    Makes room for chains: not in memory that is given back while a server sleeps.
+    Makes room for sums: not in memory that is given back while a server sleeps.
     """
-    chained: dict[nn.Module, nn.Module] = {}
+    fused: dict[nn.Module, nn.Module] = {}
     for layer, following in _consecutive(policy):
         linears = _linears(layer, following)
         first, second = norms = (layer.post_attention_layernorm, following.input_layernorm)
         if not (_multiplies(linears, methods) and _norms(norms, twins)):
             continue
-        products = ChainProducts(*(methods[linear].packed for linear in linears))
+        products = LayerProducts(*(methods[linear].packed for linear in linears))
         fmt = methods[linears[0]].fmt
-        if not (rows := fmt.chain_rows(products)):
+        if not (rows := fmt.fused_rows(products)):
             continue
         for linear in linears[:4]:
             methods[linear].passes_rows = rows
-        run = ChainingNorm(twins[first]._forward_method, rows, fmt, products, norms, linears[3])
-        chained[first] = with_forward(first, run)
-        chained[second] = with_forward(second, PassingNorm(twins[second]._forward_method, rows))
-    return chained
+        run = FusedNorm(twins[first]._forward_method, rows, fmt, products, norms, linears[3])
+        fused[first] = with_forward(first, run)
+        fused[second] = with_forward(second, PassingNorm(twins[second]._forward_method, rows))
+    return fused
 
 
-class ChainingNorm:
-    """Forward of the norm behind an attention: of up to ``rows`` rows, the chain."""
+class FusedNorm:
+    """Forward of the norm behind an attention: of up to ``rows`` rows, all up to the following qkv."""
 
     def __init__(
         self,
         alone: Norm,
         rows: int,
         fmt: Format,
-        products: ChainProducts,
+        products: LayerProducts,
         norms: tuple[RMSNorm, RMSNorm],
         qkv: LinearBase,
     ) -> None:
@@ -87,12 +87,12 @@ class ChainingNorm:
         if post_residual_addition is not None:
             residual = residual + post_residual_addition
         first, second = self._norms
-        norms = ChainNorms(first.weight, second.weight, first.variance_epsilon)
-        return self._fmt.chain(self._products, x, residual, norms, self._qkv.bias), residual
+        norms = LayerNorms(first.weight, second.weight, first.variance_epsilon)
+        return self._fmt.apply_layer(self._products, x, residual, norms, self._qkv.bias), residual
 
 
 class PassingNorm:
-    """Forward of the norm in a chain's midst: of up to ``rows`` rows it has been computed."""
+    """Forward of the norm in a fused layer's midst: of up to ``rows`` rows it has been computed."""
 
     def __init__(self, alone: Norm, rows: int) -> None:
         self._alone = alone
@@ -104,7 +104,7 @@ class PassingNorm:
         if not 1 <= len(x) <= self._rows:
             return self._alone(x, residual, post_residual_addition)
         if post_residual_addition is not None:  # of the tokens of an image, never of a decode
-            raise NotImplementedError("what is added to the residual between layers comes too late for the chain")
+            raise NotImplementedError("what is added to the residual between layers comes too late for a fused layer")
         return x, residual
 
 
@@ -120,7 +120,7 @@ def _consecutive(policy: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
 
 
 def _linears(layer: nn.Module, following: nn.Module) -> tuple[LinearBase, ...]:
-    """As in ChainProducts."""
+    """As in LayerProducts."""
     return (
         layer.self_attn.o_proj,
         layer.mlp.gate_up_proj,
@@ -132,7 +132,7 @@ def _linears(layer: nn.Module, following: nn.Module) -> tuple[LinearBase, ...]:
 
 
 def _multiplies(linears: tuple[LinearBase, ...], methods: Mapping[nn.Module, DraftLinearMethod]) -> bool:
-    """Whether these have no more to do than a chain does."""
+    """Whether these have no more to do than a fused layer does."""
     o, gate_up, down, qkv, _, next_gate_up = linears
     return (
         all(linear in methods for linear in linears)

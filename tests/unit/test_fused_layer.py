@@ -1,4 +1,4 @@
-"""What the launcher of a layer's chain hands to the kernel, which is a stand-in."""
+"""What the launcher of a fused layer hands to the kernel, which is a stand-in."""
 
 from types import SimpleNamespace
 
@@ -7,9 +7,9 @@ import torch
 
 from er_sglang.bench.gemm import products
 from er_sglang.bench.shapes import SHAPES
-from er_sglang.quantize import layer_chain
-from er_sglang.quantize.base import ChainNorms, ChainProducts, Packed
-from er_sglang.quantize.blocks import CHAIN_ROWS
+from er_sglang.quantize import fused_layer
+from er_sglang.quantize.base import LayerNorms, LayerProducts, Packed
+from er_sglang.quantize.blocks import FUSED_ROWS
 
 SHAPE = {name: nk for name, nk in products(SHAPES["14b"]).items() if name != "lm_head"}
 
@@ -18,28 +18,28 @@ def packed(n: int, k: int) -> Packed:
     return Packed(n, k, torch.bfloat16, *torch.empty(2, 1).unbind())  # tensors that are told apart by identity
 
 
-def chain(shape: dict[str, tuple[int, int]] = SHAPE) -> ChainProducts:
-    return ChainProducts(*(packed(*shape[name]) for name in ("o", "gate_up", "down", "qkv", "o", "gate_up")))
+def products(shape: dict[str, tuple[int, int]] = SHAPE) -> LayerProducts:
+    return LayerProducts(*(packed(*shape[name]) for name in ("o", "gate_up", "down", "qkv", "o", "gate_up")))
 
 
 @pytest.fixture
 def launcher(monkeypatch):
     launches = []
     module = SimpleNamespace(run=lambda *arguments: launches.append(arguments))
-    monkeypatch.setattr(layer_chain, "layer_chain_module", lambda: module)
+    monkeypatch.setattr(fused_layer, "fused_layer_module", lambda: module)
     card = SimpleNamespace(multi_processor_count=132)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
-    launcher = layer_chain.LayerChain(device=torch.device("cpu"))
+    launcher = fused_layer.FusedLayer(device=torch.device("cpu"))
     launcher.launches = launches
     return launcher
 
 
-@pytest.mark.parametrize("rows", range(1, CHAIN_ROWS + 1))
+@pytest.mark.parametrize("rows", range(1, FUSED_ROWS + 1))
 def test_a_launch(launcher, rows):
-    first, second = chain(), chain()
+    first, second = products(), products()
     assert launcher.fits(first) and launcher.fits(second)
     x, residual = torch.empty(rows, 5120), torch.empty(rows, 5120)
-    norms, bias = ChainNorms(torch.empty(5120), torch.empty(5120), 1e-6), torch.empty(7168)
+    norms, bias = LayerNorms(torch.empty(5120), torch.empty(5120), 1e-6), torch.empty(7168)
     y = launcher(first, x, residual, norms, bias)
     launcher(second, x, residual, norms, None)
     (one, other), numbers = launcher.launches, []
@@ -56,12 +56,12 @@ def test_a_launch(launcher, rows):
     assert numbers == [(1e-6, 132, 2, 1, down_strips, 2, 4 // rows)] * 2
     outputs_and_parts = ((80, 4), (216, 4), (80, 2 * down_strips), (112, 4))
     needed = sum(outputs * parts * 4 * 128 + 4 * outputs * 64 + 4 * outputs * 2 for outputs, parts in outputs_and_parts)
-    assert len(one[18]) >= needed and (len(one[18]) == needed) == (rows == CHAIN_ROWS)
+    assert len(one[18]) >= needed and (len(one[18]) == needed) == (rows == FUSED_ROWS)
 
 
 def test_another_shape_has_room_of_its_own(launcher):
     """Room that was once made stays: a graph may have captured it."""
-    first, wider = chain(), chain({**SHAPE, "qkv": (8192, 5120)})
+    first, wider = products(), products({**SHAPE, "qkv": (8192, 5120)})
     assert launcher.fits(first)
     (before,) = launcher._scratch.values()
     assert launcher.fits(wider) and launcher.fits(first)
@@ -69,8 +69,8 @@ def test_another_shape_has_room_of_its_own(launcher):
 
 
 def test_what_does_not_fit(launcher):
-    fitting = chain()
+    fitting = products()
     assert not launcher.fits(fitting._replace(next_o=packed(5120, 4096)))
     assert not launcher.fits(fitting._replace(next_gate_up=packed(55296, 5120)))
-    assert not launcher.fits(chain({**SHAPE, "o": (896, 896)}))
+    assert not launcher.fits(products({**SHAPE, "o": (896, 896)}))
     assert not launcher._scratch

@@ -87,7 +87,7 @@ struct Step {  // a product
   Divisor by_each, by_one_more;
 };
 
-struct Chain {
+struct Layer {
   Step steps[kSteps + kStepsAhead];
   uint32_t* launch;  // its number
   float eps;
@@ -158,7 +158,7 @@ SGL_DEVICE void to_l2(const char* from, int bytes) {
 }
 
 // The work of a warp that fills a ring.
-SGL_DEVICE void fill(const Chain& p, const Head& head, const Ring& ring, int group) {
+SGL_DEVICE void fill(const Layer& p, const Head& head, const Ring& ring, int group) {
   const int lane = threadIdx.x % 32;
   if (lane >= kFilling) return;
   const int of_group = lane / kUnitTiles, tile = lane % kUnitTiles;
@@ -212,7 +212,7 @@ SGL_DEVICE void fill(const Chain& p, const Head& head, const Ring& ring, int gro
 }
 
 // x of the units from `begin` on to shared memory, [units][m][kRowX bytes].
-SGL_DEVICE void read_x(const Chain& p, const Step& s, char* shared_x, int begin, int units) {
+SGL_DEVICE void read_x(const Layer& p, const Step& s, char* shared_x, int begin, int units) {
   for (int i = threadIdx.x; i < units * (kUnitK / 8); i += kMultiplying) {
     const int unit = i / (kUnitK / 8), chunk = i % (kUnitK / 8);
     uint4 v[kMostRows];
@@ -227,7 +227,7 @@ SGL_DEVICE void read_x(const Chain& p, const Step& s, char* shared_x, int begin,
   }
 }
 
-SGL_DEVICE void receive_x(const Chain& p, const Step& s, const Step& before, char* shared_x, int begin, int units, uint32_t launch) {
+SGL_DEVICE void receive_x(const Layer& p, const Step& s, const Step& before, char* shared_x, int begin, int units, uint32_t launch) {
   const int lane = threadIdx.x % 32, vectors = s.units * kUnitK / 4;  // of a row
   const int tasks = units << p.log_rows, row = threadIdx.x / 32 & ((1 << p.log_rows) - 1);  // a warp's tasks are of the same row
   if (row >= p.m) return;
@@ -302,7 +302,7 @@ SGL_DEVICE void store_parts(float* parts, const float (&sum)[4][4], int m) {  //
 // A warp's pieces of a product. What it has of a column that it leaves goes to `first_parts`, the rest remains in `sum`: it has pieces
 // of two columns at most.
 SGL_DEVICE void multiply_all(
-    const Chain& p, const Step& s, const Ring& ring, Stage& stage, const Share& block, float (&sum)[4][4], uint32_t shared_x, float* first_parts) {
+    const Layer& p, const Step& s, const Ring& ring, Stage& stage, const Share& block, float (&sum)[4][4], uint32_t shared_x, float* first_parts) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const Share mine = block.of_warp(warp);
   const int strip_units = s.strip.value, index = s.strip.divide(mine.begin);
@@ -331,7 +331,7 @@ SGL_DEVICE void multiply_all(
 }
 
 // What the block has of its columns, to those that finish them. A warp a row of a column.
-SGL_DEVICE void send_sums(const Chain& p, const Step& s, const Share& block, const float* first_parts, const float* last_parts, uint32_t launch) {
+SGL_DEVICE void send_sums(const Layer& p, const Step& s, const Share& block, const float* first_parts, const float* last_parts, uint32_t launch) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, strip_units = s.strip.value;
   const int first = s.strip.divide(block.begin), columns = s.strip.divide(block.end - 1) - first + 1;
   for (int task = warp; task < columns << p.log_rows; task += kWarps) {
@@ -368,7 +368,7 @@ SGL_DEVICE unsigned parts_sent(const Step& s, int output) {
 
 // The outputs that are this block's to finish: sums, the norm before, bias, activation, residual; then sent, or written. A warp a row
 // of an output, a lane two columns of it.
-SGL_DEVICE void finish(const Chain& p, const Step& s, const Step* normed, uint32_t launch) {
+SGL_DEVICE void finish(const Layer& p, const Step& s, const Step* normed, uint32_t launch) {
   const int lane = threadIdx.x % 32, outputs = s.outputs.value, columns = outputs * kTileN;
   const int own = (outputs - blockIdx.x + gridDim.x - 1) / gridDim.x;
   for (int task = threadIdx.x / 32; task < own << p.log_rows; task += kWarps) {
@@ -468,7 +468,7 @@ SGL_DEVICE void finish(const Chain& p, const Step& s, const Step* normed, uint32
   }
 }
 
-__global__ void __launch_bounds__(kThreads, 1) layer_chain_kernel(const __grid_constant__ Chain p) {
+__global__ void __launch_bounds__(kThreads, 1) fused_layer_kernel(const __grid_constant__ Layer p) {
   extern __shared__ __align__(128) char shared[];
   Head& head = *reinterpret_cast<Head*>(shared);
   float* const first_parts = reinterpret_cast<float*>(shared + kHeadBytes + kGroups * p.stages * kStageBytes);
@@ -517,7 +517,7 @@ __global__ void __launch_bounds__(kThreads, 1) layer_chain_kernel(const __grid_c
   if (blockIdx.x == 0 && threadIdx.x == 0) *p.launch = launch + 1;
 }
 
-struct LayerChain {
+struct FusedLayer {
   static Divisor divisor(int value) {
     host::RuntimeCheck(value > 1, "too small a product");
     return {uint32_t(value), uint32_t((0x100000000 + value - 1) / value)};
@@ -593,12 +593,12 @@ struct LayerChain {
     const int64_t hidden = H.unwrap(), intermediate = I.unwrap() * kUnitK;
     const auto on = device.unwrap();
 
-    Chain chain{};
-    chain.m = M.unwrap(), chain.eps = eps, chain.rounds_ahead = rounds_ahead;
-    chain.launch = static_cast<uint32_t*>(launch.data_ptr());
-    RuntimeCheck(1 <= chain.m && chain.m <= kMostRows, "unsupported number of rows ", chain.m);
-    while (1 << chain.log_rows < chain.m) ++chain.log_rows;
-    auto& [o, gate_up, down, qkv, next_o, next_gate_up] = chain.steps;
+    Layer layer{};
+    layer.m = M.unwrap(), layer.eps = eps, layer.rounds_ahead = rounds_ahead;
+    layer.launch = static_cast<uint32_t*>(launch.data_ptr());
+    RuntimeCheck(1 <= layer.m && layer.m <= kMostRows, "unsupported number of rows ", layer.m);
+    while (1 << layer.log_rows < layer.m) ++layer.log_rows;
+    auto& [o, gate_up, down, qkv, next_o, next_gate_up] = layer.steps;
     o = step(o_codes, o_scales, K.unwrap(), 1, o_strips, blocks, on);
     gate_up = step(gate_up_codes, gate_up_scales, hidden, 2, gate_up_strips, blocks, on);
     down = step(down_codes, down_scales, intermediate, 1, down_strips, blocks, on);
@@ -615,24 +615,24 @@ struct LayerChain {
 
     char* free = static_cast<char*>(scratch.data_ptr());
     const char* const end = free + S.unwrap() * sizeof(int32_t);
-    const int parts_bytes = kWarps * chain.m * kRowPart * sizeof(float);
+    const int parts_bytes = kWarps * layer.m * kRowPart * sizeof(float);
     int x_bytes = parts_bytes;  // the last parts, in the same place
     for (int i = 0; i < kSteps; ++i) {
-      Step& s = chain.steps[i];
+      Step& s = layer.steps[i];
       const int outputs = s.outputs.value;
       const auto take = [&free](int64_t bytes) { return std::exchange(free, free + bytes); };
       s.inbox = reinterpret_cast<Two*>(take(int64_t(outputs) * s.parts * kMostRows * 32 * sizeof(Two)));
       s.sent = reinterpret_cast<One*>(take(int64_t(kMostRows) * outputs * kTileN / 2 * sizeof(One)));
       s.squares = reinterpret_cast<One*>(take(int64_t(kMostRows) * outputs * sizeof(One)));
-      x_bytes = std::max<int>(x_bytes, std::min<int>(s.units, 2 * s.strip.value) * chain.m * kRowX);
+      x_bytes = std::max<int>(x_bytes, std::min<int>(s.units, 2 * s.strip.value) * layer.m * kRowX);
     }
     RuntimeCheck(free <= end, "too little scratch: ", free - end, " bytes are missing");
-    chain.stages = std::min(kMostStages, (kSharedBytes - kHeadBytes - parts_bytes - x_bytes) / (kGroups * kStageBytes));
-    RuntimeCheck(chain.stages >= kInFlight, "no room for weights beside x");
-    const int shared_bytes = kHeadBytes + kGroups * chain.stages * kStageBytes + parts_bytes + x_bytes;
-    static const auto allowed = cudaFuncSetAttribute(layer_chain_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
+    layer.stages = std::min(kMostStages, (kSharedBytes - kHeadBytes - parts_bytes - x_bytes) / (kGroups * kStageBytes));
+    RuntimeCheck(layer.stages >= kInFlight, "no room for weights beside x");
+    const int shared_bytes = kHeadBytes + kGroups * layer.stages * kStageBytes + parts_bytes + x_bytes;
+    static const auto allowed = cudaFuncSetAttribute(fused_layer_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
     RuntimeDeviceCheck(allowed);
-    LaunchKernel(blocks, kThreads, on, shared_bytes).enable_pdl()(layer_chain_kernel, chain);
+    LaunchKernel(blocks, kThreads, on, shared_bytes).enable_pdl()(fused_layer_kernel, layer);
   }
 };
 

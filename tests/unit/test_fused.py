@@ -1,4 +1,4 @@
-"""Which layers of a model are chained, and what their modules do then; modules and the format are stand-ins."""
+"""Which layers of a model are fused, and what their modules do then; modules and the format are stand-ins."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from torch import nn
 
 pytest.importorskip("sglang", reason="needs SGLang's models")
 
-from er_sglang.drafting import chained
+from er_sglang.drafting import fused
 from er_sglang.drafting.linear import DraftLinearMethod, GatedLinearMethod
 
 ROWS, HIDDEN = 4, 8
@@ -35,16 +35,16 @@ class Layer(nn.Module):
         self.input_layernorm, self.post_attention_layernorm = Norm(), Norm()
 
 
-class ChainingFormat:
+class FusingFormat:
     def __init__(self, rows: int = ROWS) -> None:
         self._rows = rows
-        self.chains = []
+        self.calls = []
 
-    def chain_rows(self, products) -> int:
+    def fused_rows(self, products) -> int:
         return self._rows
 
-    def chain(self, *arguments) -> str:
-        self.chains.append(arguments)
+    def apply_layer(self, *arguments) -> str:
+        self.calls.append(arguments)
         return "qkv"
 
     def apply(self, packed, x, bias) -> str:
@@ -56,7 +56,7 @@ class ChainingFormat:
 class Model:
     """Three layers whose Linears have a method, and norms a twin."""
 
-    def __init__(self, fmt: ChainingFormat) -> None:
+    def __init__(self, fmt: FusingFormat) -> None:
         self.fmt = fmt
         self.layers = [Layer() for _ in range(3)]
         self.root = nn.Module()
@@ -72,8 +72,8 @@ class Model:
                 elif isinstance(linear, Norm):
                     self.twins[linear] = linear
 
-    def chain(self) -> dict[nn.Module, nn.Module]:
-        return chained.chain_layers(self.root, self.methods, self.twins)
+    def fuse(self) -> dict[nn.Module, nn.Module]:
+        return fused.fuse_layers(self.root, self.methods, self.twins)
 
     def passing(self) -> list[str]:
         assert {method.passes_rows for method in self.methods.values()} <= {0, ROWS}
@@ -82,18 +82,18 @@ class Model:
 
 @pytest.fixture
 def model(monkeypatch) -> Model:
-    monkeypatch.setattr(chained, "_LAYERS", (Layer,))
-    monkeypatch.setattr(chained._layers, "NORMS_ARE_FOLLOWED", True)
-    return Model(ChainingFormat())
+    monkeypatch.setattr(fused, "_LAYERS", (Layer,))
+    monkeypatch.setattr(fused._layers, "NORMS_ARE_FOLLOWED", True)
+    return Model(FusingFormat())
 
 
 FIRST = ["o_proj 0", "gate_up_proj 0", "down_proj 0", "qkv_proj 1"]
 SECOND = ["o_proj 1", "gate_up_proj 1", "down_proj 1", "qkv_proj 2"]
 
 
-def test_all_but_the_ends_is_chained(model):
+def test_all_but_the_ends_is_fused(model):
     first, second, third = model.layers
-    assert set(model.chain()) == {
+    assert set(model.fuse()) == {
         first.post_attention_layernorm,
         second.input_layernorm,
         second.post_attention_layernorm,
@@ -104,28 +104,28 @@ def test_all_but_the_ends_is_chained(model):
 
 @pytest.mark.parametrize("rows", [0, 1, ROWS, ROWS + 1])
 def test_up_to_so_many_rows_pass(model, rows):
-    twins, layer, following = model.chain(), *model.layers[:2]
+    twins, layer, following = model.fuse(), *model.layers[:2]
     x, residual, more = torch.ones(rows, HIDDEN), torch.ones(rows, HIDDEN), torch.ones(rows, HIDDEN)
     before, within = (
         twins[norm]._forward_method for norm in (layer.post_attention_layernorm, following.input_layernorm)
     )
-    is_chained = 1 <= rows <= ROWS
+    is_fused = 1 <= rows <= ROWS
     for linear in (layer.self_attn.o_proj, layer.mlp.gate_up_proj, following.self_attn.qkv_proj):
         applied = model.methods[linear].apply(linear, x)
-        assert applied is x if is_chained else applied == f"{model.methods[linear].packed} multiplied by"
+        assert applied is x if is_fused else applied == f"{model.methods[linear].packed} multiplied by"
     linear = layer.self_attn.qkv_proj  # of the first layer
     assert model.methods[linear].apply(linear, x) == "qkv_proj 0 multiplied by"
-    if not is_chained:
+    if not is_fused:
         assert before(x, residual, more) == ("alone", x, residual, more)
         assert within(x, residual, more) == ("alone", x, residual, more)
         return
     assert before(x, residual) == ("qkv", residual) and within(x, residual) == (x, residual)
-    ((products, chain_x, chain_residual, norms, bias),) = model.fmt.chains
+    ((products, fused_x, fused_residual, norms, bias),) = model.fmt.calls
     assert products == (*FIRST, "o_proj 1", "gate_up_proj 1")
-    assert chain_x is x and chain_residual is residual and bias is following.self_attn.qkv_proj.bias
+    assert fused_x is x and fused_residual is residual and bias is following.self_attn.qkv_proj.bias
     assert norms == (layer.post_attention_layernorm.weight, following.input_layernorm.weight, 1e-6)
     _, sum_ = before(x, residual, more)
-    assert torch.equal(sum_, residual + more) and model.fmt.chains[1][2] is sum_
+    assert torch.equal(sum_, residual + more) and model.fmt.calls[1][2] is sum_
     with pytest.raises(NotImplementedError, match="comes too late"):
         within(x, residual, more)
 
@@ -162,27 +162,27 @@ SPOILS = [value for name, value in globals().items() if name.startswith("spoil_"
 
 
 @pytest.mark.parametrize("spoil", SPOILS)
-def test_a_layer_that_does_more_is_not_chained(model, spoil):
-    """The one before it still is, but that a chain knows the next one's products: what they read is brought into L2."""
+def test_a_layer_that_does_more_is_not_fused(model, spoil):
+    """The one before it still is, but that a fused layer knows the next one's products: what they read is brought into L2."""
     spoil(model, model.layers[1])
-    twins = model.chain()
+    twins = model.fuse()
     assert model.layers[1].post_attention_layernorm not in twins
     assert not set(model.passing()) & set(SECOND)
     assert sorted(model.passing()) == ([] if spoil is spoil_activation else sorted(FIRST))
 
 
-def test_other_layers_are_not_chained(model, monkeypatch):
-    monkeypatch.setattr(chained, "_LAYERS", (nn.Linear,))
-    assert not model.chain() and not model.passing()
+def test_other_layers_are_not_fused(model, monkeypatch):
+    monkeypatch.setattr(fused, "_LAYERS", (nn.Linear,))
+    assert not model.fuse() and not model.passing()
 
 
-def test_norms_that_are_called_otherwise_are_not_chained(model, monkeypatch):
+def test_norms_that_are_called_otherwise_are_not_fused(model, monkeypatch):
     """As in releases of SGLang whose layers hold the policy's norms."""
-    monkeypatch.setattr(chained._layers, "NORMS_ARE_FOLLOWED", False)
-    assert not model.chain() and not model.passing()
+    monkeypatch.setattr(fused._layers, "NORMS_ARE_FOLLOWED", False)
+    assert not model.fuse() and not model.passing()
 
 
-def test_what_the_format_does_not_take_is_not_chained(monkeypatch):
-    monkeypatch.setattr(chained, "_LAYERS", (Layer,))
-    model = Model(ChainingFormat(rows=0))
-    assert not model.chain() and not model.passing()
+def test_what_the_format_does_not_take_is_not_fused(monkeypatch):
+    monkeypatch.setattr(fused, "_LAYERS", (Layer,))
+    model = Model(FusingFormat(rows=0))
+    assert not model.fuse() and not model.passing()
