@@ -1,0 +1,84 @@
+// The products of a fused layer (fused_layer.cuh), and how their pieces are shared out.
+#pragma once
+
+#include <sgl_kernel/utils.cuh>
+
+#include <cstdint>
+
+#include "exchange.cuh"
+#include "int4.cuh"
+
+namespace er_sglang {
+
+constexpr int kUnitK = 128;  // of K: a group
+constexpr int kUnitTiles = kUnitK / kTileK;
+constexpr int kTileBytes = kTileN * kTileK / 2, kScalesBytes = kTileN * 2;
+constexpr int kPieceBytes = kUnitTiles * kTileBytes + kScalesBytes;
+
+constexpr int kSteps = 4, kStepsAhead = 2;  // products of a launch, and of the next one whose weights go to L2
+constexpr int kMostRows = 4;
+constexpr int kMostParts = 32;     // of an output
+constexpr int kMostOutputs = 128;  // before a norm
+constexpr int kWarps = 8;          // of a block that multiply
+
+struct Divisor {  // exact where the dividend times it is below 2^32; not 1
+  uint32_t value, inverse;
+  SGL_DEVICE int divide(int dividend) const { return __umulhi(dividend, inverse); }
+};
+
+struct Step {  // a product
+  const char* codes;       // [k / 16, n / 64, 32] of 16 bytes
+  const char* scales;      // [k / 128, n]
+  const bf16_t* bias;      // [n] or null
+  const bf16_t* x;         // [m, k] of the first product; null: what the product before sent
+  bf16_t* y;               // [m, n] of the last one; null: sent
+  bf16_t* residual;        // [m, n] or null: with it a norm follows
+  const bf16_t* norm;      // [n], its weight
+  Two* inbox;              // [outputs, parts, 4, 32]: sums for the block that finishes an output
+  One* sent;               // [4, columns / 2]: pairs of columns of y
+  One* squares;            // [4, outputs]: sums of the squares of an output's columns
+  int n, units, x_stride;
+  int halves;              // 2: a gated product, y is silu(gate) * up, and W_hat has gate's columns first
+  int parts;               // of an output: of each strip and half, what one block has, or two
+  int each, more;          // pieces of a block; blocks that have one more
+  Divisor strip;           // units
+  Divisor outputs;         // 64 columns of y each
+  Divisor by_each, by_one_more;
+};
+
+struct Layer {
+  Step steps[kSteps + kStepsAhead];
+  uint32_t* launch;  // its number
+  float eps;
+  int m, log_rows;   // rows; the binary logarithm of so many or a few more
+  int stages, rounds_ahead;
+};
+
+struct Share {  // of pieces that are shared out evenly: each has `each`, the first `more` of them one more
+  int begin, end;
+  SGL_DEVICE Share(int which, int each, int more) : begin(which * each + min(which, more)), end(begin + each + (which < more)) {}
+  SGL_DEVICE Share of_warp(int warp) const {
+    Share share(warp, size() / kWarps, size() % kWarps);
+    share.begin += begin, share.end += begin;
+    return share;
+  }
+  SGL_DEVICE int size() const { return end - begin; }
+  SGL_DEVICE int rounds() const { return (size() + kWarps - 1) / kWarps; }  // in each a warp has at most one
+  SGL_DEVICE bool meets(int from, int to) const { return max(begin, from) < min(end, to); }
+};
+
+SGL_DEVICE int owner(const Step& s, int piece) {  // a block
+  const int of_more = s.more * (s.each + 1);
+  return piece < of_more ? s.by_one_more.divide(piece) : s.more + s.by_each.divide(piece - of_more);
+}
+
+struct Column {  // of a strip, by the order of pieces: the two halves of an output are neighbours
+  int strip, output, half;
+  SGL_DEVICE Column(const Step& s, int index) : half(index & (s.halves - 1)) {
+    const int pair = index >> (s.halves - 1);
+    strip = s.outputs.divide(pair), output = pair - strip * s.outputs.value;
+  }
+  SGL_DEVICE int tile(const Step& s) const { return output + half * s.outputs.value; }  // of W_hat's columns
+};
+
+}  // namespace er_sglang
