@@ -38,7 +38,7 @@ def fuse_layers(
     """Twins, by the policy's, of the norms in fused layers, in place of those in ``twins``. The ``methods`` of the
     Linears there let x pass from now on.
 
-    Makes room for sums: not in memory that is given back while a server sleeps.
+    Allocates scratch: call it outside the region whose memory sleep gives back.
     """
     fused: dict[nn.Module, nn.Module] = {}
     for layer, following in _consecutive(policy):

@@ -88,8 +88,8 @@ class Format(ABC):
         return (F.silu(gate.float()) * up.float()).to(gate.dtype)
 
     def fused_rows(self, products: LayerProducts) -> int:
-        """Up to how many rows `apply_layer` multiplies by these; 0: none. Makes room for it: not while a graph is captured, and
-        not in memory that is given back while a server sleeps."""
+        """Up to how many rows `apply_layer` multiplies by these; 0: none. Allocates scratch: call it before graphs are
+        captured, and outside the region whose memory sleep gives back."""
         return 0
 
     def apply_layer(
@@ -101,7 +101,7 @@ class Format(ABC):
         bias_N: torch.Tensor | None,
     ) -> torch.Tensor:
         """The following layer's qkv [M, N] of the attention's output x: o, residual += and norm, gate_up with its activation,
-        down, residual += and norm, qkv and its bias. In place of the residual."""
+        down, residual += and norm, qkv and its bias. Updates the residual in place."""
         raise NotImplementedError
 
     @abstractmethod

@@ -45,7 +45,8 @@ class Wave(NamedTuple):
 FUSED_WARPS = 8  # of a block that multiply
 MAX_STRIPS = 8
 X_ROW_BYTES = (UNIT_K + 8) * 2  # of a row of a unit of x, in shared memory
-MOST_X_BYTES = 50_000  # that leave room for enough weights in flight
+WEIGHT_BYTES = 2 * FUSED_WARPS * (UNIT_K * TILE_N // 2 + TILE_N * 2)  # of two stages of each ring, the fewest
+GOOD_X_BYTES = 50_000  # leave room for more
 
 Waves = tuple[Wave, ...]
 """A product by the wgmma kernel: a launch each."""
@@ -107,8 +108,8 @@ def choose_waves(n: int, k: int, resident_clusters: tuple[int, ...]) -> Waves:
 
 @functools.cache
 def choose_strips(n: int, k: int, rows: int, multiprocessors: int) -> int | None:
-    """Of a product in a fused layer, for up to FUSED_ROWS rows: strips of K, as few as hold their part of x; None if the
-    product cannot be shared out.
+    """Of a product in a fused layer, for up to FUSED_ROWS rows: strips of K, as few as hold their part of x; None if
+    the product cannot be shared out, or x leaves too little room for weights.
 
     Pieces of TILE_N x UNIT_K, column after column in strip after strip, are shared out evenly over a block on every
     multiprocessor, and a block's over its warps. A block has a column of a strip or more, so that no more than two blocks
@@ -125,5 +126,8 @@ def choose_strips(n: int, k: int, rows: int, multiprocessors: int) -> int | None
         return min(strips, 2) * (units // strips) * rows * X_ROW_BYTES
 
     fitting = [strips for strips in range(1, MAX_STRIPS + 1) if fits(strips)]
-    small = (strips for strips in fitting if x_bytes(strips) <= MOST_X_BYTES)
-    return next(small, min(fitting, key=x_bytes, default=None))
+    most_x_bytes = (
+        SHARED_BYTES - 2048 - WEIGHT_BYTES - FUSED_WARPS * rows * X_ROW_BYTES
+    )  # products, barriers; warps' parts
+    small = (strips for strips in fitting if x_bytes(strips) <= GOOD_X_BYTES)
+    return next(small, min((s for s in fitting if x_bytes(s) <= most_x_bytes), key=x_bytes, default=None))

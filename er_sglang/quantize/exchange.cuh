@@ -1,7 +1,8 @@
 // How blocks of a kernel hand each other numbers, while all of them run: through L2, without counters or fences.
 //
 // Every eight bytes that are sent are four of data and the number of the launch, and arrive at once, so a reader waits for the data
-// itself. A place is written once a launch; what it holds of earlier launches has another number.
+// itself. A place is written once a launch; what it holds of earlier launches has another number (but after 2^32 of them). Launches may lay
+// out the same memory differently: the number is always the second half of eight bytes.
 #pragma once
 
 #include <sgl_kernel/utils.cuh>

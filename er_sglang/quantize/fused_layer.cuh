@@ -11,11 +11,15 @@
 //   this one sends the result to all that read it (exchange.cuh). That takes 5 us from one product to the next, while rings fill.
 // - No more is requested at a time than memory needs to be busy, and half of it while blocks hand each other sums: what they send
 //   would have to wait behind it. Requested as early as there is room, a layer takes 11 to 14 % more time (H100, one row).
-// - The norm before a product is a factor of its rows: it is applied to the sums, when the squares have arrived.
+// - The root mean square of the norm before a product is a factor of its rows: sums are divided by it, when the squares have arrived.
+//   The norm's weight is part of x.
 // - The first weights of the next launch go to L2 while the last product is multiplied, which leaves memory idle.
 //
-// Every sum has a fixed order, hence the same bits every time. All blocks must run at once: one on each multiprocessor, whatever
-// else the GPU does ends by itself.
+// Every sum has a fixed order, hence the same bits every time. All blocks must run at once, one on each multiprocessor: what else the
+// GPU does must end by itself. Two such kernels at once, as of two servers under MPS, would wait for each other for ever.
+//
+// Before the grid dependency only the filling warps read, and only weights: see small_kernels.cuh for why this is safe. They do not wait
+// for it themselves; the block ends after those that do.
 #pragma once
 
 #include <sgl_kernel/tensor.h>
@@ -307,7 +311,7 @@ SGL_DEVICE void finish(const Layer& p, const Step& s, const Step* normed, uint32
     const int at = output * kTileN + 2 * lane;
     uint32_t residual = 0, norm = 0, bias[2] = {};
     uint32_t* const residual_at = reinterpret_cast<uint32_t*>(s.residual + int64_t(row) * s.n + at);
-    if (s.residual) {
+    if (s.residual) {  // of both norms, the same thread reads and writes it
       residual = __ldcg(residual_at);
       norm = __ldg(reinterpret_cast<const uint32_t*>(s.norm + at));
     }
@@ -443,7 +447,7 @@ __global__ void __launch_bounds__(kThreads, 1) fused_layer_kernel(const __grid_c
     finish(p, s, step > 0 && before.residual ? &before : nullptr, launch);
     multiplying_sync();  // the parts are no longer needed
   }
-  // All blocks have sent something since, so they know the number.
+  // All blocks know the number: block 0 finishes an output of gate_up, whose norm has squares of all of o, and so sums of every block.
   if (blockIdx.x == 0 && threadIdx.x == 0) *p.launch = launch + 1;
 }
 

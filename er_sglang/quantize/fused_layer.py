@@ -1,5 +1,7 @@
 """A decoder layer's int4 products and norms in one launch, for up to 4 rows on Hopper: launches `fused_layer.cuh`."""
 
+from itertools import takewhile
+
 import torch
 
 from er_sglang.quantize.base import LayerNorms, LayerProducts, Packed
@@ -8,8 +10,10 @@ from er_sglang.quantize.modules import fused_layer_module
 
 DTYPE = torch.bfloat16
 GROUP_SIZE = 128
-# How much of the next launch's weights a launch brings into L2, divided by the rows, which prolong the attention before it.
+# Rounds of the next launch's weights, a piece for each warp of each block, that a launch of one row brings into L2; of more rows
+# fewer, for the attention in between then needs memory itself.
 AHEAD_ROUNDS = 4
+MAX_HIDDEN = 8192  # of the norms
 
 
 class FusedLayer:
@@ -22,17 +26,17 @@ class FusedLayer:
         self._scratch: dict[tuple[tuple[int, int], ...], torch.Tensor] = {}  # by shapes, one for all their layers
         self._none = torch.empty(0, dtype=DTYPE, device=device)
 
-    def fits(self, products: LayerProducts) -> bool:
-        """Whether these, in DTYPE, can be multiplied by; if so, makes room for their sums."""
+    def most_rows(self, products: LayerProducts) -> int:
+        """Up to how many rows these, in DTYPE, can be multiplied by; makes room for their sums."""
         shapes = _shapes(products)
         following = _shapes((products.next_o, products.next_gate_up))
-        # Any number of rows fits if one does.
-        if following != shapes[:2] or None in self._strips(products, 1):
-            return False
-        if shapes not in self._scratch:
-            ints = max(self._scratch_ints(products, rows) for rows in range(1, FUSED_ROWS + 1))
+        if following != shapes[:2] or products.o.n > MAX_HIDDEN:
+            return 0
+        fitting = list(takewhile(lambda rows: None not in self._strips(products, rows), range(1, FUSED_ROWS + 1)))
+        if fitting and shapes not in self._scratch:
+            ints = max(self._scratch_ints(products, rows) for rows in fitting)
             self._scratch[shapes] = torch.zeros(ints, dtype=torch.int32, device=self._launch.device)
-        return True
+        return len(fitting)
 
     def __call__(
         self,

@@ -39,7 +39,7 @@ struct Step {  // a product
   One* squares;            // [4, outputs]: sums of the squares of an output's columns
   int n, units, x_stride;
   int halves;              // 2: a gated product, y is silu(gate) * up, and W_hat has gate's columns first
-  int parts;               // of an output: of each strip and half, what one block has, or two
+  int parts;               // of an output: for each strip and half two, of the block that has the column's start and of the one behind it, if two have it
   int each, more;          // pieces of a block; blocks that have one more
   Divisor strip;           // units
   Divisor outputs;         // 64 columns of y each

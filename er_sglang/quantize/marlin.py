@@ -16,7 +16,7 @@ from sgl_kernel.scalar_type import scalar_types
 
 from er_sglang.quantize import fused_layer, marlin_layout, rtn
 from er_sglang.quantize.base import Format, LayerNorms, LayerProducts, Packed
-from er_sglang.quantize.blocks import FUSED_ROWS, MAX_ROWS
+from er_sglang.quantize.blocks import MAX_ROWS
 from er_sglang.quantize.hopper import HopperGemm, is_hopper
 from er_sglang.quantize.kernels import refresh_int4_marlin_
 from er_sglang.quantize.modules import marlin_module
@@ -116,7 +116,7 @@ class MarlinInt4(Format):
             return 0
         if self._fused_layer is None:
             self._fused_layer = fused_layer.FusedLayer(device=products.o.codes.device)
-        return FUSED_ROWS if self._fused_layer.fits(products) else 0
+        return self._fused_layer.most_rows(products)
 
     def apply_layer(
         self,
