@@ -22,11 +22,9 @@ from torch import nn
 
 from er_sglang.drafting.linear import DraftLinearMethod, GatedLinearMethod
 from er_sglang.drafting.twins import with_forward
-from er_sglang.host.releases import adapter
 from er_sglang.quantize.base import Format, LayerNorms, LayerProducts
 
 _LAYERS = (LlamaDecoderLayer, Qwen2DecoderLayer, Qwen3DecoderLayer)
-_layers = adapter("layers")
 
 Norm = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 """RMSNorm.forward_cuda with a residual."""
@@ -79,7 +77,11 @@ class FusedNorm:
         self._qkv = qkv
 
     def __call__(
-        self, x: torch.Tensor, residual: torch.Tensor, post_residual_addition: torch.Tensor | None = None
+        self,
+        x: torch.Tensor,
+        residual: torch.Tensor,
+        post_residual_addition: torch.Tensor | None = None,
+        quant_linear: nn.Module | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """As RMSNorm.forward_cuda, but that ``x`` [M, K] is the attention's output, and qkv is returned for it."""
         if not 1 <= len(x) <= self._rows:
@@ -99,7 +101,11 @@ class PassingNorm:
         self._rows = rows
 
     def __call__(
-        self, x: torch.Tensor, residual: torch.Tensor, post_residual_addition: torch.Tensor | None = None
+        self,
+        x: torch.Tensor,
+        residual: torch.Tensor,
+        post_residual_addition: torch.Tensor | None = None,
+        quant_linear: nn.Module | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if not 1 <= len(x) <= self._rows:
             return self._alone(x, residual, post_residual_addition)
@@ -109,9 +115,7 @@ class PassingNorm:
 
 
 def _consecutive(policy: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
-    """Decoder layers, each with the one behind it, whose norms are called by way of these modules."""
-    if not _layers.NORMS_ARE_FOLLOWED:
-        return
+    """Decoder layers, each with the one behind it."""
     for modules in policy.modules():
         if isinstance(modules, nn.ModuleList):
             for layer, following in pairwise(modules):
@@ -137,7 +141,9 @@ def _multiplies(linears: tuple[LinearBase, ...], methods: Mapping[nn.Module, Dra
     return (
         all(linear in methods for linear in linears)
         and all(isinstance(methods[linear], GatedLinearMethod) for linear in (gate_up, next_gate_up))
-        and all(linear.tp_size == 1 and not linear.skip_bias_add for linear in (o, gate_up, down, qkv))
+        and all(linear.output_size_per_partition == linear.output_size for linear in (gate_up, qkv))
+        and all(linear.input_size_per_partition == linear.input_size for linear in (o, down))
+        and not any(linear.skip_bias_add for linear in (o, gate_up, down, qkv))
         and all(linear.bias is None for linear in (o, gate_up, down))
     )
 

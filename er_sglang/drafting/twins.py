@@ -24,7 +24,10 @@ from torch import nn
 from er_sglang.drafting import early
 from er_sglang.drafting.attention import is_plain
 from er_sglang.drafting.shadow import shallow_copy
+from er_sglang.host.releases import adapter
 from er_sglang.quantize.hopper import is_hopper
+
+_dispatch = adapter("dispatch")
 
 
 def small_twins(policy: nn.Module) -> dict[nn.Module, nn.Module]:
@@ -126,7 +129,9 @@ class RotatingAttention(nn.Module):
 
 def _computes(module: nn.Module, cls: type[nn.Module]) -> bool:
     """Whether ``module`` computes what ``cls`` does on CUDA."""
-    return isinstance(module, cls) and getattr(module._forward_method, "__func__", None) is cls.forward_cuda
+    if not isinstance(module, cls):
+        return False
+    return getattr(_dispatch.forward_method(module), "__func__", None) is cls.forward_cuda
 
 
 def _has_norm_twin(module: nn.Module) -> bool:
@@ -158,7 +163,7 @@ def _computes_rotation(module: nn.Module) -> bool:
 
 
 def with_forward(module: nn.Module, forward) -> nn.Module:
-    """A twin of a module of many platforms (MultiPlatformOp) that computes ``forward``."""
+    """A twin of a module of many platforms (MultiPlatformOp, BaseFusedOp) that computes ``forward``."""
     twin = shallow_copy(module)
     twin._forward_method = forward
     return twin
@@ -169,8 +174,12 @@ def _rms_norm(
     x: torch.Tensor,
     residual: torch.Tensor | None = None,
     post_residual_addition: torch.Tensor | None = None,
+    quant_linear: nn.Module | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """RMSNorm.forward_cuda: in place with a residual, else not."""
+    """RMSNorm.forward_cuda: in place with a residual, else not.
+
+    quant_linear: the Linear behind it, given from 0.5.19 to 0.5.21, whose input SGLang may quantize here; it does so itself.
+    """
     if residual is None:
         return early.rms_norm(x, self.weight, self.variance_epsilon)
     if post_residual_addition is not None:

@@ -207,8 +207,8 @@ def imported_names(files: Iterable[Path]) -> Iterator[tuple[str, str]]:
 
 
 def written_seams(files: Iterable[Path]) -> Iterator[Seam]:
-    """What these sources of ours write down as ``SEAMS``: module, function and parameters, a line each, which indented lines
-    continue."""
+    """What these sources of ours write down as ``SEAMS``: module (of ``sglang.srt``, or by its whole name), function and
+    parameters, a line each, which indented lines continue."""
     for file in files:
         if "\nSEAMS = " in (text := file.read_text()):
             for node in ast.parse(text).body:
@@ -220,7 +220,7 @@ def written_seams(files: Iterable[Path]) -> Iterator[Seam]:
 def _seam(line: str) -> Seam:
     path, *parameters = line.split()
     module, name = path.split(":")
-    return Seam(f"sglang.srt.{module}", name, tuple(parameters))
+    return Seam(module if module.startswith("sglang.") else f"sglang.srt.{module}", name, tuple(parameters))
 
 
 def _compare(seam: Seam | tuple[str, str]) -> str | None:

@@ -7,20 +7,18 @@ from pathlib import Path
 
 import pytest
 
-from er_sglang.host.releases import adapter
 from tests.host.policies import make_policy
 from tests.host.servers import TWINS, greedy, self_quant
 
 PLUGINS = (TWINS, Path(__file__).parents[1] / "gpu" / "plugin")
-FUSED = {"apply_layer"} if adapter("layers").NORMS_ARE_FOLLOWED else set()
 
 
 @pytest.mark.parametrize(
     ("family", "weights", "more"),
     [
-        ("qwen3", "int4", {"apply_gated"} | FUSED),
-        ("qwen2", "int4", {"apply_gated"} | FUSED),  # whose qkv has a bias
-        ("llama", "int4", {"apply_gated"} | FUSED),
+        ("qwen3", "int4", {"apply_gated", "apply_layer"}),
+        ("qwen2", "int4", {"apply_gated", "apply_layer"}),  # whose qkv has a bias
+        ("llama", "int4", {"apply_gated", "apply_layer"}),
         ("llama", "fp8", {"silu_and_mul"}),
     ],
 )

@@ -16,7 +16,9 @@ class Linear(nn.Module):
     def __init__(self, *, bias: bool = False) -> None:
         super().__init__()
         self.bias = torch.ones(1) if bias else None
-        self.tp_size, self.skip_bias_add = 1, False
+        self.input_size = self.input_size_per_partition = HIDDEN
+        self.output_size = self.output_size_per_partition = HIDDEN
+        self.skip_bias_add = False
 
 
 class Norm(nn.Module):
@@ -83,7 +85,6 @@ class Model:
 @pytest.fixture
 def model(monkeypatch) -> Model:
     monkeypatch.setattr(fused, "_LAYERS", (Layer,))
-    monkeypatch.setattr(fused._layers, "NORMS_ARE_FOLLOWED", True)
     return Model(FusingFormat())
 
 
@@ -119,7 +120,9 @@ def test_up_to_so_many_rows_pass(model, rows):
         assert before(x, residual, more) == ("alone", x, residual, more)
         assert within(x, residual, more) == ("alone", x, residual, more)
         return
-    assert before(x, residual) == ("qkv", residual) and within(x, residual) == (x, residual)
+    behind = [layer.mlp.gate_up_proj, following.self_attn.qkv_proj]  # which some releases give to the norms
+    assert before(x, residual, quant_linear=behind[0]) == ("qkv", residual)
+    assert within(x, residual, quant_linear=behind[1]) == (x, residual)
     ((products, fused_x, fused_residual, norms, bias),) = model.fmt.calls
     assert products == (*FIRST, "o_proj 1", "gate_up_proj 1")
     assert fused_x is x and fused_residual is residual and bias is following.self_attn.qkv_proj.bias
@@ -131,7 +134,11 @@ def test_up_to_so_many_rows_pass(model, rows):
 
 
 def spoil_tensor_parallel(model, layer):
-    layer.mlp.down_proj.tp_size = 2
+    layer.mlp.down_proj.input_size_per_partition = HIDDEN // 2
+
+
+def spoil_tensor_parallel_before(model, layer):
+    layer.mlp.gate_up_proj.output_size_per_partition = HIDDEN // 2
 
 
 def spoil_bias(model, layer):
@@ -173,12 +180,6 @@ def test_a_layer_that_does_more_is_not_fused(model, spoil):
 
 def test_other_layers_are_not_fused(model, monkeypatch):
     monkeypatch.setattr(fused, "_LAYERS", (nn.Linear,))
-    assert not model.fuse() and not model.passing()
-
-
-def test_norms_that_are_called_otherwise_are_not_fused(model, monkeypatch):
-    """As in releases of SGLang whose layers hold the policy's norms."""
-    monkeypatch.setattr(fused._layers, "NORMS_ARE_FOLLOWED", False)
     assert not model.fuse() and not model.passing()
 
 

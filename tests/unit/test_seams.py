@@ -96,6 +96,11 @@ def test_a_release_without_what_we_take_is_refused(changed):
         assert missing in str(refused.value)
 
 
+def test_modules_are_named_from_srt_on_or_by_their_whole_name():
+    assert seams._seam("layers.linear:function first") == seams.Seam("sglang.srt.layers.linear", "function", ("first",))
+    assert seams._seam("sglang.kernels:Class.method") == seams.Seam("sglang.kernels", "Class.method", ())
+
+
 def test_names_that_a_module_defines(changed):
     changed(
         first="import os\nif os:\n    def function(): unseen = 1\nclass Class: attribute = 1\nCONSTANT: int = 1\n",

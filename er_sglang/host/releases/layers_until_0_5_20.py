@@ -8,8 +8,6 @@ SEAMS = """
 layers.communicator:LayerCommunicator.__init__ self layer_scatter_modes input_layernorm post_attention_layernorm
 """
 
-NORMS_ARE_FOLLOWED = True  # whether a copied layer of any model calls its replaced norms
-
 
 def followed(value, replaced):
     """``value``, held by a copied layer, for the layer's replaced modules; None where it needs no change."""
