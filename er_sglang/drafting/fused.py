@@ -56,45 +56,8 @@ def fuse_layers(
     return fused
 
 
-class FusedNorm:
-    """Forward of the norm behind an attention: of up to ``rows`` rows, all up to the following qkv."""
-
-    def __init__(
-        self,
-        alone: Norm,
-        rows: int,
-        fmt: Format,
-        products: LayerProducts,
-        norms: tuple[RMSNorm, RMSNorm],
-        qkv: LinearBase,
-    ) -> None:
-        """alone: what the norm computes of more rows."""
-        self._alone = alone
-        self._rows = rows
-        self._fmt = fmt
-        self._products = products
-        self._norms = norms
-        self._qkv = qkv
-
-    def __call__(
-        self,
-        x: torch.Tensor,
-        residual: torch.Tensor,
-        post_residual_addition: torch.Tensor | None = None,
-        quant_linear: nn.Module | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """As RMSNorm.forward_cuda, but that ``x`` [M, K] is the attention's output, and qkv is returned for it."""
-        if not 1 <= len(x) <= self._rows:
-            return self._alone(x, residual, post_residual_addition)
-        if post_residual_addition is not None:
-            residual = residual + post_residual_addition
-        first, second = self._norms
-        norms = LayerNorms(first.weight, second.weight, first.variance_epsilon)
-        return self._fmt.apply_layer(self._products, x, residual, norms, self._qkv.bias), residual
-
-
-class PassingNorm:
-    """Forward of the norm in a fused layer's midst: of up to ``rows`` rows it has been computed."""
+class _ReplacedNorm:
+    """Forward of a norm that up to ``rows`` rows have in a fused layer. alone: what it computes of more."""
 
     def __init__(self, alone: Norm, rows: int) -> None:
         self._alone = alone
@@ -107,9 +70,49 @@ class PassingNorm:
         post_residual_addition: torch.Tensor | None = None,
         quant_linear: nn.Module | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        if not 1 <= len(x) <= self._rows:
-            return self._alone(x, residual, post_residual_addition)
-        if post_residual_addition is not None:  # of the tokens of an image, never of a decode
+        """As RMSNorm.forward_cuda. quant_linear: see `twins`."""
+        if 1 <= len(x) <= self._rows:
+            return self._fused(x, residual, post_residual_addition)
+        return self._alone(x, residual, post_residual_addition)
+
+    def _fused(
+        self, x: torch.Tensor, residual: torch.Tensor, addition: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        raise NotImplementedError
+
+
+class FusedNorm(_ReplacedNorm):
+    """Of the norm behind an attention: all up to the following qkv."""
+
+    def __init__(
+        self,
+        alone: Norm,
+        rows: int,
+        fmt: Format,
+        products: LayerProducts,
+        norms: tuple[RMSNorm, RMSNorm],
+        qkv: LinearBase,
+    ) -> None:
+        super().__init__(alone, rows)
+        self._fmt = fmt
+        self._products = products
+        self._norms = norms
+        self._qkv = qkv
+
+    def _fused(self, x, residual, addition):
+        """``x`` [M, K] is the attention's output; qkv is returned for it."""
+        if addition is not None:
+            residual = residual + addition
+        first, second = self._norms
+        norms = LayerNorms(first.weight, second.weight, first.variance_epsilon)
+        return self._fmt.apply_layer(self._products, x, residual, norms, self._qkv.bias), residual
+
+
+class PassingNorm(_ReplacedNorm):
+    """Of the norm in a fused layer's midst: it has been computed."""
+
+    def _fused(self, x, residual, addition):
+        if addition is not None:  # of the tokens of an image, never of a decode
             raise NotImplementedError("what is added to the residual between layers comes too late for a fused layer")
         return x, residual
 

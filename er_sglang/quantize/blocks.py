@@ -42,14 +42,15 @@ class Wave(NamedTuple):
     splits: int
 
 
+Waves = tuple[Wave, ...]
+"""A product by the wgmma kernel: a launch each."""
+
 FUSED_WARPS = 8  # of a block that multiply
 MAX_STRIPS = 8
 X_ROW_BYTES = (UNIT_K + 8) * 2  # of a row of a unit of x, in shared memory
+HEAD_BYTES = 2048  # of a launch's products and barriers, at most
 WEIGHT_BYTES = 2 * FUSED_WARPS * (UNIT_K * TILE_N // 2 + TILE_N * 2)  # of two stages of each ring, the fewest
 GOOD_X_BYTES = 50_000  # leave room for more
-
-Waves = tuple[Wave, ...]
-"""A product by the wgmma kernel: a launch each."""
 
 
 def shared_bytes(k: int, blocks: Blocks) -> int:
@@ -126,8 +127,7 @@ def choose_strips(n: int, k: int, rows: int, multiprocessors: int) -> int | None
         return min(strips, 2) * (units // strips) * rows * X_ROW_BYTES
 
     fitting = [strips for strips in range(1, MAX_STRIPS + 1) if fits(strips)]
-    most_x_bytes = (
-        SHARED_BYTES - 2048 - WEIGHT_BYTES - FUSED_WARPS * rows * X_ROW_BYTES
-    )  # products, barriers; warps' parts
+    parts_bytes = FUSED_WARPS * rows * (TILE_N + 4) * 4  # of warps' sums
+    most_x_bytes = SHARED_BYTES - HEAD_BYTES - WEIGHT_BYTES - parts_bytes
     small = (strips for strips in fitting if x_bytes(strips) <= GOOD_X_BYTES)
     return next(small, min((s for s in fitting if x_bytes(s) <= most_x_bytes), key=x_bytes, default=None))

@@ -1,8 +1,8 @@
 // What lies between two layers' attentions, in one kernel, for up to 4 rows: o, residual + RMSNorm, gate_up with its activation,
 // down, residual + RMSNorm, and the next layer's qkv. bf16, W_hat in Marlin's int4 layout, symmetric, groups of 128.
 //
-// The floor is the weights' bytes over the memory bandwidth. Kernel by kernel, memory idles at each product's end and start; here it
-// does not:
+// The floor is the weights' bytes over the memory bandwidth. Kernel by kernel, memory idles at each product's end and start; here far
+// less:
 //
 // - A block on every multiprocessor stays for all four products. Four of its warps do nothing but fill rings in shared memory with
 //   what the eight others multiply next, across the products' ends: weights do not depend on what is computed.
@@ -70,6 +70,7 @@ struct Head {
   volatile int handing;  // whether blocks hand each other sums
 };
 constexpr int kHeadBytes = (sizeof(Head) + 127) / 128 * 128;
+static_assert(kHeadBytes <= 2048);  // blocks.py
 
 struct Ring {
   uint32_t pieces, full, empty;  // addresses in shared memory
