@@ -13,7 +13,7 @@ fp8        e4m3, one scale per output feature: 8 bits a weight; on CUDA activati
 A policy in fp8 is given as a `ScaledWeight`; int4 is made of its codes times their scales in the same pass.
 
 On CUDA int4 is Marlin's layout, refreshed by one fused kernel per weight and multiplied by our kernels (Hopper, up to
-128 rows) or Marlin's; on CPU all is plain torch. Up to 4 rows, on Hopper, `fused_layer` multiplies all of a decoder layer at
+128 rows) or Marlin's; on CPU all is plain torch. Up to 8 rows, on Hopper, `fused_layer` multiplies all of a decoder layer at
 once, if weights are symmetric, in groups of 128, of bf16.
 `rtn` defines the numbers, `marlin_layout` the bytes, `kernels` does both at once.
 """

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 SMALL_BATCH = 8  # rows
 MAX_ROWS = 128
-FUSED_ROWS = 4
+FUSED_ROWS = 8
 UNIT_K = 128  # of K, what a warp multiplies at a time
 TILE_N = 64  # of N, likewise
 SHARED_BYTES = 227 * 1024  # of a multiprocessor
@@ -47,7 +47,7 @@ Waves = tuple[Wave, ...]
 
 FUSED_WARPS = 8  # of a block that multiply
 MAX_STRIPS = 8
-X_ROW_BYTES = (UNIT_K + 8) * 2  # of a row of a unit of x, in shared memory
+X_ROW_BYTES = UNIT_K * 2  # of a row of a unit of x, in shared memory
 HEAD_BYTES = 2048  # of a launch's products and barriers, at most
 WEIGHT_BYTES = 2 * FUSED_WARPS * (UNIT_K * TILE_N // 2 + TILE_N * 2)  # of two stages of each ring, the fewest
 GOOD_X_BYTES = 50_000  # leave room for more
@@ -112,19 +112,21 @@ def choose_strips(n: int, k: int, rows: int, multiprocessors: int) -> int | None
     """Of a product in a fused layer, for up to FUSED_ROWS rows: strips of K, as few as hold their part of x; None if
     the product cannot be shared out, or x leaves too little room for weights.
 
-    Pieces of TILE_N x UNIT_K, column after column in strip after strip, are shared out evenly over a block on every
-    multiprocessor, and a block's over its warps. A block has a column of a strip or more, so that no more than two blocks
-    share one, and reads x of at most two strips; a warp has parts of two columns at most.
+    A block runs on every multiprocessor, as many for each strip. Pieces of TILE_N x UNIT_K, column after column of a
+    strip, are shared out evenly over its blocks, and a block's over its warps. A block has a column or more, so that no
+    more than two blocks share one; a warp has parts of two columns at most.
     """
     units = k // UNIT_K
-    each = units * (n // TILE_N) // multiprocessors  # pieces of a block; some have one more
 
     def fits(strips: int) -> bool:
-        strip, rest = divmod(units, strips)
-        return not rest and 1 < strip <= each and -(-(each + 1) // FUSED_WARPS) <= strip
+        if units % strips or multiprocessors % strips:
+            return False
+        strip, blocks = units // strips, multiprocessors // strips
+        least, rest = divmod(strip * (n // TILE_N), blocks)  # pieces of a block
+        return blocks > 1 and 1 < strip <= least and -(-(least + (rest > 0)) // FUSED_WARPS) <= strip
 
     def x_bytes(strips: int) -> int:
-        return min(strips, 2) * (units // strips) * rows * X_ROW_BYTES
+        return units // strips * rows * X_ROW_BYTES
 
     fitting = [strips for strips in range(1, MAX_STRIPS + 1) if fits(strips)]
     parts_bytes = FUSED_WARPS * rows * (TILE_N + 4) * 4  # of warps' sums

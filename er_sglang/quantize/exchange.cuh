@@ -42,18 +42,21 @@ SGL_DEVICE Two look(const Two* at) {
 SGL_DEVICE bool has_arrived(const One& v, uint32_t launch) { return v.launch == launch; }
 SGL_DEVICE bool has_arrived(const Two& v, uint32_t launch) { return (v.a.launch == launch) & (v.b.launch == launch); }
 
+constexpr int kMostLooks = 1 << 24;  // ten seconds or more: who should send does not run
+
 // v[i] from at[i], as soon as all of a warp's have arrived. All are looked at at once, again and again; there is one in each place: on
 // conditions, the compiler would wait for one look before the next.
 template <int kCount, typename V>
 SGL_DEVICE void receive(V (&v)[kCount], const V* const (&at)[kCount], uint32_t launch) {
-  bool all;
-  do {
+  for (int looks = 0;; ++looks) {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) v[i] = look(at[i]);
-    all = true;
+    bool all = true;
 #pragma unroll
     for (int i = 0; i < kCount; ++i) all &= has_arrived(v[i], launch);
-  } while (!__all_sync(0xffffffff, all));
+    if (__all_sync(0xffffffff, all)) return;
+    if (looks == kMostLooks) __trap();
+  }
 }
 
 }  // namespace er_sglang

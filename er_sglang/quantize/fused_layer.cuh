@@ -1,4 +1,4 @@
-// What lies between two layers' attentions, in one kernel, for up to 4 rows: o, residual + RMSNorm, gate_up with its activation,
+// What lies between two layers' attentions, in one kernel, for up to 8 rows: o, residual + RMSNorm, gate_up with its activation,
 // down, residual + RMSNorm, and the next layer's qkv. bf16, W_hat in Marlin's int4 layout, symmetric, groups of 128.
 //
 // The floor is the weights' bytes over the memory bandwidth. Kernel by kernel, memory idles at each product's end and start; here far
@@ -6,9 +6,10 @@
 //
 // - A block on every multiprocessor stays for all four products. Four of its warps do nothing but fill rings in shared memory with
 //   what the eight others multiply next, across the products' ends: weights do not depend on what is computed.
-// - Pieces of a product, 64 columns of 128 of K (4 KB), are in strips of K, and in a strip column after column. They are shared out
-//   evenly in this order, first over blocks, then over warps. A block sends what it has of a column to the block that finishes it;
-//   this one sends the result to all that read it (exchange.cuh). That takes 5 us from one product to the next, while rings fill.
+// - K is cut into strips, each with as many of the blocks. Pieces of a strip, 64 columns of 128 of K (4 KB), are shared out evenly,
+//   column after column, first over its blocks, then over warps. A block sends what it has of a column to the block that finishes it;
+//   this one sends the result to all that read it (exchange.cuh). From one product to the next that takes 5 us, of 8 rows 6 to 10,
+//   while rings fill.
 // - No more is requested at a time than memory needs to be busy, and half of it while blocks hand each other sums: what they send
 //   would have to wait behind it. Requested as early as there is room, a layer takes 11 to 14 % more time (H100, one row).
 // - The root mean square of the norm before a product is a factor of its rows: sums are divided by it, when the squares have arrived.
@@ -51,7 +52,7 @@ constexpr int kStageBytes = kGroup * kPieceBytes;
 constexpr int kMostStages = 6;
 constexpr int kInFlight = 2;  // stages of a ring; while blocks hand each other sums, 1
 
-constexpr int kRowX = (kUnitK + 8) * 2;  // bytes of a row of a unit of x: ldmatrix without bank conflicts
+constexpr int kRowX = kUnitK * 2;        // bytes of a row of a unit of x
 constexpr int kRowPart = kTileN + 4;     // floats
 constexpr int kLooks = 4, kLooksX = 5;   // loads of a lane that are under way at once
 constexpr int kSharedBytes = 227 * 1024;
@@ -63,14 +64,14 @@ struct Stage {  // walks over a ring's stages, again and again
   }
 };
 
-// What lies at the start of shared memory. Behind it: rings, warps' first parts, and in one place x and then warps' last parts.
+// What lies at the start of shared memory. Behind it: rings, in one place x and then warps' last parts, and warps' first parts.
 struct Head {
   Step steps[kSteps + kStepsAhead];  // from global memory, under load, each would cost a microsecond
   uint64_t full[kGroups][kMostStages], empty[kGroups][kMostStages];
   volatile int handing;  // whether blocks hand each other sums
 };
-constexpr int kHeadBytes = (sizeof(Head) + 127) / 128 * 128;
-static_assert(kHeadBytes <= 2048);  // blocks.py
+constexpr int kHeadBytes = (sizeof(Head) + kRowX - 1) / kRowX * kRowX;
+static_assert(kHeadBytes <= 2048 && kGroups * kStageBytes % kRowX == 0);  // blocks.py; rows of x are aligned
 
 struct Ring {
   uint32_t pieces, full, empty;  // addresses in shared memory
@@ -101,14 +102,15 @@ SGL_DEVICE void fill(const Layer& p, const Head& head, const Ring& ring, int gro
   int requested = 0, rounds_ahead = 0;
   for (int step = 0; step < kSteps + kStepsAhead; ++step) {
     const Step& s = head.steps[step];
-    const Share block(blockIdx.x, s.each, s.more), warp = block.of_warp(group * kGroup + of_group);
+    const BlockShare block(s);
+    const Share warp = block.of_warp(group * kGroup + of_group);
     const int stride = s.n * 8;  // bytes of a row of tiles
     int index = s.strip.divide(warp.begin), unit_of_strip = warp.begin - index * s.strip.value, units_left = 0;
     const char *codes = nullptr, *scales = nullptr;
     for (int round = 0; round < block.rounds(); ++round) {
       if (units_left == 0) {
         const Column column(s, index++);
-        const int unit = column.strip * s.strip.value + unit_of_strip;
+        const int unit = block.strip * s.strip.value + unit_of_strip;
         units_left = s.strip.value - unit_of_strip, unit_of_strip = 0;
         codes = s.codes + (int64_t(unit) * kUnitTiles + tile) * stride + column.tile(s) * kTileBytes;
         scales = s.scales + int64_t(unit) * s.n * sizeof(bf16_t) + column.tile(s) * kScalesBytes;
@@ -146,9 +148,13 @@ SGL_DEVICE void fill(const Layer& p, const Head& head, const Ring& ring, int gro
   }
 }
 
-// x of the units from `begin` on to shared memory, [units][m][kRowX bytes].
-SGL_DEVICE void read_x(const Layer& p, const Step& s, char* shared_x, int begin, int units) {
-  for (int i = threadIdx.x; i < units * (kUnitK / 8); i += kMultiplying) {
+// Where 16 bytes of a row of a unit of x are, in shared memory: ldmatrix, which reads the same of all rows, meets no bank twice.
+SGL_DEVICE int chunk_at(int chunk, int row) { return chunk ^ row; }
+
+// x of a strip to shared memory, [units][m][kRowX bytes].
+SGL_DEVICE void read_x(const Layer& p, const Step& s, char* shared_x, int strip) {
+  const int begin = strip * s.strip.value;
+  for (int i = threadIdx.x; i < s.strip.value * (kUnitK / 8); i += kMultiplying) {
     const int unit = i / (kUnitK / 8), chunk = i % (kUnitK / 8);
     uint4 v[kMostRows];
 #pragma unroll
@@ -157,14 +163,14 @@ SGL_DEVICE void read_x(const Layer& p, const Step& s, char* shared_x, int begin,
     }
 #pragma unroll
     for (int row = 0; row < kMostRows; ++row) {
-      if (row < p.m) reinterpret_cast<uint4*>(shared_x + (unit * p.m + row) * kRowX)[chunk] = v[row];
+      if (row < p.m) reinterpret_cast<uint4*>(shared_x + (unit * p.m + row) * kRowX)[chunk_at(chunk, row)] = v[row];
     }
   }
 }
 
-SGL_DEVICE void receive_x(const Layer& p, const Step& s, const Step& before, char* shared_x, int begin, int units, uint32_t launch) {
+SGL_DEVICE void receive_x(const Layer& p, const Step& s, const Step& before, char* shared_x, int strip, uint32_t launch) {
   const int lane = threadIdx.x % 32, vectors = s.units * kUnitK / 4;  // of a row
-  const int tasks = units << p.log_rows, row = threadIdx.x / 32 & ((1 << p.log_rows) - 1);  // a warp's tasks are of the same row
+  const int begin = strip * s.strip.value, tasks = s.strip.value << p.log_rows, row = threadIdx.x / 32 & ((1 << p.log_rows) - 1);  // a warp's tasks are of the same row
   if (row >= p.m) return;
   for (int first = threadIdx.x / 32; first < tasks; first += kWarps * kLooksX) {
     const auto unit = [&](int i) { return (first + i * kWarps) >> p.log_rows; };
@@ -179,13 +185,14 @@ SGL_DEVICE void receive_x(const Layer& p, const Step& s, const Step& before, cha
 #pragma unroll
     for (int i = 0; i < kLooksX; ++i) {
       if (first + i * kWarps < tasks) {
-        reinterpret_cast<uint2*>(shared_x + (unit(i) * p.m + row) * kRowX)[lane] = {v[i].a.data, v[i].b.data};
+        const int at_8_bytes = 2 * chunk_at(lane / 2, row) + lane % 2;
+        reinterpret_cast<uint2*>(shared_x + (unit(i) * p.m + row) * kRowX)[at_8_bytes] = {v[i].a.data, v[i].b.data};
       }
     }
   }
 }
 
-// sum += W_hat's piece @ x's unit, 64 columns by 8 rows.
+// sum += W_hat's piece @ x's unit, 64 columns by 8 rows. `fragments`: what the lane reads first, of two tiles.
 SGL_DEVICE void multiply(float (&sum)[4][4], uint32_t piece, uint32_t fragments) {
   const int lane = threadIdx.x % 32;
   const auto load = [](uint32_t from) {
@@ -203,7 +210,7 @@ SGL_DEVICE void multiply(float (&sum)[4][4], uint32_t piece, uint32_t fragments)
 #pragma unroll
   for (int t = 0; t < kUnitTiles; ++t) {
     const uint32_t q[4] = {codes[t].x, codes[t].y, codes[t].z, codes[t].w};
-    if (t % 2 == 0) load_x_fragments(b, fragments + t * kTileK * sizeof(bf16_t));
+    if (t % 2 == 0) load_x_fragments(b, fragments ^ t * kTileK * sizeof(bf16_t));
 #pragma unroll
     for (int w = 0; w < 4; ++w) {
       uint32_t a[4];
@@ -237,25 +244,22 @@ SGL_DEVICE void store_parts(float* parts, const float (&sum)[4][4], int m) {  //
 // A warp's pieces of a product. What it has of a column that it leaves goes to `first_parts`, the rest remains in `sum`: it has pieces
 // of two columns at most.
 SGL_DEVICE void multiply_all(
-    const Layer& p, const Step& s, const Ring& ring, Stage& stage, const Share& block, float (&sum)[4][4], uint32_t shared_x, float* first_parts) {
+    const Layer& p, const Step& s, const Ring& ring, Stage& stage, const BlockShare& block, float (&sum)[4][4], uint32_t shared_x, float* first_parts) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const Share mine = block.of_warp(warp);
-  const int strip_units = s.strip.value, index = s.strip.divide(mine.begin);
-  const int first_strip = Column(s, s.strip.divide(block.begin)).strip;
-  int unit = mine.begin - index * strip_units;  // of the strip
-  int x_unit = (Column(s, index).strip - first_strip) * strip_units + unit;
-  const uint32_t row = shared_x + min(lane % 8, p.m - 1) * kRowX + lane / 8 * 16;
+  const int strip_units = s.strip.value;
+  int unit = mine.begin - s.strip.divide(mine.begin) * strip_units;
+  const int row = min(lane % 8, p.m - 1);
+  const uint32_t fragments = shared_x + row * kRowX + chunk_at(lane / 8, row) * 16;
   for (int round = 0; round < block.rounds(); ++round, stage.advance(p.stages)) {
     barrier_wait(ring.full + 8 * stage.index, stage.parity);
     const bool exists = round < mine.size();
-    if (exists) multiply(sum, ring.pieces + stage.index * kStageBytes + warp % kGroup * kPieceBytes, row + x_unit * p.m * kRowX);
+    if (exists) multiply(sum, ring.pieces + stage.index * kStageBytes + warp % kGroup * kPieceBytes, fragments + unit * p.m * kRowX);
     __syncwarp();
     if (lane == 0) barrier_arrive(ring.empty + 8 * stage.index);
     if (!exists) continue;
-    ++x_unit;
     if (++unit < strip_units) continue;
     unit = 0;
-    if (Column(s, index + 1).strip == Column(s, index).strip) x_unit -= strip_units;
     store_parts(first_parts + warp * p.m * kRowPart, sum, p.m);
 #pragma unroll
     for (int w = 0; w < 4; ++w) {
@@ -266,36 +270,37 @@ SGL_DEVICE void multiply_all(
 }
 
 // What the block has of its columns, to those that finish them. A warp a row of a column.
-SGL_DEVICE void send_sums(const Layer& p, const Step& s, const Share& block, const float* first_parts, const float* last_parts, uint32_t launch) {
+SGL_DEVICE void send_sums(const Layer& p, const Step& s, const BlockShare& block, const float* first_parts, const float* last_parts, uint32_t launch) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, strip_units = s.strip.value;
   const int first = s.strip.divide(block.begin), columns = s.strip.divide(block.end - 1) - first + 1;
+  const Share theirs = block.of_warp(lane % kWarps);
   for (int task = warp; task < columns << p.log_rows; task += kWarps) {
     const int row = task & ((1 << p.log_rows) - 1), index = first + (task >> p.log_rows);
     if (row >= p.m) continue;
     const int begin = index * strip_units, end = begin + strip_units;
+    const unsigned have = __ballot_sync(0xffffffff, theirs.meets(begin, end)), left = __ballot_sync(0xffffffff, theirs.end >= end);
     float2 part[kWarps];
 #pragma unroll
     for (int w = 0; w < kWarps; ++w) {
-      const Share theirs = block.of_warp(w);
-      const float* parts = theirs.end >= end ? first_parts : last_parts;
+      const float* parts = left >> w & 1 ? first_parts : last_parts;
       part[w] = {};
-      if (theirs.meets(begin, end)) part[w] = reinterpret_cast<const float2*>(parts + (w * p.m + row) * kRowPart)[lane];
+      if (have >> w & 1) part[w] = reinterpret_cast<const float2*>(parts + (w * p.m + row) * kRowPart)[lane];
     }
     float2 sum = {};
 #pragma unroll
     for (int w = 0; w < kWarps; ++w) sum.x += part[w].x, sum.y += part[w].y;
     const Column column(s, index);
-    const int which = (column.strip * s.halves + column.half) * 2 + (begin < block.begin);
+    const int which = (block.strip * s.halves + column.half) * 2 + (begin < block.begin);
     send(s.inbox + ((column.output * s.parts + which) * kMostRows + row) * 32 + lane, __float_as_uint(sum.x), __float_as_uint(sum.y), launch);
   }
 }
 
 // Which parts of an output are sent, as bits: the second part of a column is there if two blocks share it.
 SGL_DEVICE unsigned parts_sent(const Step& s, int output) {
-  const int part = threadIdx.x % 32, strip = part / 2 >> (s.halves - 1), half = part / 2 & (s.halves - 1);
+  const int part = threadIdx.x % 32, half = part / 2 & (s.halves - 1);
   bool sent = part < s.parts;
   if (sent && part % 2) {
-    const int begin = ((strip * s.outputs.value + output) * s.halves + half) * s.strip.value;
+    const int begin = (output * s.halves + half) * s.strip.value;
     sent = owner(s, begin) != owner(s, begin + s.strip.value - 1);
   }
   return __ballot_sync(0xffffffff, sent);
@@ -304,7 +309,7 @@ SGL_DEVICE unsigned parts_sent(const Step& s, int output) {
 // The outputs that are this block's to finish: sums, the norm before, bias, activation, residual; then sent, or written. A warp a row
 // of an output, a lane two columns of it.
 SGL_DEVICE void finish(const Layer& p, const Step& s, const Step* normed, uint32_t launch) {
-  const int lane = threadIdx.x % 32, outputs = s.outputs.value, columns = outputs * kTileN;
+  const int lane = threadIdx.x % 32, outputs = s.outputs, columns = outputs * kTileN;
   const int own = (outputs - blockIdx.x + gridDim.x - 1) / gridDim.x;
   for (int task = threadIdx.x / 32; task < own << p.log_rows; task += kWarps) {
     const int row = task & ((1 << p.log_rows) - 1), output = blockIdx.x + (task >> p.log_rows) * gridDim.x;
@@ -324,7 +329,7 @@ SGL_DEVICE void finish(const Layer& p, const Step& s, const Step* normed, uint32
     }
     // Squares have most likely arrived, with x: they are looked at before the sums, and needed after them.
     constexpr int kSquares = kMostOutputs / 32;  // a lane
-    const int of_row = normed ? normed->outputs.value : 0;
+    const int of_row = normed ? normed->outputs : 0;
     const One* square_at[kSquares];
     One squares[kSquares];
     if (normed) {
@@ -404,11 +409,11 @@ SGL_DEVICE void finish(const Layer& p, const Step& s, const Step* normed, uint32
 }
 
 __global__ void __launch_bounds__(kThreads, 1) fused_layer_kernel(const __grid_constant__ Layer p) {
-  extern __shared__ __align__(128) char shared[];
+  extern __shared__ __align__(kRowX) char shared[];
   Head& head = *reinterpret_cast<Head*>(shared);
-  float* const first_parts = reinterpret_cast<float*>(shared + kHeadBytes + kGroups * p.stages * kStageBytes);
-  float* const last_parts = first_parts + kWarps * p.m * kRowPart;
-  char* const shared_x = reinterpret_cast<char*>(last_parts);
+  char* const shared_x = shared + kHeadBytes + kGroups * p.stages * kStageBytes;
+  float* const last_parts = reinterpret_cast<float*>(shared_x);
+  float* const first_parts = reinterpret_cast<float*>(shared_x + p.x_bytes);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const bool fills = warp >= kWarps;
   const int group = fills ? warp - kWarps : warp / kGroup;
@@ -429,12 +434,9 @@ __global__ void __launch_bounds__(kThreads, 1) fused_layer_kernel(const __grid_c
   Stage stage;
   for (int step = 0; step < kSteps; ++step) {
     const Step &s = head.steps[step], &before = head.steps[max(step - 1, 0)];
-    const Share block(blockIdx.x, s.each, s.more);
-    // x of the strips that this block has pieces of.
-    const int first_strip = Column(s, s.strip.divide(block.begin)).strip, last_strip = Column(s, s.strip.divide(block.end - 1)).strip;
-    const int x_begin = first_strip * s.strip.value, x_units = (last_strip - first_strip + 1) * s.strip.value;
-    if (s.x) read_x(p, s, shared_x, x_begin, x_units);
-    else receive_x(p, s, before, shared_x, x_begin, x_units, launch);
+    const BlockShare block(s);
+    if (s.x) read_x(p, s, shared_x, block.strip);
+    else receive_x(p, s, before, shared_x, block.strip, launch);
     multiplying_sync();
     if (threadIdx.x == 0) head.handing = 0;
 
@@ -449,7 +451,7 @@ __global__ void __launch_bounds__(kThreads, 1) fused_layer_kernel(const __grid_c
     multiplying_sync();  // the parts are no longer needed
   }
   // All blocks know the number: block 0 finishes an output of gate_up, whose norm has squares of all of o, and so sums of every block.
-  if (blockIdx.x == 0 && threadIdx.x == 0) *p.launch = launch + 1;
+  if (blockIdx.x == 0 && threadIdx.x == 0) *p.launch = launch + 1 ? launch + 1 : 1;  // 0 is what places hold that nothing was sent to
 }
 
 struct FusedLayer {
@@ -471,13 +473,14 @@ struct FusedLayer {
     RuntimeCheck(device.unwrap().device_id == on.device_id, "weights are on another device");
     RuntimeCheck(s.units * kUnitK == k, "W_hat has ", s.units * kUnitK, " columns, x has ", k);
     RuntimeCheck(s.n % (kTileN * halves) == 0 && strips > 0 && s.units % strips == 0 && s.parts <= kMostParts, "cannot share out ", s.n, " x ", k, " in ", strips, " strips");
-    const int pieces = s.units * (s.n / kTileN);
+    RuntimeCheck(blocks % strips == 0, "cannot share ", strips, " strips out over ", blocks, " blocks");
+    const int pieces = s.units / strips * (s.n / kTileN), blocks_of_strip = blocks / strips;
     s.codes = static_cast<const char*>(codes.data_ptr()), s.scales = static_cast<const char*>(scales.data_ptr());
-    s.each = pieces / blocks, s.more = pieces % blocks;
-    s.strip = divisor(s.units / strips), s.outputs = divisor(s.n / kTileN / halves);
+    s.blocks = divisor(blocks_of_strip), s.each = pieces / blocks_of_strip, s.more = pieces % blocks_of_strip;
+    s.strip = divisor(s.units / strips), s.outputs = s.n / kTileN / halves;
     s.by_each = divisor(s.each), s.by_one_more = divisor(s.each + 1);
     RuntimeCheck(s.each >= s.units / strips, "a column would have three parts: ", s.n, " x ", k, " in ", strips, " strips");
-    RuntimeCheck((s.each + kWarps) / kWarps <= s.units / strips, "a warp would have three columns: ", s.n, " x ", k, " in ", strips, " strips");
+    RuntimeCheck((s.each + (s.more > 0) + kWarps - 1) / kWarps <= s.units / strips, "a warp would have three columns: ", s.n, " x ", k, " in ", strips, " strips");
     return s;
   }
 
@@ -551,20 +554,20 @@ struct FusedLayer {
     char* free = static_cast<char*>(scratch.data_ptr());
     const char* const end = free + S.unwrap() * sizeof(int32_t);
     const int parts_bytes = kWarps * layer.m * kRowPart * sizeof(float);
-    int x_bytes = parts_bytes;  // the last parts, in the same place
+    layer.x_bytes = parts_bytes;  // the last parts, in the same place
     for (int i = 0; i < kSteps; ++i) {
       Step& s = layer.steps[i];
-      const int outputs = s.outputs.value;
+      const int outputs = s.outputs;
       const auto take = [&free](int64_t bytes) { return std::exchange(free, free + bytes); };
       s.inbox = reinterpret_cast<Two*>(take(int64_t(outputs) * s.parts * kMostRows * 32 * sizeof(Two)));
       s.sent = reinterpret_cast<One*>(take(int64_t(kMostRows) * outputs * kTileN / 2 * sizeof(One)));
       s.squares = reinterpret_cast<One*>(take(int64_t(kMostRows) * outputs * sizeof(One)));
-      x_bytes = std::max<int>(x_bytes, std::min<int>(s.units, 2 * s.strip.value) * layer.m * kRowX);
+      layer.x_bytes = std::max<int>(layer.x_bytes, s.strip.value * layer.m * kRowX);
     }
     RuntimeCheck(free <= end, "too little scratch: ", free - end, " bytes are missing");
-    layer.stages = std::min(kMostStages, (kSharedBytes - kHeadBytes - parts_bytes - x_bytes) / (kGroups * kStageBytes));
+    layer.stages = std::min(kMostStages, (kSharedBytes - kHeadBytes - parts_bytes - layer.x_bytes) / (kGroups * kStageBytes));
     RuntimeCheck(layer.stages >= kInFlight, "no room for weights beside x");
-    const int shared_bytes = kHeadBytes + kGroups * layer.stages * kStageBytes + parts_bytes + x_bytes;
+    const int shared_bytes = kHeadBytes + kGroups * layer.stages * kStageBytes + parts_bytes + layer.x_bytes;
     static const auto allowed = cudaFuncSetAttribute(fused_layer_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
     RuntimeDeviceCheck(allowed);
     LaunchKernel(blocks, kThreads, on, shared_bytes).enable_pdl()(fused_layer_kernel, layer);

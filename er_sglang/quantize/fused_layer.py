@@ -1,4 +1,4 @@
-"""A decoder layer's int4 products and norms in one launch, for up to 4 rows on Hopper: launches `fused_layer.cuh`."""
+"""A decoder layer's int4 products and norms in one launch, for up to 8 rows on Hopper: launches `fused_layer.cuh`."""
 
 from itertools import takewhile
 

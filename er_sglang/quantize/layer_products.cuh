@@ -16,7 +16,7 @@ constexpr int kTileBytes = kTileN * kTileK / 2, kScalesBytes = kTileN * 2;
 constexpr int kPieceBytes = kUnitTiles * kTileBytes + kScalesBytes;
 
 constexpr int kSteps = 4, kStepsAhead = 2;  // products of a launch, and of the next one whose weights go to L2
-constexpr int kMostRows = 4;
+constexpr int kMostRows = 8;
 constexpr int kMostParts = 32;     // of an output
 constexpr int kMostOutputs = 128;  // before a norm
 constexpr int kWarps = 8;          // of a block that multiply
@@ -34,15 +34,16 @@ struct Step {  // a product
   bf16_t* y;               // [m, n] of the last one; null: sent
   bf16_t* residual;        // [m, n] or null: with it a norm follows
   const bf16_t* norm;      // [n], its weight
-  Two* inbox;              // [outputs, parts, 4, 32]: sums for the block that finishes an output
-  One* sent;               // [4, columns / 2]: pairs of columns of y
-  One* squares;            // [4, outputs]: sums of the squares of an output's columns
+  Two* inbox;              // [outputs, parts, 8, 32]: sums for the block that finishes an output
+  One* sent;               // [8, columns / 2]: pairs of columns of y
+  One* squares;            // [8, outputs]: sums of the squares of an output's columns
   int n, units, x_stride;
   int halves;              // 2: a gated product, y is silu(gate) * up, and W_hat has gate's columns first
   int parts;               // of an output: for each strip and half two, of the block that has the column's start and of the one behind it, if two have it
-  int each, more;          // pieces of a block; blocks that have one more
+  Divisor blocks;          // of a strip
+  int each, more;          // pieces of a block; blocks of a strip that have one more
   Divisor strip;           // units
-  Divisor outputs;         // 64 columns of y each
+  int outputs;             // 64 columns of y each
   Divisor by_each, by_one_more;
 };
 
@@ -51,7 +52,7 @@ struct Layer {
   uint32_t* launch;  // its number
   float eps;
   int m, log_rows;   // rows; the binary logarithm of so many or a few more
-  int stages, rounds_ahead;
+  int stages, x_bytes, rounds_ahead;
 };
 
 struct Share {  // of pieces that are shared out evenly: each has `each`, the first `more` of them one more
@@ -67,18 +68,23 @@ struct Share {  // of pieces that are shared out evenly: each has `each`, the fi
   SGL_DEVICE bool meets(int from, int to) const { return max(begin, from) < min(end, to); }
 };
 
-SGL_DEVICE int owner(const Step& s, int piece) {  // a block
+struct BlockShare : Share {  // of a strip's pieces, that of this block
+  int strip;
+  SGL_DEVICE explicit BlockShare(const Step& s) : BlockShare(s, s.blocks.divide(blockIdx.x)) {}
+
+ private:
+  SGL_DEVICE BlockShare(const Step& s, int strip) : Share(blockIdx.x - strip * s.blocks.value, s.each, s.more), strip(strip) {}
+};
+
+SGL_DEVICE int owner(const Step& s, int piece) {  // of a strip, a block of it
   const int of_more = s.more * (s.each + 1);
   return piece < of_more ? s.by_one_more.divide(piece) : s.more + s.by_each.divide(piece - of_more);
 }
 
 struct Column {  // of a strip, by the order of pieces: the two halves of an output are neighbours
-  int strip, output, half;
-  SGL_DEVICE Column(const Step& s, int index) : half(index & (s.halves - 1)) {
-    const int pair = index >> (s.halves - 1);
-    strip = s.outputs.divide(pair), output = pair - strip * s.outputs.value;
-  }
-  SGL_DEVICE int tile(const Step& s) const { return output + half * s.outputs.value; }  // of W_hat's columns
+  int output, half;
+  SGL_DEVICE Column(const Step& s, int index) : output(index >> (s.halves - 1)), half(index & (s.halves - 1)) {}
+  SGL_DEVICE int tile(const Step& s) const { return output + half * s.outputs; }  // of W_hat's columns
 };
 
 }  // namespace er_sglang

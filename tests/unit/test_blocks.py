@@ -103,10 +103,10 @@ def test_a_product_too_small_to_share_out_has_no_strips():
 @pytest.mark.parametrize(
     ("n", "k", "strips"),
     [
-        (5120, 13824, [2, 3, 4, 6]),  # 14B: down
-        (27648, 5120, [1, 1, 1, 1]),  # gate and up
-        (5120, 27648, [3, 6, 8, 8]),  # 32B: down, of which more than 50 KB are left at 4 rows
-        (3584, 18944, [4, 4, 4, 4]),  # 7B: down; nothing but 4 divides its units and lets all blocks have a strip
+        (5120, 13824, [2, 2, 2, 3, 3, 4, 4, 6]),  # 14B: down
+        (27648, 5120, [1, 1, 1, 1, 2, 2, 2, 2]),  # gate and up
+        (5120, 27648, [2, 3, 4, 6, 6, 6, 6, 6]),  # 32B: down, of which more than 50 KB are left at 7 rows
+        (3584, 18944, [4, 4, 4, 4, 4, 4, 4, 4]),  # 7B: down; nothing but 4 divides its units and leaves blocks a column
     ],
 )
 def test_more_rows_take_more_strips(n, k, strips):
@@ -126,6 +126,7 @@ def test_strips_are_whole_and_shared_by_two(n, k, rows, multiprocessors):
         return
     assert choose_strips(n, k, 1, multiprocessors)
     assert 1 <= strips <= MAX_STRIPS and units % strips == 0 and units // strips > 1
-    least, rest = divmod(units * (n // TILE_N), multiprocessors)
+    assert multiprocessors % strips == 0 and multiprocessors > strips
+    least, rest = divmod(units // strips * (n // TILE_N), multiprocessors // strips)
     assert least >= units // strips
     assert -(-(least + (rest > 0)) // FUSED_WARPS) <= units // strips
