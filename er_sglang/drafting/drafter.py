@@ -79,7 +79,7 @@ class Drafter:
         for layer, activation in activations.items():
             if isinstance(self._methods.get(layer), GatedLinearMethod):
                 small[activation] = Activated()
-        small |= fuse_layers(policy, self._methods, small)
+        small |= (fused := fuse_layers(policy, self._methods, small))
         self.model = shadow(policy, lambda module: small.get(module, self._linear_twin(module)))
         leave_head_norms_to_attention(self.model)
         if head is not None:  # which may be the embedding, too, and that stays the policy's
@@ -87,6 +87,8 @@ class Drafter:
             self.model.lm_head = _head_twin(policy.lm_head, head)
         if kept:
             logger.warning("SELF_QUANT drafts with %d of the policy's own layers: %s", len(kept), kept)
+        if fused:  # two norms each
+            logger.info("Decoder layers fused for a few requests: %d.", len(fused) // 2)
         self.refresh_()
 
     @property

@@ -35,23 +35,14 @@ FILTERS = {
 }
 
 
-@pytest.fixture(scope="module")
-def policy(tmp_path_factory):
+def random_policy(folder: Path, **shape: int) -> Path:
     from er_sglang.bench.toy import PolicyShape, make_random_policy
 
-    shape = PolicyShape(hidden=256, intermediate=512, layers=2, heads=4, kv_heads=2, head_dim=128, vocab=100)
-    return make_random_policy(tmp_path_factory.mktemp("policy") / "qwen3", "qwen3", shape=shape, dtype=torch.bfloat16)
+    shape = PolicyShape(head_dim=128, vocab=100, **shape)
+    return make_random_policy(folder / "qwen3", "qwen3", shape=shape, dtype=torch.bfloat16)
 
 
-@pytest.fixture(
-    scope="module",
-    params=[(1, 0, "recency"), (2, 0, "recency"), (1, 8, "recency"), (1, 8, "attention")],
-    ids=["tp1", "tp2", "window", "attended"],
-)
-def server(policy, tmp_path_factory, request):
-    gpus, attention_window, window_by = request.param
-    if torch.cuda.device_count() < gpus:
-        pytest.skip(f"needs {gpus} GPUs")
+def serve(policy: Path, log_path: Path, gpus: int, attention_window: int, window_by: str):
     from er_sglang.config import CONFIG_ENV
     from er_sglang.tools.serving import Server
 
@@ -73,19 +64,43 @@ def server(policy, tmp_path_factory, request):
         CONFIG_ENV: json.dumps({"policy": CYCLE, "drafter": drafter}),
         "PYTHONPATH": os.pathsep.join(filter(None, [plugin, os.environ.get("PYTHONPATH")])),
     }
-    with Server(policy, args, env=env, log_path=tmp_path_factory.mktemp("log") / "server.log") as server:
+    return Server(policy, args, env=env, log_path=log_path)
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("policy")
+    return random_policy(folder, hidden=256, intermediate=512, layers=2, heads=4, kv_heads=2)
+
+
+@pytest.fixture(
+    scope="module",
+    params=[(1, 0, "recency"), (2, 0, "recency"), (1, 8, "recency"), (1, 8, "attention")],
+    ids=["tp1", "tp2", "window", "attended"],
+)
+def server(policy, tmp_path_factory, request):
+    if torch.cuda.device_count() < (gpus := request.param[0]):
+        pytest.skip(f"needs {gpus} GPUs")
+    with serve(policy, tmp_path_factory.mktemp("log") / "server.log", *request.param) as server:
         yield server
 
 
-@pytest.mark.parametrize("check, per_batch", [("GRAPH_CHECK", 2 * 3), ("TWIN_CHECK", 3)])
-def test_graphs_equal_eager_runs_and_twins_their_originals(server, check, per_batch) -> None:
-    """The plugin compares them at start-up and stops the server at the first difference: draft and verify of gamma 1 to 3;
-    logits, keys and values of a token drafted without the twins of small modules."""
+checks = pytest.mark.parametrize("check, per_batch", [("GRAPH_CHECK", 2 * 3), ("TWIN_CHECK", 3)])
+
+
+def assert_checked(server, check: str, per_batch: int) -> None:
     from er_sglang.worker import GRAPH_BATCHES
 
     batches = [batch for batch in GRAPH_BATCHES if batch <= LARGEST_GRAPH_BATCH]
-    checks = [line for line in server.log_path.read_text().splitlines() if line.startswith(check)]
-    assert len(checks) == server.get_server_info()["tp_size"] * per_batch * len(batches)
+    found = [line for line in server.log_path.read_text().splitlines() if line.startswith(check)]
+    assert len(found) == server.get_server_info()["tp_size"] * per_batch * len(batches)
+
+
+@checks
+def test_graphs_equal_eager_runs_and_twins_their_originals(server, check, per_batch) -> None:
+    """The plugin compares them at start-up and stops the server at the first difference: draft and verify of gamma 1 to 3;
+    logits, keys and values of a token drafted without the twins of small modules."""
+    assert_checked(server, check, per_batch)
 
 
 def test_the_host_never_waits_for_the_gpu(server) -> None:
@@ -158,3 +173,22 @@ def test_log_probabilities(server, policy) -> None:
     torch.testing.assert_close(
         found, expected.gather(1, torch.tensor(output).view(-1, 1)).view(-1), rtol=0.03, atol=0.15
     )
+
+
+@pytest.fixture(scope="module")
+def wide_server(tmp_path_factory):
+    """Of a policy whose layers can be shared out over the chip."""
+    properties = torch.cuda.get_device_properties(0)
+    if (properties.major, properties.multi_processor_count) != (9, 132):
+        pytest.skip("layers of this width are fused on a chip of 132 multiprocessors")
+    folder = tmp_path_factory.mktemp("wide")
+    policy = random_policy(folder, hidden=2560, intermediate=2560, layers=3, heads=20, kv_heads=4)
+    with serve(policy, tmp_path_factory.mktemp("log") / "server.log", 1, 0, "recency") as server:
+        yield server
+
+
+@checks
+def test_fused_layers_are_their_parts(wide_server, check, per_batch) -> None:
+    """As above, of drafts whose layers are one kernel for up to 8 requests."""
+    assert "Decoder layers fused for a few requests: 2." in wide_server.log_path.read_text()
+    assert_checked(wide_server, check, per_batch)

@@ -32,6 +32,7 @@ def test_twins_draft_what_the_policys_own_modules_draft(folder, family, weights,
         answer = server.generate({"input_ids": [5, 6, 7], "sampling_params": greedy(12)})
     assert answer["meta_info"]["spec_accept_length"] > 1
     text = log.read_text()
+    assert ("Decoder layers fused for a few requests: 2." in text) == ("apply_layer" in more)
     assert len(re.findall(r"^TWIN_CHECK", text, re.MULTILINE)) == 2 * 3  # sizes, tensors
     called = set(re.findall(r"^TWIN_CALL (\w+)", text, re.MULTILINE))
     assert called == {"rms_norm", "add_rms_norm_", "rope_store_", "attend"} | more

@@ -25,6 +25,7 @@ from er_sglang.drafting.drafter import Drafter
 from er_sglang.drafting.linear import DraftLinearMethod
 from er_sglang.drafting.shadow import shadow
 from er_sglang.policy.profile import Rung
+from er_sglang.quantize.blocks import FUSED_ROWS
 from er_sglang.sampling import SamplingParams
 from er_sglang.sampling.penalties import PenaltyTable, RequestPenalties
 
@@ -41,7 +42,7 @@ def _compare_all(result, worker) -> None:
     _fill_kv(worker.runner.token_to_kv_pool, worker.device)
     other = shadow(worker.runner.model, functools.partial(_plain_linear, worker._drafter))
     other.lm_head = worker._drafter.model.lm_head
-    for size in chain._graph_batches or (1, 5):  # without graphs, on CPU: eager against eager, to try this plugin
+    for size in chain._graph_batches or (1, FUSED_ROWS + 1):  # without graphs, on CPU: eager against eager
         for gamma in worker.config.policy.gammas:
             step = _make_step(worker, size)
             _same(
