@@ -355,7 +355,7 @@ def test_the_gpus_times_of_the_quick_start_are_the_readmes():
     """The package brings a copy, for launch/results is not installed."""
     from er_sglang.bench.quickstart import GPU_PROFILE
 
-    measured = Path(__file__).parents[2] / "launch/results/2026-11-26-h100/14b-boxes/profile.json"
+    measured = Path(__file__).parents[2] / "launch/results/2026-11-27-h100/14b-fused-8/profile.json"
     assert GPU_PROFILE.read_bytes() == measured.read_bytes()
 
 
