@@ -5,11 +5,11 @@
 // less:
 //
 // - A block on every multiprocessor stays for all four products. Four of its warps do nothing but fill rings in shared memory with
-//   what the eight others multiply next, across the products' ends: weights do not depend on what is computed.
+//   what the eight others multiply next (layer_rings.cuh), across the products' ends: weights do not depend on what is computed.
 // - K is cut into strips, each with as many of the blocks. Pieces of a strip, 64 columns of 128 of K (4 KB), are shared out evenly,
-//   column after column, first over its blocks, then over warps. A block sends what it has of a column to the block that finishes it;
-//   this one sends the result to all that read it (exchange.cuh). From one product to the next that takes 5 us, of 8 rows 6 to 10,
-//   while rings fill.
+//   column after column, first over its blocks, then over warps (layer_products.cuh). A block sends what it has of a column to the
+//   block that finishes it (layer_sums.cuh); this one sends the result to all that read it. From one product to the next that takes
+//   5 us, of 8 rows 6 to 10, while rings fill.
 // - No more is requested at a time than memory needs to be busy, and half of it while blocks hand each other sums: what they send
 //   would have to wait behind it. Requested as early as there is room, a layer takes 11 to 14 % more time (H100, one row).
 // - The root mean square of the norm before a product is a factor of its rows: sums are divided by it, when the squares have arrived.
@@ -17,7 +17,7 @@
 // - The first weights of the next launch go to L2 while the last product is multiplied, which leaves memory idle.
 //
 // Every sum has a fixed order, hence the same bits every time. All blocks must run at once, one on each multiprocessor: what else the
-// GPU does must end by itself. Two such kernels at once, as of two servers under MPS, would wait for each other for ever.
+// GPU does must end by itself. Two such kernels at once, as of two servers under MPS, would wait for each other until `receive` gives up.
 //
 // Before the grid dependency only the filling warps read, and only weights: see small_kernels.cuh for why this is safe. They do not wait
 // for it themselves; the block ends after those that do.
@@ -34,119 +34,21 @@
 #include <cstdint>
 #include <utility>
 
-#include "activation.cuh"
 #include "copy_engine.cuh"
 #include "exchange.cuh"
 #include "int4.cuh"
 #include "layer_products.cuh"
+#include "layer_rings.cuh"
+#include "layer_sums.cuh"
 #include "mma.cuh"
 
 namespace er_sglang {
 
-constexpr int kGroup = 2;  // of the warps that multiply share a ring, which a warp of its own fills: a stage is a piece for each
-constexpr int kGroups = kWarps / kGroup;
 constexpr int kMultiplying = 32 * kWarps, kThreads = kMultiplying + 32 * kGroups;
-constexpr int kFilling = kGroup * kUnitTiles;  // lanes, each copies a row of tiles
-constexpr unsigned kFillingLanes = (1u << kFilling) - 1;
-constexpr int kStageBytes = kGroup * kPieceBytes;
-constexpr int kMostStages = 6;
-constexpr int kInFlight = 2;  // stages of a ring; while blocks hand each other sums, 1
-
-constexpr int kRowX = kUnitK * 2;        // bytes of a row of a unit of x
-constexpr int kRowPart = kTileN + 4;     // floats
-constexpr int kLooks = 4, kLooksX = 5;   // loads of a lane that are under way at once
+constexpr int kLooksX = 5;  // vectors of x that a lane looks at at once
 constexpr int kSharedBytes = 227 * 1024;
 
-struct Stage {  // walks over a ring's stages, again and again
-  int index = 0, parity = 0;
-  SGL_DEVICE void advance(int stages) {
-    if (++index == stages) index = 0, parity ^= 1;
-  }
-};
-
-// What lies at the start of shared memory. Behind it: rings, in one place x and then warps' last parts, and warps' first parts.
-struct Head {
-  Step steps[kSteps + kStepsAhead];  // from global memory, under load, each would cost a microsecond
-  uint64_t full[kGroups][kMostStages], empty[kGroups][kMostStages];
-  volatile int handing;  // whether blocks hand each other sums
-};
-constexpr int kHeadBytes = (sizeof(Head) + kRowX - 1) / kRowX * kRowX;
-static_assert(kHeadBytes <= 2048 && kGroups * kStageBytes % kRowX == 0);  // blocks.py; rows of x are aligned
-
-struct Ring {
-  uint32_t pieces, full, empty;  // addresses in shared memory
-  SGL_DEVICE Ring(const char* shared, int group, int stages)
-      : pieces(__cvta_generic_to_shared(shared + kHeadBytes + group * stages * kStageBytes)),
-        full(__cvta_generic_to_shared(reinterpret_cast<const Head*>(shared)->full[group])),
-        empty(__cvta_generic_to_shared(reinterpret_cast<const Head*>(shared)->empty[group])) {}
-};
-
-SGL_DEVICE float warp_sum(float v) {
-#pragma unroll
-  for (int offset = 16; offset > 0; offset /= 2) v += __shfl_xor_sync(0xffffffff, v, offset);
-  return v;
-}
-
 SGL_DEVICE void multiplying_sync() { asm volatile("bar.sync 1, %0;" ::"n"(kMultiplying) : "memory"); }
-
-SGL_DEVICE void to_l2(const char* from, int bytes) {
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
-}
-
-// The work of a warp that fills a ring.
-SGL_DEVICE void fill(const Layer& p, const Head& head, const Ring& ring, int group) {
-  const int lane = threadIdx.x % 32;
-  if (lane >= kFilling) return;
-  const int of_group = lane / kUnitTiles, tile = lane % kUnitTiles;
-  Stage stage, freed, arrived, latest;
-  int requested = 0, rounds_ahead = 0;
-  for (int step = 0; step < kSteps + kStepsAhead; ++step) {
-    const Step& s = head.steps[step];
-    const BlockShare block(s);
-    const Share warp = block.of_warp(group * kGroup + of_group);
-    const int stride = s.n * 8;  // bytes of a row of tiles
-    int index = s.strip.divide(warp.begin), unit_of_strip = warp.begin - index * s.strip.value, units_left = 0;
-    const char *codes = nullptr, *scales = nullptr;
-    for (int round = 0; round < block.rounds(); ++round) {
-      if (units_left == 0) {
-        const Column column(s, index++);
-        const int unit = block.strip * s.strip.value + unit_of_strip;
-        units_left = s.strip.value - unit_of_strip, unit_of_strip = 0;
-        codes = s.codes + (int64_t(unit) * kUnitTiles + tile) * stride + column.tile(s) * kTileBytes;
-        scales = s.scales + int64_t(unit) * s.n * sizeof(bf16_t) + column.tile(s) * kScalesBytes;
-      }
-      const bool exists = round < warp.size();
-      if (step < kSteps) {
-        if (requested >= p.stages) barrier_wait(ring.empty + 8 * freed.index, freed.parity), freed.advance(p.stages);
-        if (requested >= kInFlight) barrier_wait(ring.full + 8 * arrived.index, arrived.parity), arrived.advance(p.stages);
-        if (requested > 0) {
-          if (head.handing) barrier_wait(ring.full + 8 * latest.index, latest.parity);
-          latest.advance(p.stages);
-        }
-        ++requested;
-        const uint32_t barrier = ring.full + 8 * stage.index;
-        const int pieces = __popc(__ballot_sync(kFillingLanes, exists)) / kUnitTiles;
-        if (lane == 0) barrier_expect(barrier, pieces * kPieceBytes);
-        __syncwarp(kFillingLanes);
-        if (exists) {
-          const uint32_t to = ring.pieces + stage.index * kStageBytes + of_group * kPieceBytes;
-          copy_weights(to + tile * kTileBytes, codes, kTileBytes, barrier);
-          if (tile == 0) copy_weights(to + kUnitTiles * kTileBytes, scales, kScalesBytes, barrier);
-        }
-        stage.advance(p.stages);
-      } else {
-        if (rounds_ahead++ == p.rounds_ahead) return;
-        if (rounds_ahead == 1) barrier_wait(ring.full + 8 * latest.index, latest.parity);
-        if (exists) {
-          to_l2(codes, kTileBytes);
-          if (tile == 0) to_l2(scales, kScalesBytes);
-        }
-      }
-      codes += int64_t(kUnitTiles) * stride, scales += s.n * sizeof(bf16_t);
-      --units_left;
-    }
-  }
-}
 
 // Where 16 bytes of a row of a unit of x are, in shared memory: ldmatrix, which reads the same of all rows, meets no bank twice.
 SGL_DEVICE int chunk_at(int chunk, int row) { return chunk ^ row; }
@@ -170,7 +72,8 @@ SGL_DEVICE void read_x(const Layer& p, const Step& s, char* shared_x, int strip)
 
 SGL_DEVICE void receive_x(const Layer& p, const Step& s, const Step& before, char* shared_x, int strip, uint32_t launch) {
   const int lane = threadIdx.x % 32, vectors = s.units * kUnitK / 4;  // of a row
-  const int begin = strip * s.strip.value, tasks = s.strip.value << p.log_rows, row = threadIdx.x / 32 & ((1 << p.log_rows) - 1);  // a warp's tasks are of the same row
+  const int begin = strip * s.strip.value, tasks = s.strip.value << p.log_rows;
+  const int row = threadIdx.x / 32 & ((1 << p.log_rows) - 1);  // a warp's tasks are of the same row
   if (row >= p.m) return;
   for (int first = threadIdx.x / 32; first < tasks; first += kWarps * kLooksX) {
     const auto unit = [&](int i) { return (first + i * kWarps) >> p.log_rows; };
@@ -229,18 +132,6 @@ SGL_DEVICE void multiply(float (&sum)[4][4], uint32_t piece, uint32_t fragments)
   }
 }
 
-SGL_DEVICE void store_parts(float* parts, const float (&sum)[4][4], int m) {  // [m][kRowPart]
-  const int lane = threadIdx.x % 32;
-#pragma unroll
-  for (int w = 0; w < 4; ++w) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int row = lane % 4 * 2 + i % 2, column = 16 * w + 8 * (i / 2) + lane / 4;
-      if (row < m) parts[row * kRowPart + column] = sum[w][i];
-    }
-  }
-}
-
 // A warp's pieces of a product. What it has of a column that it leaves goes to `first_parts`, the rest remains in `sum`: it has pieces
 // of two columns at most.
 SGL_DEVICE void multiply_all(
@@ -265,145 +156,6 @@ SGL_DEVICE void multiply_all(
     for (int w = 0; w < 4; ++w) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) sum[w][i] = 0;
-    }
-  }
-}
-
-// What the block has of its columns, to those that finish them. A warp a row of a column.
-SGL_DEVICE void send_sums(const Layer& p, const Step& s, const BlockShare& block, const float* first_parts, const float* last_parts, uint32_t launch) {
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, strip_units = s.strip.value;
-  const int first = s.strip.divide(block.begin), columns = s.strip.divide(block.end - 1) - first + 1;
-  const Share theirs = block.of_warp(lane % kWarps);
-  for (int task = warp; task < columns << p.log_rows; task += kWarps) {
-    const int row = task & ((1 << p.log_rows) - 1), index = first + (task >> p.log_rows);
-    if (row >= p.m) continue;
-    const int begin = index * strip_units, end = begin + strip_units;
-    const unsigned have = __ballot_sync(0xffffffff, theirs.meets(begin, end)), left = __ballot_sync(0xffffffff, theirs.end >= end);
-    float2 part[kWarps];
-#pragma unroll
-    for (int w = 0; w < kWarps; ++w) {
-      const float* parts = left >> w & 1 ? first_parts : last_parts;
-      part[w] = {};
-      if (have >> w & 1) part[w] = reinterpret_cast<const float2*>(parts + (w * p.m + row) * kRowPart)[lane];
-    }
-    float2 sum = {};
-#pragma unroll
-    for (int w = 0; w < kWarps; ++w) sum.x += part[w].x, sum.y += part[w].y;
-    const Column column(s, index);
-    const int which = (block.strip * s.halves + column.half) * 2 + (begin < block.begin);
-    send(s.inbox + ((column.output * s.parts + which) * kMostRows + row) * 32 + lane, __float_as_uint(sum.x), __float_as_uint(sum.y), launch);
-  }
-}
-
-// Which parts of an output are sent, as bits: the second part of a column is there if two blocks share it.
-SGL_DEVICE unsigned parts_sent(const Step& s, int output) {
-  const int part = threadIdx.x % 32, half = part / 2 & (s.halves - 1);
-  bool sent = part < s.parts;
-  if (sent && part % 2) {
-    const int begin = (output * s.halves + half) * s.strip.value;
-    sent = owner(s, begin) != owner(s, begin + s.strip.value - 1);
-  }
-  return __ballot_sync(0xffffffff, sent);
-}
-
-// The outputs that are this block's to finish: sums, the norm before, bias, activation, residual; then sent, or written. A warp a row
-// of an output, a lane two columns of it.
-SGL_DEVICE void finish(const Layer& p, const Step& s, const Step* normed, uint32_t launch) {
-  const int lane = threadIdx.x % 32, outputs = s.outputs, columns = outputs * kTileN;
-  const int own = (outputs - blockIdx.x + gridDim.x - 1) / gridDim.x;
-  for (int task = threadIdx.x / 32; task < own << p.log_rows; task += kWarps) {
-    const int row = task & ((1 << p.log_rows) - 1), output = blockIdx.x + (task >> p.log_rows) * gridDim.x;
-    if (row >= p.m) continue;
-    const int at = output * kTileN + 2 * lane;
-    uint32_t residual = 0, norm = 0, bias[2] = {};
-    uint32_t* const residual_at = reinterpret_cast<uint32_t*>(s.residual + int64_t(row) * s.n + at);
-    if (s.residual) {  // of both norms, the same thread reads and writes it
-      residual = __ldcg(residual_at);
-      norm = __ldg(reinterpret_cast<const uint32_t*>(s.norm + at));
-    }
-    if (s.bias) {
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        if (h < s.halves) bias[h] = __ldg(reinterpret_cast<const uint32_t*>(s.bias + h * columns + at));
-      }
-    }
-    // Squares have most likely arrived, with x: they are looked at before the sums, and needed after them.
-    constexpr int kSquares = kMostOutputs / 32;  // a lane
-    const int of_row = normed ? normed->outputs : 0;
-    const One* square_at[kSquares];
-    One squares[kSquares];
-    if (normed) {
-#pragma unroll
-      for (int i = 0; i < kSquares; ++i) {
-        square_at[i] = normed->squares + row * of_row + min(lane + 32 * i, of_row - 1);
-        squares[i] = look(square_at[i]);
-      }
-    }
-
-    const unsigned sent = parts_sent(s, output);
-    float2 sum[2] = {};
-    for (int first = 0; first < s.parts; first += kLooks) {
-      const auto exists = [&](int part) { return part < s.parts && sent >> part & 1; };  // the first one does
-      const Two* at[kLooks];
-#pragma unroll
-      for (int i = 0; i < kLooks; ++i) {
-        at[i] = s.inbox + ((output * s.parts + (exists(first + i) ? first + i : first)) * kMostRows + row) * 32 + lane;
-      }
-      Two v[kLooks];
-      receive(v, at, launch);
-#pragma unroll
-      for (int i = 0; i < kLooks; ++i) {
-        if (!exists(first + i)) continue;
-        const float x = __uint_as_float(v[i].a.data), y = __uint_as_float(v[i].b.data);
-        const bool second = (first + i) / 2 & (s.halves - 1);
-        sum[0].x += second ? 0.f : x, sum[0].y += second ? 0.f : y;
-        sum[1].x += second ? x : 0.f, sum[1].y += second ? y : 0.f;
-      }
-    }
-
-    float factor = 1;
-    if (normed) {
-      bool all = true;
-#pragma unroll
-      for (int i = 0; i < kSquares; ++i) all &= has_arrived(squares[i], launch);
-      if (!__all_sync(0xffffffff, all)) receive(squares, square_at, launch);
-      float total = 0;
-#pragma unroll
-      for (int i = 0; i < kSquares; ++i) total += lane + 32 * i < of_row ? __uint_as_float(squares[i].data) : 0.f;
-      factor = rsqrtf(warp_sum(total) / (s.units * kUnitK) + p.eps);
-    }
-    bf16_t out[2];
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      if (h == s.halves) break;
-      const bf16_t* biases = reinterpret_cast<const bf16_t*>(&bias[h]);
-      const bf16_t a = static_cast<bf16_t>(sum[h].x * factor + static_cast<float>(biases[0]));
-      const bf16_t b = static_cast<bf16_t>(sum[h].y * factor + static_cast<float>(biases[1]));
-      out[0] = h ? silu_and_mul(out[0], a) : a;
-      out[1] = h ? silu_and_mul(out[1], b) : b;
-    }
-    float total = 0;
-    if (s.residual) {
-      bf16_t* const values = reinterpret_cast<bf16_t*>(&residual);
-      const bf16_t* const weights = reinterpret_cast<const bf16_t*>(&norm);
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const float value = static_cast<float>(out[i]) + static_cast<float>(values[i]);
-        values[i] = static_cast<bf16_t>(value);
-        out[i] = static_cast<bf16_t>(value * static_cast<float>(weights[i]));
-        total += value * value;
-      }
-    }
-    const uint32_t pair = reinterpret_cast<const uint32_t&>(out);
-    if (s.y) {
-      *reinterpret_cast<uint32_t*>(s.y + int64_t(row) * columns + at) = pair;
-    } else {
-      send(s.sent + (row * columns + at) / 2, pair, launch);
-    }
-    if (s.residual) {
-      total = warp_sum(total);
-      if (lane == 0) send(s.squares + row * outputs + output, __float_as_uint(total), launch);
-      __stcg(residual_at, residual);
     }
   }
 }

@@ -14,6 +14,7 @@ constexpr int kUnitK = 128;  // of K: a group
 constexpr int kUnitTiles = kUnitK / kTileK;
 constexpr int kTileBytes = kTileN * kTileK / 2, kScalesBytes = kTileN * 2;
 constexpr int kPieceBytes = kUnitTiles * kTileBytes + kScalesBytes;
+constexpr int kRowX = kUnitK * 2;  // bytes of a row of a unit of x
 
 constexpr int kSteps = 4, kStepsAhead = 2;  // products of a launch, and of the next one whose weights go to L2
 constexpr int kMostRows = 8;
