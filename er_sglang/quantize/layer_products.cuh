@@ -53,7 +53,9 @@ struct Layer {
   uint32_t* launch;  // its number
   float eps;
   int m, log_rows;   // rows; the binary logarithm of so many or a few more
-  int stages, x_bytes, rounds_ahead;
+  int stages;        // of each ring
+  int x_bytes;       // of shared memory, for x and then for the last parts
+  int rounds_ahead;  // of the next launch's weights to L2
 };
 
 struct Share {  // of pieces that are shared out evenly: each has `each`, the first `more` of them one more

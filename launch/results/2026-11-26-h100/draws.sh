@@ -1,10 +1,7 @@
 #!/usr/bin/env bash
 # What the simulator makes of measured step times: bash draws.sh > draws.txt
-simulate() {
-    echo "\$ er-sglang simulate --modes off,auto --prompt-tokens 128 --rollouts 1 $*"
-    er-sglang simulate --modes off,auto --prompt-tokens 128 --rollouts 1 "$@" 2>/dev/null | grep -E "^auto|^off"
-}
 cd "$(dirname "$0")"
+. ../simulate.sh
 tail_of="--requests 64 --lengths lognormal:400:1.2:8000"
 short="--requests 128 --lengths lognormal:200:0.8:1000"
 echo "# the 1.5B's acceptance behind documents"
