@@ -27,6 +27,7 @@ from er_sglang.errors import ConfigError
 class Attended:
     """Of each request the ``most`` tokens with the highest scores, best first, after its latest cycle.
 
+    tokens: int64 [requests, most]. until: int64 [requests], before which position these were chosen, 0 if they were not yet.
     On tensor-parallel ranks each goes by its own heads.
     """
 
@@ -53,8 +54,8 @@ class Attended:
         device = req_to_token.device
         shape = (gamma_max, max_batch, len(self._asked), layers[0].tp_q_head_num, layers[0].head_dim)
         self._queries_GBLHD = torch.zeros(shape, dtype=runner.dtype, device=device)
-        self._tokens = torch.zeros((requests, most), dtype=torch.int64, device=device)
-        self._until = torch.zeros(requests, dtype=torch.int64, device=device)
+        self.tokens = torch.zeros((requests, most), dtype=torch.int64, device=device)
+        self.until = torch.zeros(requests, dtype=torch.int64, device=device)
 
     def listening(self, backend: AttentionBackend, i: int) -> AttentionBackend:
         """The same backend, whose decodes leave their queries here, as those of a chain's step i."""
@@ -71,12 +72,7 @@ class Attended:
         return listening
 
     def forget(self, req_pool_indices_B: torch.Tensor) -> None:
-        self._until.index_fill_(0, req_pool_indices_B, 0)  # `[...] = 0` would wait for the GPU
-
-    def of(self, step: Step) -> tuple[torch.Tensor, torch.Tensor]:
-        """int64 [B], before which position each request's tokens were chosen, 0 if they were not yet; and these, int64
-        [B, most]."""
-        return self._until[step.req_pool_indices_B], self._tokens[step.req_pool_indices_B]
+        self.until.index_fill_(0, req_pool_indices_B, 0)  # `[...] = 0` would wait for the GPU
 
     def update(self, step: Step, accept_lens_B: torch.Tensor, gamma: int) -> None:
         """Choose, whole pages, after a cycle of ``step`` of which each request has kept so many tokens, int32 [B]."""
@@ -98,7 +94,7 @@ class Attended:
         position_C = torch.arange(columns, device=scores_BC.device)
         scores_BC.masked_fill_((position_C < self.first) | (position_C >= until_B[:, None]), -1.0)
         pages_BP = F.pad(scores_BC, (0, -columns % page), value=-1.0).unflatten(1, (-1, page)).amax(2)
-        best_BP = pages_BP.topk(min(self._tokens.shape[1] // page, pages_BP.shape[1])).indices
+        best_BP = pages_BP.topk(min(self.tokens.shape[1] // page, pages_BP.shape[1])).indices
         tokens_BK = (best_BP[..., None] * page + torch.arange(page, device=best_BP.device)).flatten(1)
-        self._tokens[rows_B, : tokens_BK.shape[1]] = tokens_BK
-        self._until[rows_B] = until_B
+        self.tokens[rows_B, : tokens_BK.shape[1]] = tokens_BK
+        self.until[rows_B] = until_B

@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from er_sglang.config import SINK_TOKENS
 from er_sglang.cycle.attended import Attended
+from er_sglang.cycle.inputs import ChainInputs
 from er_sglang.cycle.step import Step
 from er_sglang.cycle.window import AttentionWindow, whole_pages
 from er_sglang.drafting.attention import DraftAttention, can_attend
@@ -41,9 +42,7 @@ _settings = adapter("settings")
 class DraftChain:
     """Drafts up to ``gamma_max`` tokens for up to ``max_batch`` requests.
 
-    Buffers are step-major, so that each step's slice is contiguous: row i of ``tokens``, ``slots``, ``positions``
-    and ``seq_lens`` belongs to step i. float32 logits of all steps stay until the verdict:
-    gamma_max * max_batch * vocabulary * 4 bytes.
+    float32 logits of all steps stay until the verdict: gamma_max * max_batch * vocabulary * 4 bytes.
     """
 
     def __init__(
@@ -92,33 +91,13 @@ class DraftChain:
         # A context that all windows see as a whole needs no choice.
         self._chooses_above = min(sizes, default=0) + SINK_TOKENS
 
-        def buffer(*shape: int, dtype=torch.int64, fill: float = 0) -> torch.Tensor:
-            return torch.full(shape, fill, dtype=dtype, device=view.device)
-
-        self._req_pool_indices = buffer(max_batch)
         self._window_rows = torch.arange(first_row, first_row + max_batch, device=view.device)
-        self._tokens = buffer(gamma_max + 1, max_batch)
-        self._slots = buffer(gamma_max, max_batch)
-        self._positions = buffer(gamma_max, max_batch)
-        self._seq_lens = buffer(gamma_max, max_batch, fill=1)
-        self._steps = torch.arange(gamma_max, device=view.device).view(-1, 1)
+        self._inputs = ChainInputs(gamma_max, max_batch, view.device)
         # The one large buffer, and nothing in it outlives a cycle: a sleeping server gives it back with the KV cache.
+        shape = (gamma_max, max_batch)
         with target.memory_saver_adapter.region(GPU_MEMORY_TYPE_KV_CACHE):
-            self._logits = buffer(gamma_max, max_batch, view.model_config.vocab_size, dtype=torch.float32)
-        self._floor = buffer(gamma_max, max_batch, dtype=torch.float32)
-        self._lse = buffer(gamma_max, max_batch, dtype=torch.float32)
-        self._params = SamplingParams(
-            temperature_B=buffer(max_batch, dtype=torch.float32, fill=1),
-            top_k_B=buffer(max_batch, dtype=torch.int32, fill=1),
-            top_p_B=buffer(max_batch, dtype=torch.float32, fill=1),
-            min_p_B=buffer(max_batch, dtype=torch.float32),
-            sequential_B=buffer(max_batch, dtype=torch.bool),
-        )
-        # Rows beyond the batch decode token 0 at position 0 into slot 0, which SGLang keeps for padding.
-        self._padding = (
-            *((rows, 0) for rows in (self._tokens, self._positions, self._slots, self._req_pool_indices)),
-            *((rows, 1) for rows in (self._seq_lens, self._params.top_k_B)),
-        )
+            self._logits = torch.zeros((*shape, view.model_config.vocab_size), dtype=torch.float32, device=view.device)
+        self._floor, self._lse = (torch.zeros(shape, dtype=torch.float32, device=view.device) for _ in range(2))
         if graph_batches:
             self._capture(gammas)
 
@@ -127,23 +106,12 @@ class DraftChain:
         request table later, too."""
         gamma, raw_bs = rung.gamma, step.batch_size
         bs = next((b for b in self._graph_batches if b >= raw_bs), raw_bs)
-        if bs > raw_bs:
-            for rows, value in self._padding:
-                rows[..., raw_bs:bs] = value
-        self._tokens[0, :raw_bs] = step.last_B
-        self._slots[:gamma, :raw_bs] = step.slots_NB[:gamma]
-        torch.add(step.seq_lens_B, self._steps, out=self._positions[:, :raw_bs])
-        torch.add(self._positions[:, :raw_bs], 1, out=self._seq_lens[:, :raw_bs])
-        seq_lens_cpu_B = step.seq_lens_cpu_B
+        rows_B, hidden_B, seq_lens_cpu_B = step.req_pool_indices_B, None, step.seq_lens_cpu_B
         if rung.window:
             window = self._windows[rung.window]
-            self._seq_lens[:, :raw_bs] -= window.load(step)
-            self._req_pool_indices[:raw_bs] = self._window_rows[:raw_bs]
+            rows_B, hidden_B = self._window_rows[:raw_bs], window.load(step)
             seq_lens_cpu_B = window.seen_on_host(seq_lens_cpu_B)
-        else:
-            self._req_pool_indices[:raw_bs] = step.req_pool_indices_B
-        for rows, values in zip(self._params, step.params):
-            rows[:raw_bs] = values
+        self._inputs.load(step, gamma, bs, rows_B, hidden_B)
         self._shaper.load(step.penalties, step.bias_BV)
 
         seq_lens_cpu = torch.ones(bs, dtype=torch.int64)
@@ -167,7 +135,7 @@ class DraftChain:
         else:
             self._run(forward_batches)
         return Draft(
-            tokens_NB=self._tokens[: gamma + 1, :batch_size],
+            tokens_NB=self._inputs.tokens[: gamma + 1, :batch_size],
             logits_GBV=self._logits[:gamma, :batch_size],
             floor_GB=self._floor[:gamma, :batch_size],
             lse_GB=self._lse[:gamma, :batch_size],
@@ -188,14 +156,14 @@ class DraftChain:
             ForwardBatch(
                 forward_mode=ForwardMode.DECODE,
                 batch_size=bs,
-                input_ids=self._tokens[i, :bs],
-                req_pool_indices=self._req_pool_indices[:bs],
-                seq_lens=self._seq_lens[i, :bs],
+                input_ids=self._inputs.tokens[i, :bs],
+                req_pool_indices=self._inputs.rows[:bs],
+                seq_lens=self._inputs.seq_lens[i, :bs],
                 seq_lens_cpu=torch.ones(bs, dtype=torch.int64),
-                orig_seq_lens=self._seq_lens[i, :bs],
-                out_cache_loc=self._slots[i, :bs],
+                orig_seq_lens=self._inputs.seq_lens[i, :bs],
+                out_cache_loc=self._inputs.slots[i, :bs],
                 seq_lens_sum=bs,
-                positions=self._positions[i, :bs],
+                positions=self._inputs.positions[i, :bs],
                 next_token_logits_buffer=self._logits[i, :bs],
                 spec_algorithm=self.model_runner.spec_algorithm,
                 capture_hidden_mode=CaptureHiddenMode.NULL,
@@ -205,19 +173,19 @@ class DraftChain:
 
     def _run(self, forward_batches: list[ForwardBatch]) -> None:
         bs = forward_batches[0].batch_size
-        params = SamplingParams(*(rows[:bs] for rows in self._params))
+        params = SamplingParams(*(rows[:bs] for rows in self._inputs.params))
         self._random.advance()
         for i, (backend, forward_batch) in enumerate(zip(self._backends, forward_batches)):
             with forward_context(ForwardContext(attn_backend=backend)):
                 backend.init_forward_metadata_in_graph(forward_batch)
                 self._drafter(forward_batch.input_ids, forward_batch.positions, forward_batch)
-            self._shaper.shape(self._logits[i, :bs], self._positions[0, :bs], self._tokens[1:, :bs], i)
+            self._shaper.shape(self._logits[i, :bs], self._inputs.positions[0, :bs], self._inputs.tokens[1:, :bs], i)
             self._sampler.draw(
                 self._logits[i, :bs],
                 params,
                 self._random,
                 i,
-                self._tokens[i + 1, :bs],
+                self._inputs.tokens[i + 1, :bs],
                 self._floor[i, :bs],
                 self._lse[i, :bs],
             )

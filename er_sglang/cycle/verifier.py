@@ -73,13 +73,12 @@ class Verifier:
     def prepare(self, batch, step: Step, gamma: int) -> ForwardBatch:
         """Lay out the forward of a cycle: everything but the drafted tokens, which come later."""
         runner, width = self._runners[gamma], gamma + 1
-        positions = step.seq_lens_B.view(-1, 1) + torch.arange(width, device=step.seq_lens_B.device)
         batch.forward_mode = ForwardMode.TARGET_VERIFY
         batch.input_ids = torch.empty(step.batch_size * width, dtype=torch.int64, device=step.seq_lens_B.device)
         batch.out_cache_loc = step.slots_NB[:width].t().reshape(-1)
         batch.seq_lens_cpu = step.seq_lens_cpu_B
         batch.seq_lens_sum = int(step.seq_lens_cpu_B.sum())
-        batch.spec_info = chain_input(batch.input_ids, positions.reshape(-1), width)
+        batch.spec_info = chain_input(batch.input_ids, step.positions_NB[:width].t().reshape(-1), width)
         forward_batch = _forward.forward_batch(batch, runner)
         if runner.decode_cuda_graph_runner.can_run_graph(forward_batch):
             runner.decode_cuda_graph_runner.load_batch(forward_batch)

@@ -51,28 +51,25 @@ class AttentionWindow:
             chosen, self._first, self._last = 0, whole_pages(SINK_TOKENS, page_size), size
         else:
             chosen, self._first, self._last = whole_pages(size, page_size), attended.first, LAST_TOKENS
-        self._before = self._first + chosen
+        self._before = self._first + chosen  # columns
         self._most = self._before + self._last + page_size - 1
         columns = min(self._most + gamma_max, req_to_token.shape[1])
         self._req_to_token = req_to_token
         self._rows = req_to_token[first_row:, :columns]
-        self._columns = torch.arange(columns, device=req_to_token.device)
-        self._after_first = (self._columns >= self._first).long()
-        self._chosen = slice(self._first, min(self._before, columns))
 
     def load(self, step: Step) -> torch.Tensor:
         """Fill the rows of ``step``. Returns how many tokens of each request they leave out, int64 [B]."""
-        hidden_B = (step.seq_lens_B - self._most + self._page_size - 1).clamp_(min=0)
-        hidden_B -= hidden_B % self._page_size
-        positions_BC = self._columns + hidden_B[:, None] * self._after_first
-        if self._attended is not None:
-            until_B, tokens_BK = self._attended.of(step)
-            known_B1 = (until_B >= self._before)[:, None]  # there was more to choose from than it takes
-            chosen_BK = positions_BC[:, self._chosen]
-            chosen_BK.copy_(torch.where(known_B1, tokens_BK[:, : chosen_BK.shape[1]], chosen_BK))
-        positions_BC.clamp_(max=self._req_to_token.shape[1] - 1)  # columns beyond the chain, which nobody reads
-        self._rows[: step.batch_size] = self._req_to_token[step.req_pool_indices_B[:, None], positions_BC]
-        return hidden_B
+        return show(
+            self._req_to_token,
+            self._rows[: step.batch_size],
+            step.req_pool_indices_B,
+            step.seq_lens_B,
+            self._most,
+            self._page_size,
+            self._first,
+            self._before,
+            self._attended and (self._attended.until, self._attended.tokens),
+        )
 
     def seen_on_host(self, seq_lens_cpu_B: torch.Tensor) -> torch.Tensor:
         """Upper bounds of lengths without what is left out, of lengths or their upper bounds."""
@@ -81,3 +78,44 @@ class AttentionWindow:
 
 def whole_pages(tokens: int, page_size: int) -> int:
     return -(-tokens // page_size) * page_size
+
+
+def show(
+    req_to_token: torch.Tensor,
+    rows_BC: torch.Tensor,
+    requests_B: torch.Tensor,
+    lengths_B: torch.Tensor,
+    most: int,
+    page_size: int,
+    first: int,
+    before: int,
+    chosen: tuple[torch.Tensor, torch.Tensor] | None,
+) -> torch.Tensor:
+    """Fill ``rows_BC`` with slots that ``requests`` have in ``req_to_token``, both int32: those of their ``first`` tokens,
+    then those of their last ones, after so many whole pages left out that ``most`` tokens are seen, or up to a page less.
+    Returns how many of a request's ``lengths`` tokens are left out, int64 [B].
+
+    chosen: int64 [requests], before which position a request's tokens were chosen, 0 if they were not yet; and these,
+    int64 [requests, any number]. Columns from ``first`` to ``before`` are theirs, if there was more to choose from.
+    """
+    if rows_BC.is_cuda:
+        from er_sglang.cycle.window_fused import show_fused
+
+        return show_fused(req_to_token, rows_BC, requests_B, lengths_B, most, page_size, first, before, chosen)
+    return show_reference(req_to_token, rows_BC, requests_B, lengths_B, most, page_size, first, before, chosen)
+
+
+def show_reference(
+    req_to_token, rows_BC, requests_B, lengths_B, most, page_size, first, before, chosen
+) -> torch.Tensor:
+    hidden_B = (lengths_B - most + page_size - 1).clamp_(min=0)
+    hidden_B -= hidden_B % page_size
+    columns = torch.arange(rows_BC.shape[1], device=rows_BC.device)
+    positions_BC = columns + hidden_B[:, None] * (columns >= first)
+    if chosen is not None:
+        until_B1, tokens_BK = chosen[0][requests_B, None], chosen[1][requests_B]
+        chosen_BK = positions_BC[:, first:before]
+        chosen_BK.copy_(torch.where(until_B1 >= before, tokens_BK[:, : chosen_BK.shape[1]], chosen_BK))
+    positions_BC.clamp_(max=req_to_token.shape[1] - 1)  # columns beyond the chain, which nobody reads
+    rows_BC.copy_(req_to_token[requests_B[:, None], positions_BC])
+    return hidden_B

@@ -123,7 +123,7 @@ def test_the_window_is_the_servers(window):
     nothing = torch.zeros(1)
     params = SamplingParams(*[nothing] * 5)
     for start in (1, SINK_TOKENS, SINK_TOKENS + window, SINK_TOKENS + window + 1, context - gamma):
-        step = Step(torch.tensor([0]), torch.tensor([start]), torch.tensor([start]), nothing, nothing, params)
+        step = Step(torch.tensor([0]), torch.tensor([start]), torch.tensor([start]), nothing, nothing, nothing, params)
         of_server = table[1, : start - int(rows.load(step))].tolist()
         positions = Recent(window).positions(start, start, torch.device("cpu"))
         assert positions[Recent(window).mask(positions, torch.tensor([start]))[0]].tolist() == of_server
@@ -138,12 +138,13 @@ def test_the_choice_is_the_servers():
     for start in range(first + LAG, first + count):
         until = start - LAST_TOKENS
         best = scores_TS[start - LAG - first, FIRST_TOKENS:until].argsort(descending=True) + FIRST_TOKENS
-        attended = SimpleNamespace(first=FIRST_TOKENS, of=lambda _: (torch.tensor([until]), best[None, :size]))
+        attended = SimpleNamespace(first=FIRST_TOKENS, until=torch.tensor([until]), tokens=best[None, :size])
         rows = AttentionWindow(size, GAMMA, table, 1, 1, attended)
         step = Step(
             torch.tensor([0]),
             torch.tensor([start]),
             torch.tensor([start]),
+            nothing,
             nothing,
             nothing,
             SamplingParams(*[nothing] * 5),

@@ -1,14 +1,25 @@
 """The attention window's rows of the request table, against their definition."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
+from er_sglang.cycle import window as module
 from er_sglang.cycle.step import Step
 from er_sglang.cycle.window import LAST_TOKENS, SINK_TOKENS, AttentionWindow, with_window_rows
 from er_sglang.sampling import SamplingParams
 
 GAMMA_MAX = 3
 REQUESTS, CONTEXT = 9, 200
+
+
+@pytest.fixture(autouse=True, params=["reference", "kernel"])
+def _show(request, monkeypatch):
+    """What fills the rows: PyTorch, or the kernel in Triton's interpreter."""
+    if request.param == "kernel":
+        fused = pytest.importorskip("er_sglang.cycle.window_fused", reason="the kernel is written in Triton")
+        monkeypatch.setattr(module, "show", fused.show_fused)
 
 
 @pytest.mark.parametrize("page_size", [1, 16, 128])
@@ -38,21 +49,20 @@ def test_columns_are_sinks_then_recent_tokens_then_the_chain(recent, page_size):
     assert torch.all(table[REQUESTS + len(lengths) :] == -1)
 
 
-class Chosen:
+def attended(requests: torch.Tensor, until: list[int], most: int, page_size: int) -> SimpleNamespace:
     """In place of `Attended`: ``most`` tokens of each request below ``until``, in any order."""
-
-    def __init__(self, until: list[int], most: int, page_size: int) -> None:
-        self.first = max(4, page_size)
-        self.until = torch.tensor(until)
-        generator = torch.Generator().manual_seed(most)
-        self.tokens = torch.zeros(len(until), most, dtype=torch.int64)
-        for b, end in enumerate(until):
-            pages = torch.randperm(max(end - self.first, 0) // page_size, generator=generator)
-            tokens = (self.first + pages[:, None] * page_size + torch.arange(page_size)).flatten()[:most]
-            self.tokens[b, : len(tokens)] = tokens
-
-    def of(self, _) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.until, self.tokens
+    first = max(4, page_size)
+    generator = torch.Generator().manual_seed(most)
+    tokens = torch.zeros(REQUESTS, most, dtype=torch.int64)
+    for request, end in zip(requests, until):
+        pages = torch.randperm(max(end - first, 0) // page_size, generator=generator)
+        found = (first + pages[:, None] * page_size + torch.arange(page_size)).flatten()[:most]
+        tokens[request, : len(found)] = found
+    return SimpleNamespace(
+        first=first,
+        tokens=tokens,
+        until=torch.zeros(REQUESTS, dtype=torch.int64).index_put((requests,), torch.tensor(until)),
+    )
 
 
 @pytest.mark.parametrize("page_size", [1, 16])
@@ -63,14 +73,16 @@ def test_columns_are_first_tokens_then_chosen_then_recent_ones_then_the_chain(si
     lengths = torch.tensor([1, 30, size + LAST_TOKENS, 196, 196, 196, 196, 196])
     ends = lengths - LAST_TOKENS - torch.tensor([0, 0, 0, 0, 2, 20, 40, 500])  # chosen so many tokens ago
     until = [max(0, int(end) // page_size * page_size) for end in ends]
-    chosen = Chosen(until, 48, page_size)
-    window = AttentionWindow(size, GAMMA_MAX, table, REQUESTS, page_size, chosen)
     requests = torch.arange(len(lengths)).flip(0)
+    chosen = attended(requests, until, 48, page_size)
+    window = AttentionWindow(size, GAMMA_MAX, table, REQUESTS, page_size, chosen)
     hidden = window.load(step(requests, lengths.tolist()))
     bounds = window.seen_on_host(lengths)
     cases = set()
     for b, (request, length, end) in enumerate(zip(requests.tolist(), lengths.tolist(), until)):
-        middle = chosen.tokens[b, :size].tolist() if end >= chosen.first + size else None  # else there was no choice
+        middle = (
+            chosen.tokens[request, :size].tolist() if end >= chosen.first + size else None
+        )  # else there was no choice
         begin = max(length - LAST_TOKENS, chosen.first + size)
         begin -= (begin - chosen.first - size) % page_size
         cases.add((middle is None, begin == end, begin < length))
@@ -87,4 +99,4 @@ def test_columns_are_first_tokens_then_chosen_then_recent_ones_then_the_chain(si
 
 def step(rows, lengths):
     lengths, nothing = torch.tensor(lengths), torch.zeros(len(rows))
-    return Step(rows, lengths, lengths, nothing, nothing, SamplingParams(*[nothing] * 5))
+    return Step(rows, lengths, lengths, nothing, nothing, nothing, SamplingParams(*[nothing] * 5))

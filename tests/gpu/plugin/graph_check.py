@@ -111,6 +111,7 @@ def _make_step(worker, size: int) -> Step:
         seq_lens_B=torch.full((size,), CONTEXT_TOKENS, device=device),
         seq_lens_cpu_B=torch.full((size,), CONTEXT_TOKENS),
         last_B=7 + rows,
+        positions_NB=(CONTEXT_TOKENS + torch.arange(width, device=device)).view(-1, 1).expand(-1, size),
         slots_NB=slots[:, CONTEXT_TOKENS:].t().contiguous(),
         params=SamplingParams(
             torch.full((size,), 0.9, device=device),
