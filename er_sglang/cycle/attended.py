@@ -11,7 +11,6 @@ from __future__ import annotations
 import copy
 
 import torch
-import torch.nn.functional as F
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.model_executor.model_runner import ModelRunner
@@ -21,6 +20,7 @@ from er_sglang.cycle.step import Step
 from er_sglang.cycle.window import whole_pages
 from er_sglang.drafting.attention import is_plain
 from er_sglang.drafting.attention_scores import asked, attention_scores
+from er_sglang.drafting.choice import choose
 from er_sglang.errors import ConfigError
 
 
@@ -76,25 +76,24 @@ class Attended:
 
     def update(self, step: Step, accept_lens_B: torch.Tensor, gamma: int) -> None:
         """Choose, whole pages, after a cycle of ``step`` of which each request has kept so many tokens, int32 [B]."""
-        rows_B, page = step.req_pool_indices_B, self._page_size
         lengths_B = step.seq_lens_B + accept_lens_B
-        columns = min(int(step.seq_lens_cpu_B.max()) + gamma + 1, self._req_to_token.shape[1])
-        latest_B = (accept_lens_B - 1).clamp_(max=gamma - 1).long()  # the last one kept follows the draft of this step
         scores_BC = attention_scores(
-            self._queries_GBLHD[latest_B, torch.arange(step.batch_size, device=latest_B.device)],
+            self._queries_GBLHD[:gamma],
+            accept_lens_B,  # the last one kept follows the draft of this step, or is the policy's own
             [self._pool.get_key_buffer(layer) for layer in self._asked],
             self._req_to_token,
-            rows_B,
+            step.req_pool_indices_B,
             lengths_B,
-            columns,
+            min(int(step.seq_lens_cpu_B.max()) + gamma + 1, self._req_to_token.shape[1]),
             self._scaling,
         )
-        until_B = (lengths_B - LAST_TOKENS).clamp_(min=0)
-        until_B -= until_B % page
-        position_C = torch.arange(columns, device=scores_BC.device)
-        scores_BC.masked_fill_((position_C < self.first) | (position_C >= until_B[:, None]), -1.0)
-        pages_BP = F.pad(scores_BC, (0, -columns % page), value=-1.0).unflatten(1, (-1, page)).amax(2)
-        best_BP = pages_BP.topk(min(self.tokens.shape[1] // page, pages_BP.shape[1])).indices
-        tokens_BK = (best_BP[..., None] * page + torch.arange(page, device=best_BP.device)).flatten(1)
-        self.tokens[rows_B, : tokens_BK.shape[1]] = tokens_BK
-        self.until[rows_B] = until_B
+        choose(
+            scores_BC,
+            lengths_B,
+            step.req_pool_indices_B,
+            self.first,
+            LAST_TOKENS,
+            self._page_size,
+            self.tokens,
+            self.until,
+        )

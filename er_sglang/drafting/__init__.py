@@ -10,5 +10,6 @@ fused.py           most of a decoder layer in one launch, for a few rows
 early.py           the kernels of these twins
 attention.py       attention of drafts on Hopper
 attention_scores.py   what a draft attends to; attention_scores_fused.py, its kernels
+choice.py          the tokens with the highest scores; choice_fused.py, its kernels
 updates.py         one refresh per policy update
 """

@@ -20,7 +20,8 @@ def asked(layers: Sequence[Layer]) -> Sequence[Layer]:
 
 
 def attention_scores(
-    queries_BLHD: torch.Tensor,
+    queries_SBLHD: torch.Tensor,
+    kept_B: torch.Tensor,
     keys: Sequence[torch.Tensor],
     req_to_token: torch.Tensor,
     rows_B: torch.Tensor,
@@ -31,17 +32,22 @@ def attention_scores(
     """softmax(scale * q k^T) over the first ``lengths`` slots of ``rows`` of ``req_to_token``, its mean over L layers and H
     heads: float32 [B, columns], 0 beyond a length.
 
-    keys: of each layer, [slots, heads of k, D]. req_to_token int32 [rows, context]; rows and lengths (at least 1, at most
-    ``columns``) int64.
+    queries: of S steps, of B requests or more. A request's are those of the last step that it has ``kept``, int32 [B], at
+    least 1, or of the last of all if it has kept more. keys: of each layer, [slots, heads of k, D]. req_to_token int32
+    [rows, context]; rows and lengths (at least 1, at most ``columns``) int64.
     """
-    if queries_BLHD.device.type == "cuda":
+    if queries_SBLHD.is_cuda:
         from er_sglang.drafting.attention_scores_fused import attention_scores_fused
 
-        return attention_scores_fused(queries_BLHD, keys, req_to_token, rows_B, lengths_B, columns, scale)
-    return attention_scores_reference(queries_BLHD, keys, req_to_token, rows_B, lengths_B, columns, scale)
+        return attention_scores_fused(queries_SBLHD, kept_B, keys, req_to_token, rows_B, lengths_B, columns, scale)
+    return attention_scores_reference(queries_SBLHD, kept_B, keys, req_to_token, rows_B, lengths_B, columns, scale)
 
 
-def attention_scores_reference(queries_BLHD, keys, req_to_token, rows_B, lengths_B, columns, scale) -> torch.Tensor:
+def attention_scores_reference(
+    queries_SBLHD, kept_B, keys, req_to_token, rows_B, lengths_B, columns, scale
+) -> torch.Tensor:
+    steps_B = kept_B.clamp(max=len(queries_SBLHD)).long() - 1
+    queries_BLHD = queries_SBLHD[steps_B, torch.arange(len(steps_B), device=steps_B.device)]
     slots_BC = req_to_token[rows_B, :columns].long()
     beyond_BC = torch.arange(columns, device=slots_BC.device) >= lengths_B[:, None]
     total_BC = torch.zeros(slots_BC.shape, device=slots_BC.device)

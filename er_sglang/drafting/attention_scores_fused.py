@@ -19,7 +19,8 @@ LEAST_HEADS = 16  # of a key, padded: the least that tl.dot takes
 
 
 def attention_scores_fused(
-    queries_BLHD: torch.Tensor,
+    queries_SBLHD: torch.Tensor,
+    kept_B: torch.Tensor,
     keys: Sequence[torch.Tensor],
     req_to_token: torch.Tensor,
     rows_B: torch.Tensor,
@@ -28,18 +29,17 @@ def attention_scores_fused(
     scale: float,
 ) -> torch.Tensor:
     """As `attention_scores`; rows of keys are aligned to 16 bytes."""
-    batch, layers, heads, head_dim = queries_BLHD.shape
+    batch, (steps, _, layers, heads, head_dim) = len(kept_B), queries_SBLHD.shape
     groups = keys[0].shape[1]
     sharing = heads // groups
     padded_heads, padded_dim = max(LEAST_HEADS, triton.next_power_of_2(sharing)), triton.next_power_of_2(head_dim)
     splits = triton.cdiv(columns, SPLIT)
     pointers_L = _on_device(tuple(k_SGD.data_ptr() for k_SGD in keys), keys[0].device)
-    sums = torch.empty((batch, layers * groups, splits, padded_heads), dtype=torch.float32, device=queries_BLHD.device)
-    log_sums = torch.empty((batch, layers * groups, padded_heads), dtype=torch.float32, device=queries_BLHD.device)
-    scores_BC = torch.empty((batch, columns), dtype=torch.float32, device=queries_BLHD.device)
-    shared = (queries_BLHD, keys[0], pointers_L, req_to_token, rows_B, lengths_B)
-    row_stride, layer_stride, head_stride, _ = queries_BLHD.stride()
-    strides = (layer_stride, row_stride, head_stride, *keys[0].stride()[:2], req_to_token.stride(0))
+    sums = torch.empty((batch, layers * groups, splits, padded_heads), dtype=torch.float32, device=kept_B.device)
+    log_sums = torch.empty((batch, layers * groups, padded_heads), dtype=torch.float32, device=kept_B.device)
+    scores_BC = torch.empty((batch, columns), dtype=torch.float32, device=kept_B.device)
+    shared = (queries_SBLHD, kept_B, keys[0], pointers_L, req_to_token, rows_B, lengths_B)
+    sizes = (steps, *queries_SBLHD.stride()[:4], *keys[0].stride()[:2], req_to_token.stride(0))
     constants = {
         "GROUPS": groups,
         "SHARING": sharing,
@@ -48,10 +48,10 @@ def attention_scores_fused(
         "PADDED_D": padded_dim,
         "BLOCK": BLOCK,
     }
-    _sums_kernel[(batch, layers * groups, splits)](*shared, sums, *strides, splits, scale, SPLIT=SPLIT, **constants)
+    _sums_kernel[(batch, layers * groups, splits)](*shared, sums, *sizes, splits, scale, SPLIT=SPLIT, **constants)
     _log_sums_kernel[(batch * layers * groups,)](sums, log_sums, splits, HEADS=padded_heads)
     _scores_kernel[(batch, triton.cdiv(columns, BLOCK))](
-        *shared, log_sums, scores_BC, *strides, columns, scale, LAYERS=layers, **constants
+        *shared, log_sums, scores_BC, *sizes, columns, scale, LAYERS=layers, **constants
     )
     return scores_BC
 
@@ -62,14 +62,20 @@ def _on_device(pointers: tuple[int, ...], device: torch.device) -> torch.Tensor:
 
 
 @triton.jit
+def _queries(queries_ptr, kept_ptr, b, steps, step_stride, row_stride):
+    """Those of a request."""
+    return queries_ptr + (tl.minimum(tl.load(kept_ptr + b), steps) - 1) * step_stride + b * row_stride
+
+
+@triton.jit
 def _products(
-    queries_ptr, like_ptr, pointers_ptr, slots, b, layer, group, here,
-    layer_stride, row_stride, head_stride, slot_stride, group_stride,
+    queries_ptr, like_ptr, pointers_ptr, slots, layer, group, here,
+    layer_stride, head_stride, slot_stride, group_stride,
     SHARING: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, PADDED_D: tl.constexpr,
 ):  # fmt: skip
     """q k^T of the heads that share the keys of a group, [HEADS, BLOCK]; rows beyond SHARING are 0."""
     head, lane = tl.arange(0, HEADS), tl.arange(0, PADDED_D)
-    q_ptr = queries_ptr + layer * layer_stride + b * row_stride + group * SHARING * head_stride
+    q_ptr = queries_ptr + layer * layer_stride + group * SHARING * head_stride
     q_here = (head[:, None] < SHARING) & (lane[None, :] < D)
     q = tl.load(q_ptr + head[:, None] * head_stride + lane[None, :], mask=q_here, other=0.0)
     k_ptr = tl.load(pointers_ptr + layer).to(like_ptr.dtype) + group * group_stride
@@ -78,10 +84,10 @@ def _products(
     return tl.dot(q, k.to(q.dtype), input_precision="ieee")
 
 
-@triton.jit(do_not_specialize=["splits"])
+@triton.jit(do_not_specialize=["steps", "splits"])
 def _sums_kernel(
-    queries_ptr, like_ptr, pointers_ptr, table_ptr, rows_ptr, lengths_ptr, sums_ptr,
-    layer_stride, row_stride, head_stride, slot_stride, group_stride, table_stride, splits, scale,
+    queries_ptr, kept_ptr, like_ptr, pointers_ptr, table_ptr, rows_ptr, lengths_ptr, sums_ptr,
+    steps, step_stride, row_stride, layer_stride, head_stride, slot_stride, group_stride, table_stride, splits, scale,
     SPLIT: tl.constexpr, GROUPS: tl.constexpr, SHARING: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr,
     PADDED_D: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -89,6 +95,7 @@ def _sums_kernel(
     b, which, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     length = tl.load(lengths_ptr + b)
     row_ptr = table_ptr + tl.load(rows_ptr + b) * table_stride
+    q_ptr = _queries(queries_ptr, kept_ptr, b, steps, step_stride, row_stride)
     largest = tl.full((HEADS,), float("-inf"), tl.float32)
     total = tl.zeros((HEADS,), tl.float32)
     for begin in range(split * SPLIT, tl.minimum(split * SPLIT + SPLIT, length), BLOCK):
@@ -96,8 +103,8 @@ def _sums_kernel(
         here = column < length
         slots = tl.load(row_ptr + column, mask=here, other=0).to(tl.int64)
         x = _products(
-            queries_ptr, like_ptr, pointers_ptr, slots, b, which // GROUPS, which % GROUPS, here,
-            layer_stride, row_stride, head_stride, slot_stride, group_stride, SHARING, HEADS, D, PADDED_D,
+            q_ptr, like_ptr, pointers_ptr, slots, which // GROUPS, which % GROUPS, here,
+            layer_stride, head_stride, slot_stride, group_stride, SHARING, HEADS, D, PADDED_D,
         )  # fmt: skip
         x = tl.where(here[None, :], x * scale, float("-inf"))
         larger = tl.maximum(largest, tl.max(x, 1))
@@ -121,10 +128,10 @@ def _log_sums_kernel(sums_ptr, log_sums_ptr, splits, HEADS: tl.constexpr):
     tl.store(log_sums_ptr + unit * HEADS + head, largest + tl.log(total))
 
 
-@triton.jit(do_not_specialize=["columns"])
+@triton.jit(do_not_specialize=["steps", "columns"])
 def _scores_kernel(
-    queries_ptr, like_ptr, pointers_ptr, table_ptr, rows_ptr, lengths_ptr, log_sums_ptr, scores_ptr,
-    layer_stride, row_stride, head_stride, slot_stride, group_stride, table_stride, columns, scale,
+    queries_ptr, kept_ptr, like_ptr, pointers_ptr, table_ptr, rows_ptr, lengths_ptr, log_sums_ptr, scores_ptr,
+    steps, step_stride, row_stride, layer_stride, head_stride, slot_stride, group_stride, table_stride, columns, scale,
     LAYERS: tl.constexpr, GROUPS: tl.constexpr, SHARING: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr,
     PADDED_D: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -134,13 +141,14 @@ def _scores_kernel(
     length = tl.load(lengths_ptr + b)
     here = column < length
     slots = tl.load(table_ptr + tl.load(rows_ptr + b) * table_stride + column, mask=here, other=0).to(tl.int64)
+    q_ptr = _queries(queries_ptr, kept_ptr, b, steps, step_stride, row_stride)
     head = tl.arange(0, HEADS)
     score = tl.zeros((BLOCK,), tl.float32)
     if tl.program_id(1) * BLOCK < length:
         for which in range(LAYERS * GROUPS):
             x = _products(
-                queries_ptr, like_ptr, pointers_ptr, slots, b, which // GROUPS, which % GROUPS, here,
-                layer_stride, row_stride, head_stride, slot_stride, group_stride, SHARING, HEADS, D, PADDED_D,
+                q_ptr, like_ptr, pointers_ptr, slots, which // GROUPS, which % GROUPS, here,
+                layer_stride, head_stride, slot_stride, group_stride, SHARING, HEADS, D, PADDED_D,
             )  # fmt: skip
             log_sum = tl.load(log_sums_ptr + (b * LAYERS * GROUPS + which) * HEADS + head)
             weight = tl.exp(x * scale - log_sum[:, None])

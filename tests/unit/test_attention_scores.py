@@ -5,27 +5,41 @@ import torch
 
 from er_sglang.drafting.attention_scores import attention_scores_reference
 
-LAYERS, HEADS, GROUPS, D = 2, 6, 2, 32
+STEPS, LAYERS, HEADS, GROUPS, D = 3, 2, 6, 2, 32
 SLOTS, CONTEXT = 1500, 1300
 LENGTHS = [1, 64, 700, 1190]
 COLUMNS = 1200
+KEPT = [1, 3, 4, 2]
 
 
 def case(dtype=torch.float32, heads=HEADS, head_dim=D):
     generator = torch.Generator().manual_seed(1)
-    queries_BLHD = torch.randn(len(LENGTHS), LAYERS, heads, head_dim, generator=generator).to(dtype)
+    queries_SBLHD = torch.randn(STEPS, len(LENGTHS) + 2, LAYERS, heads, head_dim, generator=generator).to(dtype)
     keys = [torch.randn(SLOTS, GROUPS, head_dim, generator=generator).to(dtype) for _ in range(LAYERS)]
     table = torch.stack([torch.randperm(SLOTS, generator=generator)[:CONTEXT] for _ in range(7)]).int()
     rows_B = torch.tensor([5, 0, 3, 6])
-    return queries_BLHD, keys, table, rows_B, torch.tensor(LENGTHS), COLUMNS, 0.3
+    return (
+        queries_SBLHD,
+        torch.tensor(KEPT, dtype=torch.int32),
+        keys,
+        table,
+        rows_B,
+        torch.tensor(LENGTHS),
+        COLUMNS,
+        0.3,
+    )
 
 
 def test_weights_are_the_mean_of_all_layers_and_heads():
-    queries_BLHD, keys, table, rows_B, lengths_B, columns, scale = arguments = case()
+    queries_SBLHD, _, keys, table, rows_B, lengths_B, columns, scale = arguments = case()
     found_BC = attention_scores_reference(*arguments)
     for b, (row, length) in enumerate(zip(rows_B, lengths_B)):
         weights = [
-            (scale * keys[layer][table[row, :length].long(), head // 3] @ queries_BLHD[b, layer, head]).softmax(0)
+            (
+                scale
+                * keys[layer][table[row, :length].long(), head // 3]
+                @ queries_SBLHD[min(KEPT[b], STEPS) - 1, b, layer, head]
+            ).softmax(0)
             for layer in range(LAYERS)
             for head in range(HEADS)
         ]
@@ -34,7 +48,7 @@ def test_weights_are_the_mean_of_all_layers_and_heads():
 
 
 def test_what_lies_beyond_a_length_may_be_anything():
-    _, keys, table, rows_B, lengths_B, *_ = arguments = case()
+    _, _, keys, table, rows_B, lengths_B, *_ = arguments = case()
     expected_BC = attention_scores_reference(*arguments)
     used = torch.cat([table[row, :length] for row, length in zip(rows_B, lengths_B)]).unique().long()
     for k_SGD in keys:
