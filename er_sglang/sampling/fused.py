@@ -21,6 +21,7 @@ import triton.language as tl
 from er_sglang.sampling.base import LEAST_FLOAT, STREAM_ACCEPT, STREAM_RESIDUAL, Sampler, SamplingParams, Verdict
 
 BLOCK = 4096
+RACE_BLOCK = 1024  # of the token after the drafts: few rows, each a long way for few warps
 SUMMARY_THREADS = 1024  # kThreads in summary.cu
 
 # Triton compiles a kernel anew for integers that are 1 or a multiple of 16. These vary from step to step, and no load
@@ -301,7 +302,6 @@ class FusedSampler(Sampler):
             SIMULATE=simulate, RIDES=rides_B is not None,
         )  # fmt: skip
         blocks = triton.cdiv(size, BLOCK)
-        blocks_pow2 = triton.next_power_of_2(blocks)
         (rest,) = _floats(1, batch * width, blocks, device=device)
         if gamma > 1:
             _rest_kernel[(batch, gamma - 1, blocks)](
@@ -311,23 +311,31 @@ class FusedSampler(Sampler):
             )  # fmt: skip
         accepted_B = torch.empty(batch, dtype=torch.int32, device=device)
         _accept_kernel[(batch,)](
-            random.state, joint_R, rest, accepted_B, blocks, STREAM_ACCEPT, GAMMA=gamma, BLOCKS_POW2=blocks_pow2
+            random.state,
+            joint_R,
+            rest,
+            accepted_B,
+            blocks,
+            STREAM_ACCEPT,
+            GAMMA=gamma,
+            BLOCKS_POW2=triton.next_power_of_2(blocks),
         )
-        best, fallback = _floats(2, batch, blocks, device=device)
-        arg, fallback_arg = (_tokens(batch, blocks, device=device) for _ in range(2))
-        _residual_kernel[(batch, blocks)](
+        racing = triton.cdiv(size, RACE_BLOCK)
+        best, fallback = _floats(2, batch, racing, device=device)
+        arg, fallback_arg = (_tokens(batch, racing, device=device) for _ in range(2))
+        _residual_kernel[(batch, racing)](
             logits_RV, draft.logits_GBV, params.temperature_B, random.state, accepted_B, joint_R, *p_and_q,
             rides_B, best, arg, fallback, fallback_arg,
-            logits_RV.stride(0), *draft_strides, draft.lse_GB.stride(0), size, blocks, STREAM_RESIDUAL,
-            gamma, RIDES=rides_B is not None, BLOCK=BLOCK,
+            logits_RV.stride(0), *draft_strides, draft.lse_GB.stride(0), size, racing, STREAM_RESIDUAL,
+            gamma, RIDES=rides_B is not None, BLOCK=RACE_BLOCK,
         )  # fmt: skip
         emitted_BN = torch.empty((batch, width), dtype=torch.int64, device=device)
         accept_lens_B = torch.empty(batch, dtype=torch.int32, device=device)
         last_B = torch.empty(batch, dtype=torch.int64, device=device)
         _emit_kernel[(batch,)](
             draft.tokens_NB, params.top_k_B, accepted_B, p_top_R, best, arg, fallback, fallback_arg,
-            emitted_BN, accept_lens_B, last_B, draft.tokens_NB.stride(0), blocks,
-            GAMMA=gamma, BLOCKS_POW2=blocks_pow2,
+            emitted_BN, accept_lens_B, last_B, draft.tokens_NB.stride(0), racing,
+            GAMMA=gamma, BLOCKS_POW2=triton.next_power_of_2(racing),
         )  # fmt: skip
         return Verdict(emitted_BN, accept_lens_B, last_B, lse_BN)
 
