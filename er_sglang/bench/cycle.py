@@ -29,7 +29,7 @@ KINDS = (
     ("int4 GEMM", "small_batch_gemm|wgmma_gemm|marlin"),
     ("norm", "norm"),
     ("attention", "flash|attn|fmha"),
-    ("choice of tokens", "_sums_kernel|_scores_kernel|topk|radix|sort"),
+    ("choice of tokens", "_sums_kernel|_scores_kernel|_select_kernel|_rank_kernel"),
     (
         "draw and judge",
         "_shape_kernel|_partials_kernel|summarize_rows|_joint_kernel|_rest_kernel|_accept_kernel|_residual_kernel|_emit_kernel",
@@ -37,7 +37,10 @@ KINDS = (
     ("rope, KV store", "rope|rotary|kvcache|kv_cache"),
     ("activation", "silu|act_and_mul"),
     ("bf16 GEMM", "nvjet|gemm|gemv|splitk|cutlass"),
-    ("copy, elementwise", "elementwise|copy|fill|index|cat|arange|reduce|scatter|gather|mem|scan"),
+    (
+        "copy, elementwise",
+        "_next_slots|_show_kernel|_load_kernel|elementwise|copy|fill|index|cat|arange|reduce|scatter|gather|mem|scan",
+    ),
 )
 PROFILED_STEPS = 10
 WARM_UP_TOKENS = 32
