@@ -9,9 +9,11 @@
 // - K is cut into strips, each with as many of the blocks. Pieces of a strip, 64 columns of 128 of K (4 KB), are shared out evenly,
 //   column after column, first over its blocks, then over warps (layer_products.cuh). A block sends what it has of a column to the
 //   block that finishes it (layer_sums.cuh); this one sends the result to all that read it. From one product to the next that takes
-//   5 us, of 8 rows 6 to 10, while rings fill.
+//   5 us, of 8 rows 5 to 8, while rings fill.
 // - No more is requested at a time than memory needs to be busy, and half of it while blocks hand each other sums: what they send
 //   would have to wait behind it. Requested as early as there is room, a layer takes 11 to 14 % more time (H100, one row).
+// - x is multiplied as float16, which bf16 fits but for its range: beyond 65504 it is that. Two of four shifts that codes would need are
+//   saved (as_operands, multiply), and all subtractions of zero points.
 // - The root mean square of the norm before a product is a factor of its rows: sums are divided by it, when the squares have arrived.
 //   The norm's weight is part of x.
 // - The first weights of the next launch go to L2 while the last product is multiplied, which leaves memory idle.
@@ -44,7 +46,9 @@
 
 namespace er_sglang {
 
-constexpr int kMultiplying = 32 * kWarps, kThreads = kMultiplying + 32 * kGroups;
+constexpr int kLogMultiplying = 8, kMultiplying = 1 << kLogMultiplying;
+static_assert(kMultiplying == 32 * kWarps);
+constexpr int kThreads = kMultiplying + 32 * kGroups;
 constexpr int kLooksX = 5;  // vectors of x that a lane looks at at once
 constexpr int kSharedBytes = 227 * 1024;
 
@@ -53,46 +57,40 @@ SGL_DEVICE void multiplying_sync() { asm volatile("bar.sync 1, %0;" ::"n"(kMulti
 // Where 16 bytes of a row of a unit of x are, in shared memory: ldmatrix, which reads the same of all rows, meets no bank twice.
 SGL_DEVICE int chunk_at(int chunk, int row) { return chunk ^ row; }
 
-// x of a strip to shared memory, [units][m][kRowX bytes].
-SGL_DEVICE void read_x(const Layer& p, const Step& s, char* shared_x, int strip) {
-  const int begin = strip * s.strip.value;
-  for (int i = threadIdx.x; i < s.strip.value * (kUnitK / 8); i += kMultiplying) {
-    const int unit = i / (kUnitK / 8), chunk = i % (kUnitK / 8);
-    uint4 v[kMostRows];
+// x of a strip to shared memory, [units][m][kRowX bytes]. Threads are shared out over rows, some warps for each.
+SGL_DEVICE void get_x(const Layer& p, const Step& s, const Step& before, char* shared_x, int strip, int turn) {
+  constexpr int kChunks = kUnitK / 8;  // of a row of a unit
+  const int log_threads = kLogMultiplying - p.log_rows, threads = 1 << log_threads, chunks = s.strip.value * kChunks;
+  const int row = threadIdx.x >> log_threads, mine = threadIdx.x & (threads - 1);
+  if (row >= p.m) return;
+  uint4* const from = (s.x ? reinterpret_cast<uint4*>(s.x + int64_t(row) * s.x_stride)
+                           : reinterpret_cast<uint4*>(before.sent + turn) + row * s.units * kChunks) +
+                      strip * chunks;
+  for (int first = 0; first < chunks; first += threads * kLooksX) {
+    const auto chunk = [&](int i) { return first + i * threads + mine; };
+    uint4* at[kLooksX];
+    uint4 v[kLooksX];
 #pragma unroll
-    for (int row = 0; row < kMostRows; ++row) {
-      if (row < p.m) v[row] = __ldcg(reinterpret_cast<const uint4*>(s.x + int64_t(row) * s.x_stride + (begin + unit) * kUnitK) + chunk);
+    for (int i = 0; i < kLooksX; ++i) at[i] = from + min(chunk(i), chunks - 1);
+    if (s.x) {
+#pragma unroll
+      for (int i = 0; i < kLooksX; ++i) v[i] = as_operands(__ldcg(at[i]), chunk(i) % 2);
+    } else {
+      receive(v, at);
     }
 #pragma unroll
-    for (int row = 0; row < kMostRows; ++row) {
-      if (row < p.m) reinterpret_cast<uint4*>(shared_x + (unit * p.m + row) * kRowX)[chunk_at(chunk, row)] = v[row];
+    for (int i = 0; i < kLooksX; ++i) {
+      if (chunk(i) >= chunks) continue;
+      const int unit = chunk(i) / kChunks;
+      reinterpret_cast<uint4*>(shared_x + (unit * p.m + row) * kRowX)[chunk_at(chunk(i) % kChunks, row)] = v[i];
     }
   }
 }
 
-SGL_DEVICE void receive_x(const Layer& p, const Step& s, const Step& before, char* shared_x, int strip, uint32_t launch) {
-  const int lane = threadIdx.x % 32, vectors = s.units * kUnitK / 4;  // of a row
-  const int begin = strip * s.strip.value, tasks = s.strip.value << p.log_rows;
-  const int row = threadIdx.x / 32 & ((1 << p.log_rows) - 1);  // a warp's tasks are of the same row
-  if (row >= p.m) return;
-  for (int first = threadIdx.x / 32; first < tasks; first += kWarps * kLooksX) {
-    const auto unit = [&](int i) { return (first + i * kWarps) >> p.log_rows; };
-    const Two* at[kLooksX];
-#pragma unroll
-    for (int i = 0; i < kLooksX; ++i) {
-      const int known = first + i * kWarps < tasks ? i : 0;
-      at[i] = reinterpret_cast<const Two*>(before.sent) + row * vectors + (begin + unit(known)) * 32 + lane;
-    }
-    Two v[kLooksX];
-    receive(v, at, launch);
-#pragma unroll
-    for (int i = 0; i < kLooksX; ++i) {
-      if (first + i * kWarps < tasks) {
-        const int at_8_bytes = 2 * chunk_at(lane / 2, row) + lane % 2;
-        reinterpret_cast<uint2*>(shared_x + (unit(i) * p.m + row) * kRowX)[at_8_bytes] = {v[i].a.data, v[i].b.data};
-      }
-    }
-  }
+// What the launch before handed on is taken back: the next one will send there.
+SGL_DEVICE void take_back_all(const Layer& p, uint32_t launch) {
+  uint4* const old = p.sent + (launch & 1 ? 0 : p.sent_vectors);
+  for (int i = blockIdx.x * kMultiplying + threadIdx.x; i < p.sent_vectors; i += gridDim.x * kMultiplying) take_back(old + i);
 }
 
 // sum += W_hat's piece @ x's unit, 64 columns by 8 rows. `fragments`: what the lane reads first, of two tiles.
@@ -107,28 +105,28 @@ SGL_DEVICE void multiply(float (&sum)[4][4], uint32_t piece, uint32_t fragments)
   uint4 codes[kUnitTiles];
 #pragma unroll
   for (int t = 0; t < kUnitTiles; ++t) codes[t] = load(piece + t * kTileBytes + lane * 16);
-  float part[4][4] = {};
-  uint32_t b[4], zero[2];
-  magic_zeros<bf16_t, true>(zero, 0, 0);
+  // Codes become 1024 + code and, where x is a sixteenth, 1024 + 16 * code: without a shift for those. What is too much is one more
+  // product, of a constant.
+  float part[4][4] = {}, too_much[4] = {};
+  constexpr uint32_t kTooMuch[4] = {0xe408e408, 0xe408e408, 0xe480e480, 0xe480e480};  // -1032 and -1152
+  uint32_t b[4];
 #pragma unroll
   for (int t = 0; t < kUnitTiles; ++t) {
     const uint32_t q[4] = {codes[t].x, codes[t].y, codes[t].z, codes[t].w};
-    if (t % 2 == 0) load_x_fragments(b, fragments ^ t * kTileK * sizeof(bf16_t));
+    if (t % 2 == 0) load_x_fragments(b, fragments ^ t * kTileK * sizeof(fp16_t));
 #pragma unroll
     for (int w = 0; w < 4; ++w) {
-      uint32_t a[4];
-      a[0] = subtract2<bf16_t>(magic_codes<bf16_t>(q[w]), zero[0]);
-      a[1] = subtract2<bf16_t>(magic_codes<bf16_t>(q[w] >> 8), zero[1]);
-      a[2] = subtract2<bf16_t>(magic_codes<bf16_t>(q[w] >> 4), zero[0]);
-      a[3] = subtract2<bf16_t>(magic_codes<bf16_t>(q[w] >> 12), zero[1]);
-      multiply_add<bf16_t>(part[w], a, b[t % 2 * 2], b[t % 2 * 2 + 1]);
+      const uint32_t a[4] = {
+          magic_codes<fp16_t>(q[w]), magic_codes<fp16_t>(q[w] >> 8), magic_codes_16<fp16_t>(q[w]), magic_codes_16<fp16_t>(q[w] >> 8)};
+      multiply_add<fp16_t>(part[w], a, b[t % 2 * 2], b[t % 2 * 2 + 1]);
     }
+    multiply_add<fp16_t>(too_much, kTooMuch, b[t % 2 * 2], b[t % 2 * 2 + 1]);
   }
   const bf16_t* scale = reinterpret_cast<const bf16_t*>(&scales);
 #pragma unroll
   for (int w = 0; w < 4; ++w) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) sum[w][i] += static_cast<float>(scale[2 * w + i / 2]) * part[w][i];
+    for (int i = 0; i < 4; ++i) sum[w][i] += static_cast<float>(scale[2 * w + i / 2]) * (part[w][i] + too_much[i]);
   }
 }
 
@@ -183,12 +181,13 @@ __global__ void __launch_bounds__(kThreads, 1) fused_layer_kernel(const __grid_c
 
   device::PDLWaitPrimary<true>();
   const uint32_t launch = __ldcg(p.launch);
+  const int turn = (launch & 1) * p.sent_vectors * 4;  // where this launch's `sent` and `squares` are
   Stage stage;
   for (int step = 0; step < kSteps; ++step) {
     const Step &s = head.steps[step], &before = head.steps[max(step - 1, 0)];
     const BlockShare block(s);
-    if (s.x) read_x(p, s, shared_x, block.strip);
-    else receive_x(p, s, before, shared_x, block.strip, launch);
+    get_x(p, s, before, shared_x, block.strip, turn);
+    if (step == 0) take_back_all(p, launch);
     multiplying_sync();
     if (threadIdx.x == 0) head.handing = 0;
 
@@ -198,12 +197,12 @@ __global__ void __launch_bounds__(kThreads, 1) fused_layer_kernel(const __grid_c
     multiplying_sync();  // x is no longer needed
     store_parts(last_parts + warp * p.m * kRowPart, sum, p.m);
     multiplying_sync();
-    send_sums(p, s, block, first_parts, last_parts, launch);
-    finish(p, s, step > 0 && before.residual ? &before : nullptr, launch);
+    send_sums(p, s, block, first_parts, last_parts);
+    finish(p, s, step > 0 && before.residual ? &before : nullptr, turn);
     multiplying_sync();  // the parts are no longer needed
   }
   // All blocks know the number: block 0 finishes an output of gate_up, whose norm has squares of all of o, and so sums of every block.
-  if (blockIdx.x == 0 && threadIdx.x == 0) *p.launch = launch + 1 ? launch + 1 : 1;  // 0 is what places hold that nothing was sent to
+  if (blockIdx.x == 0 && threadIdx.x == 0) *p.launch = launch + 1;
 }
 
 struct FusedLayer {
@@ -237,7 +236,7 @@ struct FusedLayer {
   }
 
   // Products: o, gate_up and down of a layer, qkv, o and gate_up of the next one. residual is updated in place; y is qkv's.
-  // scratch: int32, zero at first; launch: int32, not zero at first; nothing else may change them.
+  // scratch: int32, all bits set at first; nothing else may change it.
   static void
   run(tvm::ffi::TensorView x,
       tvm::ffi::TensorView residual,
@@ -258,7 +257,6 @@ struct FusedLayer {
       tvm::ffi::TensorView next_gate_up_codes,
       tvm::ffi::TensorView next_gate_up_scales,
       tvm::ffi::TensorView scratch,
-      tvm::ffi::TensorView launch,
       double eps,
       int64_t blocks,
       int64_t o_strips,
@@ -278,16 +276,15 @@ struct FusedLayer {
     if (bias.size(0)) TensorMatcher({N}).with_dtype<bf16_t>().with_device(device).verify(bias);
     TensorMatcher({I, H}).with_dtype<bf16_t>().with_device(device).verify(down_scales);
     TensorMatcher({S}).with_dtype<int32_t>().with_device(device).verify(scratch);
-    TensorMatcher({1}).with_dtype<int32_t>().with_device(device).verify(launch);
     RuntimeCheck(stride.unwrap() % 8 == 0, "rows of x are not aligned to 16 bytes");
     const int64_t hidden = H.unwrap(), intermediate = I.unwrap() * kUnitK;
     const auto on = device.unwrap();
 
     Layer layer{};
     layer.m = M.unwrap(), layer.eps = eps, layer.rounds_ahead = rounds_ahead;
-    layer.launch = static_cast<uint32_t*>(launch.data_ptr());
     RuntimeCheck(1 <= layer.m && layer.m <= kMostRows, "unsupported number of rows ", layer.m);
     while (1 << layer.log_rows < layer.m) ++layer.log_rows;
+    layer.log_pairs = std::max(layer.log_rows - 1, 0);
     auto& [o, gate_up, down, qkv, next_o, next_gate_up] = layer.steps;
     o = step(o_codes, o_scales, K.unwrap(), 1, o_strips, blocks, on);
     gate_up = step(gate_up_codes, gate_up_scales, hidden, 2, gate_up_strips, blocks, on);
@@ -297,26 +294,32 @@ struct FusedLayer {
     next_gate_up = step(next_gate_up_codes, next_gate_up_scales, hidden, 2, gate_up_strips, blocks, on);
     RuntimeCheck(o.n == hidden && down.n == hidden && gate_up.n == 2 * intermediate && qkv.n == N.unwrap(), "these products do not follow each other");
     RuntimeCheck(hidden / kTileN <= kMostOutputs, "too wide a norm: ", hidden);
-    o.x = static_cast<const bf16_t*>(x.data_ptr()), o.x_stride = stride.unwrap();
+    o.x = static_cast<bf16_t*>(x.data_ptr()), o.x_stride = stride.unwrap();
     o.residual = down.residual = static_cast<bf16_t*>(residual.data_ptr());
     o.norm = static_cast<const bf16_t*>(first_norm.data_ptr()), down.norm = static_cast<const bf16_t*>(second_norm.data_ptr());
     qkv.bias = bias.size(0) ? static_cast<const bf16_t*>(bias.data_ptr()) : nullptr;
     qkv.y = static_cast<bf16_t*>(y.data_ptr());
 
-    char* free = static_cast<char*>(scratch.data_ptr());
-    const char* const end = free + S.unwrap() * sizeof(int32_t);
+    int* free = static_cast<int*>(scratch.data_ptr());
+    const int* const end = free + S.unwrap();
+    const auto take = [&free](int64_t words) { return std::exchange(free, free + words); };
     const int parts_bytes = kWarps * layer.m * kRowPart * sizeof(float);
     layer.x_bytes = parts_bytes;  // the last parts, in the same place
+    layer.launch = reinterpret_cast<uint32_t*>(take(4));
+    layer.sent = reinterpret_cast<uint4*>(free);
     for (int i = 0; i < kSteps; ++i) {
       Step& s = layer.steps[i];
-      const int outputs = s.outputs;
-      const auto take = [&free](int64_t bytes) { return std::exchange(free, free + bytes); };
-      s.inbox = reinterpret_cast<Two*>(take(int64_t(outputs) * s.parts * kMostRows * 32 * sizeof(Two)));
-      s.sent = reinterpret_cast<One*>(take(int64_t(kMostRows) * outputs * kTileN / 2 * sizeof(One)));
-      s.squares = reinterpret_cast<One*>(take(int64_t(kMostRows) * outputs * sizeof(One)));
+      s.sent = reinterpret_cast<uint32_t*>(take(kMostRows * s.outputs * kTileN / 2));
+      s.squares = reinterpret_cast<uint32_t*>(take(kMostRows * s.outputs));
       layer.x_bytes = std::max<int>(layer.x_bytes, s.strip.value * layer.m * kRowX);
     }
-    RuntimeCheck(free <= end, "too little scratch: ", free - end, " bytes are missing");
+    layer.sent_vectors = reinterpret_cast<uint4*>(free) - layer.sent;
+    take(4 * layer.sent_vectors);
+    for (int i = 0; i < kSteps; ++i) {
+      Step& s = layer.steps[i];
+      s.inbox = reinterpret_cast<float*>(take(int64_t(s.outputs) * s.parts * layer.m * kTileN));
+    }
+    RuntimeCheck(free <= end, "too little scratch: ", free - end, " words are missing");
     layer.stages = std::min(kMostStages, (kSharedBytes - kHeadBytes - parts_bytes - layer.x_bytes) / (kGroups * kStageBytes));
     RuntimeCheck(layer.stages >= kInFlight, "no room for weights beside x");
     const int shared_bytes = kHeadBytes + kGroups * layer.stages * kStageBytes + parts_bytes + layer.x_bytes;

@@ -17,12 +17,12 @@ MAX_HIDDEN = 8192  # of the norms
 
 
 class FusedLayer:
-    """Deterministic. Launches share a place for their sums, and tell theirs by the launch's number: one stream at a time."""
+    """Deterministic. Launches share a place for their sums: one stream at a time."""
 
     def __init__(self, *, device: torch.device) -> None:
         self._run = fused_layer_module().run
         self._multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
-        self._launch = torch.ones(1, dtype=torch.int32, device=device)  # its number, which the kernel counts on
+        self._device = device
         self._scratch: dict[tuple[tuple[int, int], ...], torch.Tensor] = {}  # by shapes, one for all their layers
         self._none = torch.empty(0, dtype=DTYPE, device=device)
 
@@ -35,7 +35,7 @@ class FusedLayer:
         fitting = list(takewhile(lambda rows: None not in self._strips(products, rows), range(1, FUSED_ROWS + 1)))
         if fitting and shapes not in self._scratch:
             ints = max(self._scratch_ints(products, rows) for rows in fitting)
-            self._scratch[shapes] = torch.zeros(ints, dtype=torch.int32, device=self._launch.device)
+            self._scratch[shapes] = torch.full((ints,), -1, dtype=torch.int32, device=self._device)
         return len(fitting)
 
     def __call__(
@@ -58,7 +58,6 @@ class FusedLayer:
             y_MN,
             *(tensor for packed in products for tensor in (packed.codes, packed.scales)),
             self._scratch[_shapes(products)],
-            self._launch,
             norms.eps,
             self._multiprocessors,  # a block on each
             *self._strips(products, rows),
@@ -70,12 +69,12 @@ class FusedLayer:
         return [choose_strips(n, k, rows, self._multiprocessors) for n, k in _shapes(products)]
 
     def _scratch_ints(self, products: LayerProducts, rows: int) -> int:
-        """What blocks send each other: parts of sums, then a product's y, then the squares of a norm."""
-        ints = 0
+        """The launch's number; a product's y and the squares of a norm, twice; parts of sums."""
+        ints = 4
         for name, packed, strips in zip(products._fields, products, self._strips(products, rows)):
             halves = 2 if name == "gate_up" else 1
             outputs, parts = packed.n // TILE_N // halves, strips * halves * 2
-            ints += FUSED_ROWS * outputs * (parts * 2 * TILE_N + TILE_N + 2)
+            ints += outputs * (2 * FUSED_ROWS * (TILE_N // 2 + 1) + parts * rows * TILE_N)
         return ints
 
 

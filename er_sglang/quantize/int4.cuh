@@ -34,6 +34,13 @@ SGL_DEVICE uint32_t magic_codes(uint32_t codes) {
   return and_or(codes, 0x000f000fu, Magic<T>::bits);
 }
 
+// The two behind them, 16-fold.
+template <typename T>
+SGL_DEVICE uint32_t magic_codes_16(uint32_t codes) {
+  static_assert(std::is_same_v<T, fp16_t>, "bf16 has too few bits");
+  return and_or(codes, 0x00f000f0u, Magic<T>::bits);
+}
+
 // The zero point of rows r and r + 8, twice in a register each, plus the magic number: the one of symmetric weights, or
 // those of slab `w` of a lane's eight packed ones.
 template <typename T, bool kSymmetric>

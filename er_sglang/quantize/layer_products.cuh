@@ -31,13 +31,13 @@ struct Step {  // a product
   const char* codes;       // [k / 16, n / 64, 32] of 16 bytes
   const char* scales;      // [k / 128, n]
   const bf16_t* bias;      // [n] or null
-  const bf16_t* x;         // [m, k] of the first product; null: what the product before sent
+  bf16_t* x;               // [m, k] of the first product; null: what the product before sent
   bf16_t* y;               // [m, n] of the last one; null: sent
   bf16_t* residual;        // [m, n] or null: with it a norm follows
   const bf16_t* norm;      // [n], its weight
-  Two* inbox;              // [outputs, parts, 8, 32]: sums for the block that finishes an output
-  One* sent;               // [8, columns / 2]: pairs of columns of y
-  One* squares;            // [8, outputs]: sums of the squares of an output's columns
+  float* inbox;            // [outputs, parts, m, 64]: sums for the block that finishes an output
+  uint32_t* sent;          // [8, columns / 2]: pairs of columns of y, as operands; of launches by turns, as squares
+  uint32_t* squares;       // [8, outputs], float32: sums of the squares of an output's columns
   int n, units, x_stride;
   int halves;              // 2: a gated product, y is silu(gate) * up, and W_hat has gate's columns first
   int parts;               // of an output: for each strip and half two, of the block that has the column's start and of the one behind it, if two have it
@@ -51,8 +51,12 @@ struct Step {  // a product
 struct Layer {
   Step steps[kSteps + kStepsAhead];
   uint32_t* launch;  // its number
+  uint4* sent;       // all of `sent` and `squares`, of launches with even numbers; of those with odd ones, behind it
+  int sent_vectors;  // of each
   float eps;
-  int m, log_rows;   // rows; the binary logarithm of so many or a few more
+  int m;             // rows
+  int log_rows;      // the binary logarithm of so many or a few more,
+  int log_pairs;     // and of pairs of them
   int stages;        // of each ring
   int x_bytes;       // of shared memory, for x and then for the last parts
   int rounds_ahead;  // of the next launch's weights to L2
@@ -78,6 +82,21 @@ struct BlockShare : Share {  // of a strip's pieces, that of this block
  private:
   SGL_DEVICE BlockShare(const Step& s, int strip) : Share(blockIdx.x - strip * s.blocks.value, s.each, s.more), strip(strip) {}
 };
+
+// Of x, as it is multiplied: float16, and of the second half of a tile's K a sixteenth.
+SGL_DEVICE uint32_t as_operands(float a, float b, bool second_half) {
+  const float factor = second_half ? 1.f / 16 : 1.f;
+  uint32_t two;
+  asm("cvt.rn.satfinite.f16x2.f32 %0, %1, %2;" : "=r"(two) : "f"(b * factor), "f"(a * factor));
+  return two;
+}
+SGL_DEVICE uint32_t as_operands(uint32_t two, bool second_half) {  // of bf16
+  const bf16_t* x = reinterpret_cast<const bf16_t*>(&two);
+  return as_operands(static_cast<float>(x[0]), static_cast<float>(x[1]), second_half);
+}
+SGL_DEVICE uint4 as_operands(uint4 v, bool second_half) {
+  return {as_operands(v.x, second_half), as_operands(v.y, second_half), as_operands(v.z, second_half), as_operands(v.w, second_half)};
+}
 
 SGL_DEVICE int owner(const Step& s, int piece) {  // of a strip, a block of it
   const int of_more = s.more * (s.each + 1);

@@ -121,6 +121,29 @@ def test_rows_of_x_may_lie_apart(layers, rows):
 
 
 @of_all_rows
+def test_numbers_that_are_none_are_handed_on(layers, rows):
+    """What blocks have not sent yet are the bits of a NaN, which may be in x, too."""
+    fmt, layer, _ = layers
+    x, residual, *others = operands(layer, rows, True)
+    x.view(torch.int16)[-1], residual.view(torch.int16)[-1] = -1, -1
+    for result in run(fmt, layer, x, residual, *others):
+        assert result[-1].isnan().all() and result[:-1].isfinite().all()
+
+
+@of_all_rows
+def test_launches_take_back_what_blocks_handed_each_other(layers, rows):
+    """But what the last one handed on to more than one block, which the next one takes back."""
+    fmt, layer, _ = layers
+    given = operands(layer, rows, True)
+    run(fmt, layer, *given)
+    (scratch,) = fmt._fused_layer._scratch.values()
+    outputs = [layer.o.n // 64, layer.gate_up.n // 128, layer.down.n // 64, layer.qkv.n // 64]
+    handed_on = 2 * FUSED_ROWS * 33 * sum(outputs)
+    assert (scratch[4 + handed_on :] == -1).all()
+    assert (scratch[4 : 4 + handed_on].view(2, -1) == -1).all(dim=1).tolist() in ([True, False], [False, True])
+
+
+@of_all_rows
 def test_ten_launches_give_the_same_bits(layers, rows):
     fmt, layer, _ = layers
     given = operands(layer, rows, True)
