@@ -26,7 +26,7 @@ from er_sglang.tools.serving import ON_CPU, Server, exit_on_sigterm
 
 CYCLE_END = "_emit_kernel"  # the last kernel of a cycle
 KINDS = (
-    ("int4 GEMM", "small_batch_gemm|wgmma_gemm|marlin"),
+    ("int4 GEMM", "small_batch_gemm|wgmma_gemm|fused_layer|marlin"),
     ("norm", "norm"),
     ("attention", "flash|attn|fmha"),
     ("choice of tokens", "_sums_kernel|_scores_kernel|_select_kernel|_rank_kernel"),

@@ -10,7 +10,7 @@
 
 namespace er_sglang {
 
-constexpr uint32_t kNothing = 0xffffffff;  // NaN as float or as two bf16, but not the NaN that arithmetic gives: that is positive
+constexpr uint32_t kNothing = 0xffffffff;  // NaN as float or as two float16, but not the one that arithmetic and conversions give: that is positive
 
 SGL_DEVICE void send(uint2* to, uint2 v) {
   asm volatile("st.relaxed.gpu.global.v2.b32 [%0], {%1, %2};" ::"l"(to), "r"(v.x), "r"(v.y) : "memory");

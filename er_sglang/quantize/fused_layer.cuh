@@ -12,8 +12,8 @@
 //   5 us, of 8 rows 5 to 8, while rings fill.
 // - No more is requested at a time than memory needs to be busy, and half of it while blocks hand each other sums: what they send
 //   would have to wait behind it. Requested as early as there is room, a layer takes 11 to 14 % more time (H100, one row).
-// - x is multiplied as float16, which bf16 fits but for its range: beyond 65504 it is that. Two of four shifts that codes would need are
-//   saved (as_operands, multiply), and all subtractions of zero points.
+// - x is multiplied as float16, which bf16 fits but for its range: beyond 65504 it is that, and below .001 it loses bits. Two of four
+//   shifts that codes would need are saved (as_operands, multiply), and all subtractions of zero points.
 // - The root mean square of the norm before a product is a factor of its rows: sums are divided by it, when the squares have arrived.
 //   The norm's weight is part of x.
 // - The first weights of the next launch go to L2 while the last product is multiplied, which leaves memory idle.

@@ -14,6 +14,7 @@ GROUP_SIZE = 128
 # fewer, for the attention in between then needs memory itself.
 AHEAD_ROUNDS = 4
 MAX_HIDDEN = 8192  # of the norms
+NOTHING = -1  # kNothing in exchange.cuh
 
 
 class FusedLayer:
@@ -35,7 +36,7 @@ class FusedLayer:
         fitting = list(takewhile(lambda rows: None not in self._strips(products, rows), range(1, FUSED_ROWS + 1)))
         if fitting and shapes not in self._scratch:
             ints = max(self._scratch_ints(products, rows) for rows in fitting)
-            self._scratch[shapes] = torch.full((ints,), -1, dtype=torch.int32, device=self._device)
+            self._scratch[shapes] = torch.full((ints,), NOTHING, dtype=torch.int32, device=self._device)
         return len(fitting)
 
     def __call__(

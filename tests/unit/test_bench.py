@@ -479,6 +479,7 @@ def test_a_cycle_is_summarized_by_kind_and_gap():
     assert {row["kind"]: row["ms"] for row in summary["kinds"]} == pytest.approx(
         {"int4 GEMM": 0.010, "attention": 0.004, "norm": 0.003, "draw and judge": 0.002}
     )
+    assert Kernel("er_sglang::fused_layer_kernel(er_sglang::Layer)", 0, 60).kind == "int4 GEMM"
     with pytest.raises(ValueError, match="no whole cycle"):
         summarize(cycle(0))
 

@@ -80,9 +80,8 @@ def test_columns_are_first_tokens_then_chosen_then_recent_ones_then_the_chain(si
     bounds = window.seen_on_host(lengths)
     cases = set()
     for b, (request, length, end) in enumerate(zip(requests.tolist(), lengths.tolist(), until)):
-        middle = (
-            chosen.tokens[request, :size].tolist() if end >= chosen.first + size else None
-        )  # else there was no choice
+        # Of fewer tokens there was no choice.
+        middle = chosen.tokens[request, :size].tolist() if end >= chosen.first + size else None
         begin = max(length - LAST_TOKENS, chosen.first + size)
         begin -= (begin - chosen.first - size) % page_size
         cases.add((middle is None, begin == end, begin < length))
