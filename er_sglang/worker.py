@@ -33,6 +33,7 @@ from er_sglang.host.penalties import PenalisedRequests
 from er_sglang.host.refusals import check_model_class, check_simulated_acceptance
 from er_sglang.host.relay import SelfQuantDraftInput
 from er_sglang.host.releases import adapter
+from er_sglang.host.reservation import compile_reservation
 from er_sglang.host.riders import batch_blocker, riders
 from er_sglang.host.served import ServedWorker
 from er_sglang.policy.profile import Rung
@@ -106,6 +107,8 @@ class SelfQuantWorker(ServedWorker):
                 simulated,
             )
         self._sampler = create_sampler(self.device)
+        if simulated is not None:  # step times are measured, and kernels compiled, as it will judge
+            self._sampler.simulated_acceptance = max(simulated.values())
         self._penalised = PenalisedRequests(runner.model_config.vocab_size, self.device)
         # One seed on all nodes, unlike server_args'.
         self.random = RandomState.create(target_worker.random_seed, self.device, replica=dp_rank or 0)
@@ -198,6 +201,7 @@ class SelfQuantWorker(ServedWorker):
                 )
             )
         self.steering = create_steering(self.config, self._max_batch, profile, self.server_args, self._dp_rank)
+        compile_reservation(self.req_to_token, self.runner.max_running_requests)
         # As SGLang's /freeze_gc: to go over all that a start leaves would take 0.1 s, now and then amid a rollout.
         gc.collect()
         gc.freeze()

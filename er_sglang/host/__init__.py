@@ -7,7 +7,7 @@ refusals.py      settings and models that SELF_QUANT cannot serve
 machine.py       GPUs, compilers, disks and memory that are too little
 hooks.py         what we change in SGLang's functions; more of it, by what it is about, in the next four
 emission.py      what SGLang does with the token of a step, done for each of several
-reservation.py   KV slots of requests that near their length limit
+reservation.py   KV slots: of requests that near their length limit, and the kernel that notes them
 penalties.py     whose emitted tokens are counted, instead of by SGLang
 processes.py     what of ours the processes need that SGLang starts without plugins
 cpu.py           stand-ins for SGLang's kernels on a CPU

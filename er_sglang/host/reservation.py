@@ -7,6 +7,7 @@ the limit goes to slot 0, which SGLang keeps for padding; nobody is given the to
 
 from __future__ import annotations
 
+import pkgutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -64,6 +65,23 @@ def _commit_what_has_slots(outputs, processor, *, batch, **_):
     for req in batch.reqs:
         if (tokens := _slots.allocated(req)) < _slots.committed(req):
             _slots.set_committed(req, tokens)
+
+
+def compile_reservation(req_to_token: torch.Tensor, most_requests: int) -> None:
+    """On CUDA, have Triton compile SGLang's kernel that writes reserved slots into the request table, of any batch.
+
+    It is another one for each power of two of requests, and for slots that begin at a multiple of 16 bytes or do not,
+    which is chance: else 0.1 s each, amid the first rollouts.
+    """
+    if req_to_token.device.type != "cuda":
+        return
+    assign = pkgutil.resolve_name(_slots.ASSIGN)
+    slots = torch.zeros(2, dtype=torch.int64, device=req_to_token.device)
+    for power in range((most_requests - 1).bit_length() + 1):
+        row_B = torch.zeros(1 << power, dtype=torch.int64, device=req_to_token.device)
+        none_B = row_B.int()
+        for first in (0, 1):
+            assign(row_B, req_to_token, none_B, none_B, slots[first:], len(row_B))
 
 
 RESERVATION_HOOKS = {
