@@ -13,7 +13,6 @@ import triton.language as tl
 from er_sglang.sampling.penalties import STOP, Shaper
 
 BLOCK = 4096
-MOST_EMITTED = 16  # tokens of a request in a step: gamma is 15 at most
 
 
 # Alignment and values of these vary, and no load is wider for knowing them.
@@ -52,14 +51,13 @@ def _shape_kernel(
         tl.store(logit_ptr, x, mask=valid)
 
 
-# One kernel for all gammas: else each is compiled, amid a rollout.
-@triton.jit(do_not_specialize=("width",))
-def _count_kernel(words_ptr, emitted_ptr, accept_lens_ptr, width, MOST: tl.constexpr):
+@triton.jit
+def _count_kernel(words_ptr, emitted_ptr, accept_lens_ptr, width, WIDTH_POW2: tl.constexpr):
     """Per request: one more of each token that it has emitted."""
     request = tl.program_id(0)
     words_address = tl.load(words_ptr + request)
     if words_address != 0:
-        i = tl.arange(0, MOST)
+        i = tl.arange(0, WIDTH_POW2)
         emitted = i < tl.load(accept_lens_ptr + request)
         token = tl.load(emitted_ptr + request * width + i, mask=emitted, other=0)
         tl.atomic_add(words_address.to(tl.pointer_type(tl.int32)) + token, 1, mask=emitted)
@@ -97,4 +95,6 @@ class FusedShaper(Shaper):
 
     def count(self, emitted_BN, accept_lens_B) -> None:
         batch, width = emitted_BN.shape
-        _count_kernel[(batch,)](self._addresses[0], emitted_BN, accept_lens_B, width, MOST=MOST_EMITTED)
+        _count_kernel[(batch,)](
+            self._addresses[0], emitted_BN, accept_lens_B, width, WIDTH_POW2=triton.next_power_of_2(width)
+        )
