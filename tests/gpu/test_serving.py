@@ -113,8 +113,8 @@ def test_the_host_never_waits_for_the_gpu(server) -> None:
 
 
 def test_nothing_is_compiled_while_slots_are_reserved(server) -> None:
-    """By numbers of requests that no request before had, begun anywhere among the slots. Cycles do compile, as nothing is
-    measured at this server's start."""
+    """For batches up to each power of two, of slots that begin anywhere. Cycles do compile, as nothing is measured at this
+    server's start."""
     for requests in (1, 2, 3, 5, 9, 17):
         server.generate({"input_ids": [PROMPT] * requests, "sampling_params": {"max_new_tokens": 16 + requests % 2}})
     compiled = [line for line in server.log_path.read_text().splitlines() if line.startswith("COMPILED")]

@@ -1,7 +1,9 @@
-"""SGLang plugin for tests: PyTorch warns ("called a synchronizing CUDA operation") where the host would wait for the GPU
-while a cycle is reserved for, drafted, verified and judged. Such a wait is a wait for all that is in flight.
+"""SGLang plugin for tests, of each step: what must not happen while slots are reserved for it and while a cycle is drafted,
+verified and judged.
 
-Provokes one warning at start-up, so that a log without any is known to be of a server that never looked.
+- PyTorch warns ("called a synchronizing CUDA operation") where the host would wait for the GPU: for all that is in flight.
+  One warning is provoked at start-up, so that a log without any is known to be of a server that never looked.
+- What Triton compiles, or loads from its cache, is printed ("COMPILED").
 """
 
 import torch
@@ -9,7 +11,7 @@ from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
 
 def activate() -> None:
-    if not torch.cuda.is_available():  # the other plugins are tried on CPU
+    if not torch.cuda.is_available():  # the other plugin is tried on CPU
         return
     for reserve_or_cycle in (
         "sglang.srt.managers.schedule_batch.ScheduleBatch.prepare_for_decode",
@@ -20,11 +22,18 @@ def activate() -> None:
 
 
 def _watched(original, *args, **more):
+    from triton import knobs
+
+    def tell(*, src, **_) -> None:
+        print(f"COMPILED {src.name} in {original.__name__}", flush=True)
+
     torch.cuda.set_sync_debug_mode("warn")
+    knobs.compilation.listener = tell
     try:
         return original(*args, **more)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+        knobs.compilation.listener = None
 
 
 def _provoke(result, worker) -> None:
