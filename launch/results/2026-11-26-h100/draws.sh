@@ -2,8 +2,6 @@
 # What the simulator makes of measured step times: bash draws.sh > draws.txt
 cd "$(dirname "$0")"
 . ../simulate.sh
-tail_of="--requests 64 --lengths lognormal:400:1.2:8000"
-short="--requests 128 --lengths lognormal:200:0.8:1000"
 echo "# the 1.5B's acceptance behind documents"
 for model in 14b 7b; do simulate --profile $model-long-tail/profile.json $tail_of --alpha .906 --windows 256:0.961,1024:0.978; done
 simulate --profile 14b-rollout-boxes/profile.json $short --alpha .906 --windows 256:0.961,1024:0.978

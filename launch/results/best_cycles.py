@@ -1,15 +1,18 @@
-"""The best cycle by the step times and stated acceptance, and what a draft should take for the gain that was asked:
-`python cycles.py`, from this folder."""
+"""The best cycle by measured step times and stated acceptance, and what a draft should take for the gain that was asked.
+
+    python best_cycles.py FOLDER:REQUESTS:CONTEXT:ASKED...      each of a folder with a profile.json
+"""
+
+import sys
 
 from er_sglang.policy.acceptance import emitted
 from er_sglang.policy.profile import PLAIN, Profile
 
 ALPHA, WINDOWS = 0.93, {0: 1.0, 128: 0.961, 256: 0.987, 512: 0.998, 1024: 1.0}
-ASKED = {1: 2.0, 8: 1.9, 16: 1.75, 32: 1.5, 64: 1.35, 96: 1.25}
-CELLS = [(f"{model}/decode", requests, 1152, ASKED[requests]) for model in ("14b", "7b", "8b") for requests in ASKED]
-CELLS += [(f"{model}/long-context", 16, 8128, asked) for model, asked in (("14b", 2.0), ("7b", 1.9), ("8b", 1.9))]
 
-for folder, requests, context, asked in CELLS:
+for cell in sys.argv[1:]:
+    folder, requests, context, asked = cell.split(":")
+    requests, context, asked = int(requests), int(context), float(asked)
     profile = Profile.read(f"{folder}/profile.json")
     step_s, _ = profile.costs(requests, context)
     tokens = {window: emitted([ALPHA * share] * max(profile.gammas)) for window, share in WINDOWS.items()}
