@@ -1,6 +1,6 @@
 """The best cycle by measured step times and stated acceptance, and what a draft should take for the gain that was asked.
 
-    python best_cycles.py FOLDER:REQUESTS:CONTEXT:ASKED...      each of a folder with a profile.json
+python best_cycles.py FOLDER:REQUESTS:CONTEXT:ASKED...      each of a folder with a profile.json
 """
 
 import sys
